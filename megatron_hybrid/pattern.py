@@ -1,0 +1,414 @@
+"""The layer pattern: one character per layer, checked and expanded before Megatron sees it.
+
+The language is upstream's (``megatron/core/models/hybrid/hybrid_layer_allocation.py``) with two
+more layers (``W``, ``P``) and repetition::
+
+    pattern = stages [ "/" heads ]...     "/" starts a multi-token-prediction (MTP) head
+    stages  = layers [ "|" layers ]...    "|" starts the next pipeline stage
+    layers  = (symbol | "(" ... ")" [count])...
+
+``(M-)3P-`` is ``M-M-M-P-``; groups nest and may hold ``|``; white space means nothing.
+
+A *block* is the study's unit: a mixer and its feed-forward layer, two characters.
+:func:`from_blocks` makes a pattern from a number of blocks, a ratio and a placement.
+
+This module imports neither torch nor Megatron.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_LAYERS = 10_000
+"""Longest expansion; more is a slip such as ``(M-)100000``."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a symbol stands for."""
+
+    symbol: str
+    name: str
+    kind: Literal["mixer", "ffn"]
+    attention_bearing: bool
+    owner: Literal["upstream", "ours"]
+
+
+LAYERS: dict[str, Layer] = {
+    layer.symbol: layer
+    for layer in (
+        Layer("M", "Mamba-2", "mixer", False, "upstream"),
+        Layer("*", "attention", "mixer", True, "upstream"),
+        Layer("W", "sliding-window attention with sinks", "mixer", True, "ours"),
+        Layer("P", "intra-layer hybrid of attention and Mamba-2", "mixer", True, "ours"),
+        Layer("G", "gated delta net", "mixer", False, "upstream"),
+        Layer("-", "dense FFN", "ffn", False, "upstream"),
+        Layer("E", "mixture-of-experts FFN", "ffn", False, "upstream"),
+    )
+}
+
+_REFUSED = {
+    "D": "Megatron's sparse attention (D) is not wired into this project",
+    "+": "Megatron's multi-latent attention (+) is not wired into this project",
+}
+_DIGITS = "0123456789"
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read. ``position`` is 1-based and counts characters as typed."""
+
+    def __init__(self, reason: str, text: str, position: int) -> None:
+        self.reason, self.text, self.position = reason, text, position
+        one_line = "".join(" " if c.isspace() else c for c in text)
+        super().__init__(f"{reason}\n    {one_line}\n    {' ' * (position - 1)}^")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A checked, expanded pattern. Made by :func:`parse` and :func:`from_blocks`."""
+
+    segments: tuple[str, ...]
+    """Layers of each pipeline segment, in order; one segment when there is no ``|``."""
+    mtp: str = ""
+    """Layers of one MTP head."""
+    mtp_depths: int = 0
+    """Number of MTP heads."""
+
+    def __str__(self) -> str:
+        """The explicit string that Megatron reads."""
+        return "|".join(self.segments) + ("/" + self.mtp) * self.mtp_depths
+
+    @property
+    def layers(self) -> str:
+        """The main layers without ``|``."""
+        return "".join(self.segments)
+
+    def counts(self) -> dict[str, int]:
+        """Layers of each symbol of :data:`LAYERS`, every MTP head included (as upstream counts)."""
+        everything = self.layers + self.mtp * self.mtp_depths
+        return {symbol: everything.count(symbol) for symbol in LAYERS}
+
+    def without_boundaries(self) -> "Pattern":
+        """The same model with no ``|``: what two layouts of one model have in common."""
+        return Pattern((self.layers,), self.mtp, self.mtp_depths)
+
+    def warnings(self) -> list[str]:
+        """Sentences about choices that are legal and probably not meant."""
+        found = []
+        mixers = [LAYERS[c] for c in self.layers if LAYERS[c].kind == "mixer"]
+        if not mixers:
+            found.append(
+                f"the pattern {self} has no mixer: no token sees another one. "
+                f"Add one of {_symbols('mixer')}."
+            )
+        elif mixers[0].attention_bearing and not all(m.attention_bearing for m in mixers):
+            found.append(
+                f"the first mixer of {self} is {mixers[0].symbol} ({mixers[0].name}); the study "
+                "found that attention in the first block costs quality (2.771 nats/token against "
+                "2.741 in the middle, one attention block of 13). Start with M, or use "
+                "--block-placement scatter or middle."
+            )
+        return found
+
+
+def parse(text: str) -> Pattern:
+    """Read a pattern.
+
+    Raises:
+        PatternError: with the character, its position and the rule that it breaks.
+    """
+    cells = _expand(text)
+    heads: list[list[tuple[str, int]]] = [[]]
+    slashes: list[int] = []
+    for char, position in cells:
+        if char == "/":
+            heads.append([])
+            slashes.append(position)
+        else:
+            heads[-1].append((char, position))
+
+    main = "".join(char for char, _ in heads[0])
+    if not main.replace("|", ""):
+        at = slashes[0] if slashes else max(1, len(text))
+        raise PatternError("a pattern needs at least one layer, such as M-*-", text, at)
+    mtp = "".join(char for char, _ in heads[1]) if slashes else ""
+    for head, slash in zip(heads[1:], slashes, strict=True):
+        _check_head(head, mtp, slash, text)
+    return Pattern(tuple(main.split("|")), mtp, len(slashes))
+
+
+def _check_head(head: list[tuple[str, int]], first: str, slash: int, text: str) -> None:
+    for char, position in head:
+        if char == "|":
+            reason = (
+                f"| at position {position} is inside an MTP head; heads live on the last pipeline "
+                "stage, so | may only stand before the first /"
+            )
+            raise PatternError(reason, text, position)
+    layers = "".join(char for char, _ in head)
+    if not layers:
+        reason = f"/ at position {slash} starts an MTP head without layers; add some, as in M-*-/*-"
+        raise PatternError(reason, text, slash)
+    if layers != first:
+        reason = (
+            f"the MTP head after position {slash} is {layers}, the first one is {first}; "
+            "all MTP heads must be identical"
+        )
+        raise PatternError(reason, text, slash)
+
+
+def _expand(text: str) -> list[tuple[str, int]]:
+    """Resolve groups: the characters left, each with its 1-based position in ``text``."""
+    open_groups: list[tuple[int, list[tuple[str, int]]]] = []
+    cells: list[tuple[str, int]] = []
+    index = 0
+    while index < len(text):
+        char, position = text[index], index + 1
+        index += 1
+        if char.isspace():
+            continue
+        if char == "(":
+            open_groups.append((position, cells))
+            cells = []
+        elif char == ")":
+            if not open_groups:
+                raise PatternError(f") at position {position} has no (", text, position)
+            start, outer = open_groups.pop()
+            if not cells:
+                reason = f"the group ( ) at position {start} holds no layer; fill or remove it"
+                raise PatternError(reason, text, start)
+            count, index = _count(text, index)
+            if len(outer) + len(cells) * count > MAX_LAYERS:
+                reason = (
+                    f"repeating the group at position {start} gives more than {MAX_LAYERS} "
+                    "characters; lower the count"
+                )
+                raise PatternError(reason, text, start)
+            cells = outer + cells * count
+        elif char in _DIGITS:
+            reason = (
+                f"the count at position {position} follows no group; "
+                "a count repeats what stands in ( ), as in (M-)3"
+            )
+            raise PatternError(reason, text, position)
+        else:
+            _check_symbol(char, text, position)
+            cells.append((char, position))
+    if open_groups:
+        start = open_groups[-1][0]
+        raise PatternError(f"( at position {start} is never closed; add a )", text, start)
+    return cells
+
+
+def _count(text: str, index: int) -> tuple[int, int]:
+    """The count at or after ``index`` (1 when there is none) and the index behind it."""
+    start = index
+    while start < len(text) and text[start].isspace():
+        start += 1
+    end = start
+    while end < len(text) and text[end] in _DIGITS:
+        end += 1
+    if end == start:
+        return 1, index
+    # More digits than MAX_LAYERS has are too many; int() of thousands of them would be refused.
+    digits = text[start:end].lstrip("0")
+    if not digits:
+        reason = (
+            f"the count at position {start + 1} is 0; remove the group or repeat it at least once"
+        )
+        raise PatternError(reason, text, start + 1)
+    return int(digits[: len(str(MAX_LAYERS)) + 1]), end
+
+
+def _check_symbol(char: str, text: str, position: int) -> None:
+    if char in LAYERS or char in "|/":
+        return
+    if char in _REFUSED:
+        reason = f"{_REFUSED[char]} (position {position}); use one of {_symbols()}"
+    else:
+        reason = f"{char!r} at position {position} is not a layer; use one of {_symbols()}"
+        if char.upper() in LAYERS:
+            reason += f" (did you mean {char.upper()}?)"
+    raise PatternError(reason, text, position)
+
+
+def _symbols(kind: str | None = None) -> str:
+    return " ".join(s for s, layer in LAYERS.items() if kind in (None, layer.kind))
+
+
+def check_pipeline(pattern: Pattern, pp: int, vpp: int | None = None) -> int:
+    """Check that a pattern fits ``pp`` pipeline stages of ``vpp`` segments each.
+
+    Returns:
+        Segments per stage (1 without virtual pipelining).
+
+    Raises:
+        ValueError: with the numbers and the remedy.
+    """
+    for name, value in (("pipeline stages", pp), ("virtual stages per rank", vpp)):
+        if value is not None and value < 1:
+            raise ValueError(f"the number of {name} is {value}; it must be at least 1")
+    segments, layers = len(pattern.segments), len(pattern.layers)
+    if segments == 1:
+        if vpp not in (None, 1):
+            raise ValueError(
+                f"{vpp} virtual stages per rank need {pp * vpp} segments, and the pattern "
+                f"{pattern} has no |; put {pp * vpp - 1} of them where the segments start"
+            )
+        if layers % pp:
+            raise ValueError(
+                f"{layers} layers do not divide over {pp} pipeline stages; put {pp - 1} | into the "
+                f"pattern {pattern} where the stages start (they need not be equal), or choose a "
+                f"number of stages that divides {layers}"
+            )
+        return 1
+    if pp == 1:
+        raise ValueError(
+            f"the pattern {pattern} has {segments} pipeline segments, and there is one pipeline "
+            f"stage; remove the |, or set --pipeline-model-parallel-size to a divisor of {segments}"
+        )
+    if segments % pp:
+        raise ValueError(
+            f"the pattern {pattern} has {segments} pipeline segments, which do not divide over "
+            f"{pp} pipeline stages; write {pp - 1} | (or {2 * pp - 1} for two segments per stage), "
+            f"or set --pipeline-model-parallel-size to a divisor of {segments}"
+        )
+    if vpp is not None and segments != pp * vpp:
+        raise ValueError(
+            f"{pp} pipeline stages of {vpp} segments need {pp * vpp} segments, and the pattern "
+            f"{pattern} has {segments}; write {pp * vpp - 1} |"
+        )
+    return segments // pp
+
+
+# Blocks ------------------------------------------------------------------------------------------
+
+Placement = Literal["scatter", "cluster", "sandwich", "front", "middle", "end"]
+PLACEMENTS: tuple[str, ...] = ("scatter", "cluster", "sandwich", "front", "middle", "end")
+
+PAPER_SETS: dict[tuple[int, int, str], tuple[int, ...]] = {
+    (13, 7, "scatter"): (2, 4, 6, 8, 10, 12, 13),
+    (13, 2, "middle"): (4, 8),
+    (13, 2, "end"): (4, 11),
+}
+"""The study's own sets that follow no rule, by (blocks, attention blocks, placement).
+
+Every other set of the study comes out of the rules in :func:`attention_blocks`. ``front`` moves
+the first block of ``middle``, so (13, 2, "front") = (1, 8) follows from the entry for ``middle``.
+"""
+
+
+def attention_count(num_blocks: int, ratio: str) -> int:
+    """How many of ``num_blocks`` blocks bear attention at a ratio such as ``1:5``.
+
+    The nearest whole number, halves up; when both sides of the ratio are positive, at least one
+    block of each kind (so ``1:12`` of 6 blocks is 1). Gives the counts of the study's Table 9.
+
+    Raises:
+        ValueError: for a ratio that is not ``a:b`` or fewer blocks than kinds of blocks.
+    """
+    parts = ratio.split(":")
+    if len(parts) != 2 or not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
+        raise ValueError(f"the block ratio is {ratio!r}; write two whole numbers such as 1:5")
+    attention, other = int(parts[0]), int(parts[1])
+    if attention == other == 0:
+        raise ValueError("the block ratio 0:0 has no block; write 1:0 (all) or 0:1 (none)")
+    kinds = (attention > 0) + (other > 0)
+    if num_blocks < kinds:
+        raise ValueError(
+            f"{num_blocks} blocks cannot hold the {kinds} kind(s) of block of the ratio {ratio}; "
+            f"use at least {kinds} blocks"
+        )
+    total = attention + other
+    count = _divide(num_blocks * attention, total)
+    return min(max(count, int(attention > 0)), num_blocks - int(other > 0))
+
+
+def attention_blocks(num_blocks: int, ratio: str, placement: str) -> list[int]:
+    """1-based indices of the attention-bearing blocks, ascending.
+
+    ========  ===================================================================================
+    scatter   k blocks cut the stack into k+1 runs, each position rounded on its own
+    middle    k blocks with one equal gap, centred; where that would put attention first: scatter
+    front     middle, with its first block moved to block 1
+    end       middle, with its last block moved to the last block
+    cluster   one run, with three quarters of the other blocks before it
+    sandwich  a run at each end, about a third each, and the rest in the centre
+    ========  ===================================================================================
+
+    Source: the index sets of arXiv:2510.04800 (placement ablations at 1B and 350M); sets that
+    follow no rule are in :data:`PAPER_SETS`.
+
+    Raises:
+        ValueError: for an unknown placement or a ratio that does not fit.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(
+            f"the block placement is {placement!r}; use one of {', '.join(PLACEMENTS)}"
+        )
+    count = attention_count(num_blocks, ratio)
+    if count in (0, num_blocks):
+        return list(range(1, count + 1))
+    return _place(num_blocks, count, placement)
+
+
+def _place(blocks: int, count: int, placement: str) -> list[int]:
+    """The rules in the table of :func:`attention_blocks`, for 0 < count < blocks."""
+    if (blocks, count, placement) in PAPER_SETS:
+        return list(PAPER_SETS[blocks, count, placement])
+    if placement == "scatter":
+        gaps = count + 1
+        return [_divide(i * (blocks + 1), gaps) for i in range(1, gaps)]
+    if placement == "cluster":
+        start = 1 + round(3 * (blocks - count) / 4)
+        return list(range(start, start + count))
+    if placement == "sandwich":
+        outer = (count + 1) // 3
+        inner = count - 2 * outer
+        start = (blocks - inner) // 2 + 1
+        first, centre = range(1, outer + 1), range(start, start + inner)
+        return [*first, *centre, *range(blocks - outer + 1, blocks + 1)]
+    if placement == "front":
+        return [1, *_place(blocks, count, "middle")[1:]]
+    if placement == "end":
+        return [*_place(blocks, count, "middle")[:-1], blocks]
+    gap = _divide(blocks + 1, count + 1)
+    spare = blocks - (1 + (count - 1) * gap)
+    if spare < 1:
+        return _place(blocks, count, "scatter")
+    start = 1 + (spare + 1) // 2
+    return [start + i * gap for i in range(count)]
+
+
+def _divide(a: int, b: int) -> int:
+    """a / b to the nearest whole number, halves up."""
+    return (2 * a + b) // (2 * b)
+
+
+def from_blocks(
+    num_blocks: int,
+    ratio: str,
+    placement: str = "scatter",
+    mixers: str = "P:M",
+    ffn: str = "dense",
+) -> Pattern:
+    """The pattern of ``num_blocks`` blocks, each a mixer and (unless ``ffn`` is none) an FFN.
+
+    Args:
+        ratio: attention-bearing blocks to other blocks, such as ``1:5``.
+        mixers: their two mixer symbols in that order, such as ``P:M``, ``*:M`` or ``*:W``.
+        ffn: dense (``-``), moe (``E``) or none.
+
+    Raises:
+        ValueError: for a value outside these.
+    """
+    endings = {"dense": "-", "moe": "E", "none": ""}
+    if ffn not in endings:
+        raise ValueError(f"the feed-forward layer is {ffn!r}; use one of {', '.join(endings)}")
+    pair = mixers.split(":")
+    if len(pair) != 2 or not all(s in LAYERS and LAYERS[s].kind == "mixer" for s in pair):
+        raise ValueError(
+            f"the block mixers are {mixers!r}; write two of {_symbols('mixer')} such as P:M"
+        )
+    chosen = set(attention_blocks(num_blocks, ratio, placement))
+    blocks = (pair[0] if i in chosen else pair[1] for i in range(1, num_blocks + 1))
+    return Pattern(("".join(mixer + endings[ffn] for mixer in blocks),))
