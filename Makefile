@@ -1,0 +1,34 @@
+# `make` alone lists the targets. All of them set up .venv first if need be.
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev quickstart test lint format clean
+PY := .venv/bin/python
+SOURCES := megatron_hybrid tools tests pretrain_hybrid.py
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+		while IFS='|' read -r target text; do printf '%-20s %s\n' "$$target" "$$text"; done
+
+setup: ## find Python 3.12 or 3.13, make .venv, install requirements.txt
+	@tools/setup_env.sh
+
+setup-dev: ## the same, with the test and lint tools
+	@tools/setup_env.sh --dev
+
+quickstart: setup ## train a small hybrid on real text, on the CPU; run again to continue
+	@$(PY) tools/quickstart.py
+
+test: setup-dev ## run all tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests
+
+lint: setup-dev ## ruff (lint and format) and mypy
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m ruff format --check $(SOURCES)
+	@$(PY) -m mypy megatron_hybrid tools pretrain_hybrid.py
+
+format: setup-dev ## format the code
+	@$(PY) -m ruff check --fix $(SOURCES)
+	@$(PY) -m ruff format $(SOURCES)
+
+clean: ## remove .venv, caches and the quickstart's files (runs/quickstart)
+	rm -rf .venv runs/quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_hybrid tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,169 @@
+"""Summarize a training run: what was trained, how the loss went, what to try next.
+
+    python tools/summarize_run.py runs/quickstart/run
+
+reads metrics.jsonl and run.json of the run's directory and draws loss_curve.png there.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_hybrid.data import cli
+from megatron_hybrid.data.files import atomic_write
+
+NEXT_STEPS = """\
+Next:
+  the full recipes      python pretrain_hybrid.py --list-recipes
+  one of them in full   python pretrain_hybrid.py --recipe paper-1b-intra --print-config
+  on CUDA GPUs          torchrun --nproc_per_node 8 pretrain_hybrid.py --recipe paper-1b-intra \\
+                            --data-path PREFIX --tokenizer-type SentencePieceTokenizer \\
+                            --tokenizer-model MODEL --save DIR --load DIR
+  on a SLURM cluster    sbatch examples/slurm/pretrain.sbatch"""
+
+Record = dict[str, Any]
+
+
+class Metrics(NamedTuple):
+    """The records of metrics.jsonl, by iteration; of several for one iteration the last counts."""
+
+    train: dict[int, Record]
+    """Keys: iteration, loss, tokens (seen since the start), tokens_per_second, ..."""
+    validation: dict[int, float]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a metrics file in the order of writing.
+
+    A line that is no JSON object is passed over: a process that was killed leaves half a line.
+    """
+    records = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
+            records.append(record)
+    return records
+
+
+def collect(records: list[Record]) -> Metrics:
+    """Sort records into training and validation, the last of an iteration, by iteration."""
+    train: dict[int, Record] = {}
+    validation: dict[int, float] = {}
+    for record in records:
+        if record.get("loss") is not None:
+            train[record["iteration"]] = record
+        # Several sets may be evaluated; the first validation set is the one that is followed.
+        first_set = record.get("validation", "validation") == "validation"
+        if first_set and record.get("validation_loss") is not None:
+            validation[record["iteration"]] = record["validation_loss"]
+    return Metrics(dict(sorted(train.items())), dict(sorted(validation.items())))
+
+
+def read_run_info(run_dir: Path) -> Record:
+    """Return run.json of a run, or nothing if it is missing or not whole.
+
+    Keys: recipe, pattern, parameters_total, parameters_active, device, processes, args (all flags).
+    """
+    try:
+        info = json.loads((run_dir / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def summary(run_dir: Path, metrics: Metrics, info: Record) -> str:
+    """Return the lines that describe a run; what the records lack is left out."""
+    train = list(metrics.train.values())
+    rows = [("recipe", info.get("recipe")), ("pattern", info.get("pattern"))]
+    rows.append(("parameters", _parameters(info)))
+    rows.append(("iterations", f"{train[-1]['iteration']:,}"))
+    rows.append(("tokens seen", _number(train[-1].get("tokens"))))
+    rows.append(("train loss", _first_last({i: r["loss"] for i, r in metrics.train.items()})))
+    rows.append(("validation loss", _first_last(metrics.validation)))
+    # The first steps allocate and compile; the median keeps them and other pauses out.
+    speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second")]
+    rows.append(("tokens per second", _number(round(statistics.median(speeds))) if speeds else None))
+    if info.get("processes") and info.get("device"):
+        rows.append(("processes", f"{info['processes']} on {info['device']}"))
+    return "\n".join(f"  {name:<18} {value}" for name, value in rows if value not in (None, ""))
+
+
+def places(run_dir: Path, curve: Path) -> str:
+    """Return the lines that say where a run's files are."""
+    tracker = run_dir / "latest_checkpointed_iteration.txt"
+    rows = [("metrics", run_dir / "metrics.jsonl"), ("loss curve", curve)]
+    if tracker.is_file():
+        name = tracker.read_text().strip()
+        checkpoint = run_dir / (f"iter_{int(name):07d}" if name.isdigit() else name)
+        rows.append(("checkpoint", checkpoint))
+    return "\n".join(f"  {name:<18} {path}" for name, path in rows)
+
+
+def draw(metrics: Metrics, title: str, path: Path) -> None:
+    """Draw the training and validation loss over the iterations as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    losses = [record["loss"] for record in metrics.train.values()]
+    axes.plot(list(metrics.train), losses, color="tab:blue", linewidth=1, label="train")
+    if metrics.validation:
+        iterations, values = list(metrics.validation), list(metrics.validation.values())
+        axes.plot(iterations, values, color="tab:orange", marker="o", label="validation")
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _parameters(info: Record) -> str | None:
+    total, active = info.get("parameters_total"), info.get("parameters_active")
+    if total is None:
+        return None
+    return _number(total) + ("" if active is None else f" in all, {_number(active)} active")
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else "" if value is None else str(value)
+
+
+def _first_last(values: dict[int, float]) -> str | None:
+    if not values:
+        return None
+    (first, start), (last, end) = list(values.items())[0], list(values.items())[-1]
+    return f"{start:.3f} (iteration {first:,}) -> {end:.3f} (iteration {last:,})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="the --save directory of the run")
+    args = parser.parse_args()
+    path = args.run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the --save directory of a run that has started to train.")
+    metrics = collect(read_records(path))
+    if not metrics.train:
+        raise ValueError(f"{path} has no training record yet; look again after some iterations.")
+    info = read_run_info(args.run_dir)
+    curve = args.run_dir / "loss_curve.png"
+    draw(metrics, str(info.get("pattern") or args.run_dir.name), curve)
+    print(summary(args.run_dir, metrics, info))
+    print(places(args.run_dir, curve))
+    print(NEXT_STEPS)
+
+
+if __name__ == "__main__":
+    cli.run(main)
