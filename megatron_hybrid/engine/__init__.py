@@ -1,0 +1,7 @@
+"""Every reach into Megatron's or torch's internals, one function each.
+
+``cpu`` lets the unmodified training loop run without a GPU; ``upstream`` fills the gaps that are left when
+Transformer Engine, Apex or mamba_ssm are missing, and registers our layer symbols; ``training`` hooks the
+FLOPs counter and the metrics file into the loop; ``meta`` builds models without memory; ``arguments`` turns
+the command line into Megatron's. Nothing is replaced on import.
+"""

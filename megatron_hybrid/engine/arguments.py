@@ -1,0 +1,229 @@
+"""From flags to Megatron's checked arguments: device, backend, and what the user must change."""
+
+import argparse
+import contextlib
+import io
+import os
+import socket
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.engine.upstream import has_module, register_symbols
+
+# What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
+_TORCH_BACKEND_FLAGS = [
+    "--transformer-impl=local",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+]
+# torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
+_CPU_FLAGS = ["--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-bias-gelu-fusion"]
+
+
+def choose_device(asked: str) -> str:
+    """``cpu`` or ``cuda`` for this process; installs the CPU engine for ``cpu``.
+
+    Raises:
+        ValueError: CUDA is asked for and there is no device.
+    """
+    import torch
+
+    from megatron_hybrid.engine import cpu
+
+    available = not cpu.is_active() and torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise ValueError(
+            "--device cuda: torch finds no CUDA device. Check nvidia-smi and that this torch is a CUDA build "
+            f"(it is {torch.__version__}), or run on the CPU engine with --device cpu."
+        )
+    device = "cuda" if available and asked != "cpu" else "cpu"
+    if device == "cpu":
+        cpu.install()
+    return device
+
+
+def choose_backend(asked: str, device: str) -> str:
+    """``te`` or ``torch``.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and cannot run here.
+    """
+    installed = has_module("transformer_engine")
+    if asked == "te" and (device == "cpu" or not installed):
+        reason = "it runs on CUDA alone" if device == "cpu" else "it is not installed (requirements-gpu.txt)"
+        raise ValueError(f"--backend te: Transformer Engine is not available: {reason}. Use --backend torch.")
+    if asked == "auto":
+        return "te" if device == "cuda" and installed else "torch"
+    return asked
+
+
+def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds one flag for each field of :class:`HybridConfig` (training/argument_utils.py:45)."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory(HybridConfig).build_group(parser, "hybrid")
+    return parser
+
+
+def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace:
+    """Megatron's arguments, checked by us and by upstream, and set as its globals.
+
+    Args:
+        argv: Resolved flags (:func:`megatron_hybrid.flags.resolve`).
+        device: ``cpu`` or ``cuda``, as :func:`choose_device` says.
+        print_config: The run ends before it reads data, so none need be given.
+
+    Raises:
+        ValueError: Flags that cannot work, with the reason and the remedy.
+    """
+    set_single_process_defaults()
+    import_megatron_quietly()
+    from megatron.training import arguments
+
+    backend = choose_backend(_value(argv, "--backend", "auto"), device)
+    sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
+    args = arguments.parse_args(add_hybrid_flags)
+    args.backend, args.device = backend, device
+    from megatron_hybrid.model.checks import check
+
+    check(args)
+    with _upstream_errors_as_value_errors():
+        if print_config:
+            with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
+                arguments.validate_args(args)
+        else:
+            check_data(args)
+            args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
+    args.backend, args.device = backend, device
+    return args
+
+
+def import_megatron_quietly() -> None:
+    """Imports Megatron without its warnings about packages that are missing by choice; registers our symbols.
+
+    What is missing and matters is said by :func:`megatron_hybrid.engine.upstream.prepare`.
+    """
+    with warnings.catch_warnings():
+        for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
+            warnings.filterwarnings("ignore", message=f".*{package}")
+        import megatron.training.training  # noqa: F401
+    register_symbols()
+
+
+def set_single_process_defaults() -> None:
+    """Lets a run of one process start without torchrun."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in single.items():
+        os.environ.setdefault(name, str(value))
+
+
+def check_data(args: Namespace) -> None:
+    """Refuses a run without data, or whose data files are not there, before any process group starts.
+
+    Raises:
+        ValueError: With the missing file and how to make it.
+    """
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    listed = [path for paths in [args.data_path, *per_split] if paths for path in paths]
+    in_files = [args.data_args_path, args.per_split_data_args_path]
+    if args.mock_data or args.skip_train:
+        return
+    if not listed and not any(in_files):
+        raise ValueError(
+            "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data "
+            "for random tokens."
+        )
+    for path in listed:
+        if not _is_number(path) and not Path(path + ".idx").is_file():
+            raise ValueError(
+                f"--data-path {path}: there is no {path}.idx. Give the prefix of a .bin/.idx pair, without the "
+                "ending; tools/preprocess_data.py makes one from text."
+            )
+
+
+def checkpoint_pattern(load: str | None) -> str | None:
+    """The layer pattern of the newest checkpoint in a folder, or None when there is none.
+
+    It stands in the arguments that upstream stores with each checkpoint
+    (training/checkpointing.py, ``generate_state_dict``).
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import get_checkpoint_name, read_metadata
+
+    if load is None or not (Path(load) / "latest_checkpointed_iteration.txt").is_file():
+        return None
+    iteration, release = read_metadata(str(Path(load) / "latest_checkpointed_iteration.txt"))
+    folder = get_checkpoint_name(load, iteration, release, return_base_dir=True)
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return None
+    saved = dist_checkpointing.load_common_state_dict(folder).get("args")
+    return getattr(saved, "hybrid_layer_pattern", None)
+
+
+def check_checkpoint(args: Namespace) -> None:
+    """Refuses to load a checkpoint of other layers; stage boundaries may differ.
+
+    Raises:
+        ValueError: With both patterns.
+    """
+    saved = checkpoint_pattern(args.load)
+    if saved and saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+        raise ValueError(
+            f"The checkpoint in {args.load} has the layer pattern\n  {saved}\nbut this run asks for\n"
+            f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
+            "recipe, or give another --load."
+        )
+
+
+@contextlib.contextmanager
+def _upstream_errors_as_value_errors() -> Iterator[None]:
+    """Upstream checks arguments with asserts: their text is for the user, their trace is not."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+        # an assert without a message still has a source line
+        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {text}") from error
+
+
+def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
+    flags = [*argv]
+    if backend == "torch":
+        flags += _TORCH_BACKEND_FLAGS
+    if device == "cpu":
+        asked = _value(argv, "--distributed-backend", "gloo")
+        if asked != "gloo":
+            raise ValueError(f"--distributed-backend {asked}: the CPU engine communicates over gloo. Drop it.")
+        flags += [*_CPU_FLAGS, "--distributed-backend=gloo"]
+    return flags
+
+
+def _value(argv: list[str], flag: str, default: str) -> str:
+    """The last value that a flag is given."""
+    value = default
+    for i, arg in enumerate(argv):
+        if arg == flag and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.split("=", 1)[1]
+    return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""What Megatron-Core 0.19.2 needs to be told or given, beside what :mod:`.cpu` answers.
+
+Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs.
+None of them changes a run on CUDA with Transformer Engine and mamba_ssm, except :func:`register_symbols`,
+:func:`skip_helper_compilation` and :func:`build_mtp_from_our_stack`.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+OUR_SYMBOLS = ("P", "W")
+
+
+def prepare(device: str, stack: type) -> list[str]:
+    """Makes this process ready to build and train hybrid models. A second call changes nothing more.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        stack: The class that builds the layers of a pattern.
+
+    Returns:
+        One line for each thing that was replaced because a package is missing, to be shown to the user.
+    """
+    from megatron_hybrid import kernels
+
+    notes = []
+    register_symbols()
+    skip_helper_compilation()
+    build_mtp_from_our_stack(stack)
+    if kernels.ssm_backend(device) == "torch":
+        use_torch_mamba_kernels()
+        notes.append("Mamba-2 kernels: plain PyTorch (mamba_ssm is not in use)")
+    if not has_module("fla"):
+        use_torch_gated_delta_rule()
+    if not has_module("transformer_engine") and not has_module("apex"):
+        use_fused_adam_contract()
+        notes.append("Adam: plain PyTorch (neither Transformer Engine nor Apex is installed)")
+    if device == "cpu":
+        give_all_to_all_its_splits()
+    return notes
+
+
+def has_module(name: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def register_symbols() -> None:
+    """Lets patterns contain our layer symbols (core/models/hybrid/hybrid_layer_allocation.py:13)."""
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    for symbol, name in zip(OUR_SYMBOLS, ("INTRA", "SWA"), strict=True):
+        # name_sorted_valid_layer_symbols lists the class's attributes, not the set
+        setattr(Symbols, name, symbol)
+        Symbols.VALID_LAYERS.add(symbol)
+
+
+def skip_helper_compilation() -> None:
+    """Does not rebuild the dataset index helpers (core/datasets/utils.py:20).
+
+    The wheel ships them compiled, but not the Makefile that upstream's function calls.
+    """
+    import megatron.core.datasets.helpers_cpp  # noqa: F401  (missing: fail here, with its name)
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+
+
+def build_mtp_from_our_stack(stack: type) -> None:
+    """Builds multi-token-prediction layers with our stack (core/transformer/multi_token_prediction.py:1019).
+
+    Upstream imports the name ``HybridStack`` there, at the time of building.
+    """
+    from megatron.core.models.hybrid import hybrid_block
+
+    hybrid_block.HybridStack = stack
+
+
+def use_torch_mamba_kernels() -> None:
+    """Lets upstream's MambaMixer run on our kernels (core/ssm/mamba_mixer.py:52-80).
+
+    The names are replaced in that module alone: a stand-in ``mamba_ssm`` in ``sys.modules`` would be picked up
+    by other libraries.
+    """
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.transformer.utils import (
+        ensure_metadata_has_dp_cp_group,
+        make_sharded_tensors_for_checkpoint,
+    )
+
+    from megatron_hybrid.kernels import ssm_kernels
+
+    ours = ssm_kernels("cpu", "torch")
+
+    class ExtendedRMSNorm(ours.gated_norm):  # type: ignore[name-defined,misc]
+        """As upstream's class of this name, which without mamba_ssm is not even a class."""
+
+        def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True),
+                prefix,
+                {"weight": 0},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+            )
+
+    def packing(for_inference_not_training: bool = True) -> tuple[bool, str | None]:
+        return (False, "dynamic inference needs mamba_ssm") if for_inference_not_training else (True, None)
+
+    names = {
+        "HAVE_MAMBA_SSM": True,
+        "MAMBA_HAS_STATE_DTYPE": False,
+        "mamba_split_conv1d_scan_combined": ours.split_conv1d_scan,
+        "mamba_chunk_scan_combined": ours.chunk_scan,
+        "causal_conv1d_fn": ours.causal_conv1d,
+        "RMSNormGated": ours.gated_norm,
+        "ExtendedRMSNorm": ExtendedRMSNorm,
+        "_check_mamba_sequence_packing_support": packing,
+    }
+    for name, value in names.items():
+        if not hasattr(mamba_mixer, name):
+            raise RuntimeError(f"megatron.core.ssm.mamba_mixer has no {name}: it has changed upstream")
+        setattr(mamba_mixer, name, value)
+
+
+def use_torch_gated_delta_rule() -> None:
+    """Lets upstream's GatedDeltaNet run without flash-linear-attention (core/ssm/gated_delta_net/common.py:141).
+
+    Upstream has a plain torch path but refuses to build without the package; the layers themselves must be
+    built with ``deterministic_mode`` (see model/specs.py).
+    """
+    from megatron.core.ssm.gated_delta_net import common
+
+    common.HAVE_FLA = True
+    if common.l2norm is None:
+        common.l2norm = lambda x, eps=1e-6: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def use_fused_adam_contract() -> None:
+    """Gives the optimizers an Adam that counts steps per group (core/optimizer/distrib_optimizer.py:20-35).
+
+    Without Apex and Transformer Engine upstream falls back to torch's Adam, whose checkpoints it cannot load:
+    it gives all parameters one shared ``step`` tensor (:1025-1033).
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_hybrid.engine.adam import FusedAdam
+
+    optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = FusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def give_all_to_all_its_splits() -> None:
+    """Turns the MoE dispatcher's splits into arrays on the CPU too (core/transformer/moe/moe_utils.py:1184).
+
+    Upstream converts them only ``if tensor.is_cuda``; Gloo's ``all_to_all_single`` wants lists.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -1,0 +1,109 @@
+"""From what a user typed to what Megatron parses: recipes and patterns become plain flags.
+
+Pure text: this module imports neither torch nor Megatron, so that ``--list-recipes`` and a wrong pattern
+answer at once.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_hybrid import pattern, recipes
+from megatron_hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class Command:
+    """A resolved command line."""
+
+    argv: list[str]
+    """Flags for Megatron's parser and ours: the recipe's first, then the user's, the pattern explicit."""
+
+    pattern: pattern.Pattern
+    recipe: str | None
+    device: str
+    """As the user said: auto, cpu or cuda."""
+    print_config: bool
+
+
+def resolve(argv: list[str]) -> Command:
+    """Resolves the recipe and the layer pattern of a command line.
+
+    Args:
+        argv: Arguments after the program's name.
+
+    Raises:
+        ValueError: Unknown recipe, bad pattern, no pattern at all, or a pattern that the pipeline cannot split;
+            the text says what to change.
+    """
+    first, rest = _parser().parse_known_args(argv)
+    if first.recipe:
+        rest = recipes.merge(recipes.recipe(first.recipe).flags, _without_ours(argv))
+    else:
+        rest = _without_ours(argv)
+    known, _ = _parser().parse_known_args(rest)
+    resolved = _pattern(known)
+    vpp = known.num_virtual_stages_per_pipeline_rank
+    pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
+    text = str(resolved)
+    rest = _without(rest, "--hybrid-layer-pattern")
+    if first.recipe:
+        rest = ["--recipe", first.recipe, *rest]
+    return Command(
+        argv=[*rest, f"--hybrid-layer-pattern={text}"],
+        pattern=resolved,
+        recipe=first.recipe,
+        device=known.device,
+        print_config=first.print_config,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The few flags that are needed before Megatron's parser exists."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    defaults = HybridConfig()
+    parser.add_argument("--recipe")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
+    parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--num-blocks", type=int)
+    parser.add_argument("--block-ratio")
+    parser.add_argument("--block-placement", default=defaults.block_placement)
+    parser.add_argument("--block-mixers", default=defaults.block_mixers)
+    parser.add_argument("--ffn", default=defaults.ffn)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    return parser
+
+
+def _pattern(known: argparse.Namespace) -> pattern.Pattern:
+    if known.hybrid_layer_pattern and known.num_blocks:
+        raise ValueError("Both --hybrid-layer-pattern and --num-blocks are given, and each sets the layers: drop one.")
+    if known.hybrid_layer_pattern:
+        return pattern.parse(known.hybrid_layer_pattern)
+    if known.num_blocks:
+        if known.block_ratio is None:
+            raise ValueError("--num-blocks needs --block-ratio, such as --block-ratio 1:5.")
+        return pattern.from_blocks(
+            known.num_blocks, known.block_ratio, known.block_placement, known.block_mixers, known.ffn
+        )
+    raise ValueError(
+        "The run has no layers: give --recipe NAME (see --list-recipes), --hybrid-layer-pattern such as "
+        "'M-M-P-', or --num-blocks with --block-ratio."
+    )
+
+
+def _without_ours(argv: list[str]) -> list[str]:
+    return [arg for arg in _without(argv, "--recipe") if arg != "--print-config"]
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """``argv`` without a flag that takes one value, in both of argparse's spellings."""
+    kept, skip = [], False
+    for arg in argv:
+        if skip:
+            skip = False
+        elif arg == flag:
+            skip = True
+        elif not arg.startswith(flag + "="):
+            kept.append(arg)
+    return kept

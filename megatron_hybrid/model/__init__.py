@@ -1,0 +1,1 @@
+"""The hybrid model: a pattern's layers, and how Megatron builds them."""

@@ -1,0 +1,188 @@
+"""Attention layers that own their RoPE, and the attention core of the torch backend."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hybrid.kernels.attention import attention
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary positions of one kind of layer.
+
+    Upstream's one table per model has neither scaling for hybrids nor a second head size
+    (core/models/hybrid/hybrid_model.py:257).
+    """
+
+    base: int = 10000
+    percent: float = 1.0
+    scaling_factor: float | None = None
+    """Llama-3 frequency scaling (low 1, high 4, original length 8192, as upstream fixes them), or None."""
+
+    def build(self, head_dim: int, config: TransformerConfig, cp_group: Any) -> RotaryEmbedding:
+        """The table for heads of ``head_dim`` channels."""
+        return RotaryEmbedding(
+            kv_channels=head_dim,
+            rotary_percent=self.percent,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_base=self.base,
+            rope_scaling=self.scaling_factor is not None,
+            rope_scaling_factor=self.scaling_factor or 1.0,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=cp_group,
+        )
+
+
+class HybridSelfAttention(SelfAttention):
+    """Upstream's self-attention with a RoPE of its own.
+
+    Args:
+        rope: Rotary positions of this layer, or None for none (NoPE).
+        window: Keys that a query sees, itself included; None for all before it.
+        sinks: First keys of the sequence that every query sees beside its window.
+
+    The others are upstream's (core/transformer/attention.py:1644).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+        *,
+        rope: RoPE | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+    ):
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            name=name,
+        )
+        if window is not None:
+            self.core_attention.window, self.core_attention.sinks = window, sinks
+        self.rotary = rope.build(self.hidden_size_per_attention_head, config, self.pg_collection.cp) if rope else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        """[s, b, h] (local) to ([s, b, h], None); ``rotary_pos_emb`` of the model is ignored."""
+        kwargs["rotary_pos_emb"] = rotary_table(
+            self.rotary, hidden_states, self.config, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
+        )
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+
+def rotary_table(
+    rotary: RotaryEmbedding | None,
+    hidden_states: Tensor,
+    config: TransformerConfig,
+    inference_context: Any,
+    packed_seq_params: PackedSeqParams | None,
+) -> Tensor | None:
+    """The angles [s, 1, 1, d] for this rank's tokens, s counted after the sequence-parallel gather."""
+    if rotary is None:
+        return None
+    length = rotary.get_rotary_seq_len(inference_context, None, hidden_states, config, packed_seq_params)
+    packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+    return rotary(length, packed_seq=packed)
+
+
+class TorchCoreAttention(MegatronModule):
+    """Causal attention on torch's kernels, for CUDA and CPU, with context parallelism.
+
+    Upstream's ``DotProductAttention`` stores the scores, and has neither context parallelism nor values wider
+    than queries. Under context parallelism each rank holds two zigzag chunks of the sequence
+    (core/utils.py, ``get_batch_on_this_cp_rank``): K and V are gathered from all ranks, and each chunk of
+    queries attends to its prefix of them.
+
+    The arguments are those of core/transformer/attention.py's ``CoreAttentionBuilder``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
+        self.dropout = config.attention_dropout
+        self.window: int | None = None
+        self.sinks = 0
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Local heads: query [s, b, n, d], key [s, b, g, d], value [s, b, g, dv] to [s, b, n * dv].
+
+        Raises:
+            ValueError: A mask, a bias or packed sequences are asked for, which this core does not have.
+        """
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError(
+                "The torch attention core is causal alone: attention masks, biases and packed sequences "
+                "are not implemented. Drop --reset-attention-mask / --create-attention-mask-in-dataloader."
+            )
+        scale = self.softmax_scale or query.shape[-1] ** -0.5
+        dropout = self.dropout if self.training else 0.0
+        length = query.shape[0]
+        cp = self.cp_group.size() if self.cp_group is not None else 1
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, *self._gather(key, value, cp)))
+
+        def attend(q: Tensor, offset: int) -> Tensor:
+            return attention(q, k, v, scale, self.window, self.sinks, offset, dropout)
+
+        if cp == 1:
+            out = attend(q, k.shape[2] - length)  # queries are the last keys: also true with a cache
+        else:
+            rank, half = self.cp_group.rank(), length // 2
+            first, second = q.split(half, 2)
+            out = torch.cat([attend(first, rank * half), attend(second, (2 * cp - 1 - rank) * half)], 2)
+        return out.permute(2, 0, 1, 3).reshape(length, query.shape[1], -1)
+
+    def _gather(self, key: Tensor, value: Tensor, cp: int) -> tuple[Tensor, Tensor]:
+        """K and V of the whole sequence in its order, from each rank's chunks ``rank`` and ``2 cp - 1 - rank``."""
+        if cp == 1:
+            return key, value
+        order = [0] * (2 * cp)
+        for rank in range(cp):
+            order[rank], order[2 * cp - 1 - rank] = 2 * rank, 2 * rank + 1
+
+        def gather(t: Tensor) -> Tensor:
+            chunks = tensor_parallel.gather_from_sequence_parallel_region(t, group=self.cp_group).chunk(2 * cp)
+            return torch.cat([chunks[i] for i in order])
+
+        return gather(key), gather(value)

@@ -1,0 +1,45 @@
+"""From Megatron's arguments to the model configuration that its training loop builds."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron.core.transformer import TransformerConfig
+from megatron.training.argument_utils import hybrid_config_from_args
+from megatron.training.models import HybridModelConfig
+
+from megatron_hybrid.model.attention import RoPE
+from megatron_hybrid.model.intra_sizes import intra_sizes
+from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
+
+
+@dataclass(kw_only=True)
+class HybridLMConfig(HybridModelConfig):
+    """Upstream's configuration of a hybrid model; its builder is upstream's too."""
+
+
+def model_config(args: Namespace, config: TransformerConfig | None = None) -> HybridLMConfig:
+    """The configuration of the model that ``args`` describe.
+
+    Args:
+        args: Validated arguments.
+        config: Megatron's TransformerConfig; made from ``args`` by default.
+    """
+    result = hybrid_config_from_args(args, config, model_config_cls=HybridLMConfig)
+    result.position_embedding_type = "none"  # attention layers own their RoPE
+    result.hybrid_stack_spec = hybrid_stack_spec(args.backend, layer_options(args), args.num_experts)
+    return result
+
+
+def layer_options(args: Namespace) -> LayerOptions:
+    """The layers' settings beside TransformerConfig."""
+    rotary = args.position_embedding_type == "rope"
+    scaling = args.rope_scaling_factor if args.use_rope_scaling else None
+    return LayerOptions(
+        rope=RoPE(args.rotary_base, args.rotary_percent, scaling) if rotary else None,
+        swa_rope=RoPE(args.swa_rotary_base, args.rotary_percent) if rotary else None,
+        swa_window=args.swa_window,
+        swa_sinks=args.swa_sinks,
+        intra=intra_sizes(args) if "P" in args.hybrid_layer_pattern else None,
+        mamba_a_init_range=tuple(args.mamba_a_init_range),
+        recompute=tuple(args.hybrid_recompute),
+    )

@@ -1,0 +1,257 @@
+"""The layers of each symbol, for Transformer Engine and for plain torch."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_hybrid.model.attention import HybridSelfAttention, RoPE, TorchCoreAttention
+from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
+from megatron_hybrid.model.intra_sizes import IntraSizes
+from megatron_hybrid.model.mamba import HybridMambaMixer
+from megatron_hybrid.model.norm import RMSNorm
+from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """The settings of layers that Megatron's TransformerConfig does not carry."""
+
+    rope: RoPE | None
+    """Of * and P layers."""
+    swa_rope: RoPE | None
+    swa_window: int
+    swa_sinks: int
+    intra: IntraSizes | None
+    """None: the model has no P layers."""
+    mamba_a_init_range: tuple[float, float]
+    recompute: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The building blocks in which the backends differ."""
+
+    norm: Any
+    """Norm of its own."""
+    input_norm: Any
+    """Norm in front of a linear; IdentityOp where the linear does it."""
+    normed_column: Any
+    """Column-parallel linear behind input_norm."""
+    column: Any
+    row: Any
+    core_attention: Any
+    moe: Any
+
+
+def hybrid_stack_spec(backend: str, options: LayerOptions, num_experts: int | None) -> ModuleSpec:
+    """The spec from which upstream's HybridModel builds its decoder.
+
+    Args:
+        backend: ``te`` or ``torch``.
+        options: Settings of the layers.
+        num_experts: Of E layers; None when the model has none.
+
+    Raises:
+        ValueError: An unknown backend.
+    """
+    if backend not in ("te", "torch"):
+        raise ValueError(f"Unknown backend {backend!r}: choose te or torch.")
+    parts = _te_parts(num_experts) if backend == "te" else _torch_parts(num_experts)
+    # Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears
+    renamed = backend == "torch"
+
+    def transformer_layer(module: type, names: dict[str, str], **submodules: Any) -> ModuleSpec:
+        keys = names if renamed else {}
+        return ModuleSpec(
+            module=module,
+            submodules=TransformerLayerSubmodules(sharded_state_dict_keys_map=keys, **submodules),
+        )
+
+    def attention_layer(core: Any, **params: Any) -> ModuleSpec:
+        return transformer_layer(
+            TransformerLayer,
+            {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+            input_layernorm=parts.input_norm,
+            self_attention=ModuleSpec(
+                module=HybridSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal, **params},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.normed_column, core_attention=core, linear_proj=parts.row
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        )
+
+    layers = {
+        "M": _mamba_layer(parts, options, renamed),
+        "*": attention_layer(parts.core_attention, rope=options.rope),
+        "W": attention_layer(
+            TorchCoreAttention, rope=options.swa_rope, window=options.swa_window, sinks=options.swa_sinks
+        ),
+        "G": transformer_layer(
+            TransformerLayer,
+            {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+            input_layernorm=parts.input_norm,
+            self_attention=ModuleSpec(
+                module=_gated_delta_net(),
+                submodules=GatedDeltaNetSubmodules(
+                    in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+        "-": transformer_layer(
+            MLPLayer,
+            {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            pre_mlp_layernorm=parts.input_norm,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=parts.normed_column, linear_fc2=parts.row),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    }
+    unavailable = {}
+    if options.intra:
+        layers["P"] = transformer_layer(
+            TransformerLayer,
+            {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+            input_layernorm=parts.input_norm,
+            self_attention=ModuleSpec(
+                module=IntraHybrid,
+                params={
+                    "sizes": options.intra,
+                    "rope": options.rope,
+                    "a_init_range": options.mamba_a_init_range,
+                    "recompute": options.recompute,
+                },
+                submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        )
+    if parts.moe is not None:
+        layers["E"] = transformer_layer(
+            MoETransformerLayer,
+            {},
+            pre_mlp_layernorm=parts.norm,
+            mlp=parts.moe,
+            mlp_bda=get_bias_dropout_add,
+        )
+    else:
+        unavailable["E"] = "--num-experts is not set"
+    return ModuleSpec(
+        module=HybridLayerStack,
+        submodules=LayerSpecs(layers, parts.norm, _mtp_block_spec(parts), unavailable),
+    )
+
+
+def _mamba_layer(parts: _Parts, options: LayerOptions, renamed: bool) -> ModuleSpec:
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=parts.input_norm,
+            mixer=ModuleSpec(
+                module=HybridMambaMixer,
+                params={
+                    "A_init_range": options.mamba_a_init_range,
+                    "recompute": "ssm" in options.recompute,
+                },
+                submodules=MambaMixerSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+            ),
+            mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"} if renamed else {},
+        ),
+    )
+
+
+def _mtp_block_spec(parts: _Parts) -> ModuleSpec:
+    """Upstream's hybrid MTP block (core/models/hybrid/hybrid_layer_specs.py:72) with this backend's parts."""
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=parts.norm,
+            hnorm=parts.norm,
+            eh_proj=parts.column,
+            mtp_model_layer=None,
+            layer_norm=parts.norm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )
+
+
+def _gated_delta_net() -> type:
+    """Upstream's gated delta net, on its plain torch path when flash-linear-attention is missing."""
+    from megatron.core.ssm.gated_delta_net import common
+
+    if common.chunk_gated_delta_rule is not None:
+        return GatedDeltaNet
+
+    class TorchGatedDeltaNet(GatedDeltaNet):
+        """``deterministic_mode`` selects upstream's torch path, for this layer alone."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            config = copy.copy(config)
+            config.deterministic_mode = True
+            super().__init__(config, *args, **kwargs)
+
+    return TorchGatedDeltaNet
+
+
+def _torch_parts(num_experts: int | None) -> _Parts:
+    return _Parts(
+        norm=RMSNorm,
+        input_norm=RMSNorm,
+        normed_column=ColumnParallelLinear,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        core_attention=TorchCoreAttention,
+        moe=get_moe_module_spec(use_te=False, num_experts=num_experts) if num_experts else None,
+    )
+
+
+def _te_parts(num_experts: int | None) -> _Parts:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return _Parts(
+        norm=TENorm,
+        input_norm=IdentityOp,
+        normed_column=TELayerNormColumnParallelLinear,
+        column=TEColumnParallelLinear,
+        row=TERowParallelLinear,
+        core_attention=TEDotProductAttention,
+        moe=get_moe_module_spec(use_te=True, num_experts=num_experts, moe_grouped_gemm=True) if num_experts else None,
+    )

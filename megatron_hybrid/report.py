@@ -1,0 +1,76 @@
+"""What a run is, in words and in figures."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_hybrid import costs, pattern, recipes
+from megatron_hybrid.flags import Command
+
+
+def list_recipes() -> str:
+    """One line for each recipe."""
+    named = recipes.recipes()
+    width = max(len(r.name) for r in named)
+    return "\n".join(f"{r.name:{width}}  {r.summary}" for r in named)
+
+
+def figures(args: Namespace) -> dict[str, Any]:
+    """Sizes that follow from the arguments: parameters as counts, FLOPs per token."""
+    layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
+    parameters = costs.model_parameters(layers, sizes)
+    return {
+        "recipe": args.recipe,
+        "pattern": args.hybrid_layer_pattern,
+        "backend": args.backend,
+        "device": args.device,
+        "processes": args.world_size,
+        "parameters_total": parameters.total,
+        "parameters_active": parameters.active,
+        "parameters_embedding": parameters.embedding,
+        "training_flops_per_token": costs.training_flops_per_token(layers, sizes),
+    }
+
+
+def announce(args: Namespace, command: Command, notes: list[str]) -> str:
+    """The lines that a run starts with."""
+    lines = [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
+    if args.device == "cpu":
+        asked = "asked for" if command.device == "cpu" else "no CUDA device"
+        lines.append(f"device   CPU engine ({asked}): Megatron's own training loop over gloo, no GPU")
+    lines += [f"note     {note}" for note in notes]
+    lines += [f"warning  {warning}" for warning in command.pattern.warnings()]
+    return "\n".join(lines)
+
+
+def describe(args: Namespace, command: Command) -> str:
+    """The resolved configuration: sizes, layout, and the flags that reach Megatron."""
+    found = figures(args)
+    counts = {symbol: n for symbol, n in command.pattern.counts().items() if n}
+    rows = {
+        "recipe": args.recipe or "none",
+        "pattern": args.hybrid_layer_pattern,
+        "layers": ", ".join(f"{n} {pattern.LAYERS[s].name} ({s})" for s, n in counts.items()),
+        "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active, "
+        f"{found['parameters_embedding']:,} in embeddings)",
+        "training FLOPs per token": f"{found['training_flops_per_token']:.3e}",
+        "sequence length": f"{args.seq_length:,}",
+        "global batch": f"{args.global_batch_size} samples, {args.global_batch_size * args.seq_length:,} tokens",
+        "layout": f"{args.world_size} processes: tensor {args.tensor_model_parallel_size}, pipeline "
+        f"{args.pipeline_model_parallel_size}, context {args.context_parallel_size}, expert "
+        f"{args.expert_model_parallel_size}, data {args.data_parallel_size}",
+        "backend": f"{args.backend} on {args.device}",
+    }
+    width = max(map(len, rows))
+    table = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    return f"{table}\n\nflags\n  " + "\n  ".join(_pairs(command.argv))
+
+
+def _pairs(argv: list[str]) -> list[str]:
+    """Flags with their values, one flag a line."""
+    lines: list[str] = []
+    for arg in argv:
+        if arg.startswith("--") or not lines:
+            lines.append(arg)
+        else:
+            lines[-1] += f" {arg}"
+    return lines

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Pretrains a hybrid language model: flags -> recipe -> pattern -> model -> megatron.training.pretrain().
+
+python pretrain_hybrid.py --list-recipes
+python pretrain_hybrid.py --recipe paper-1b-intra --print-config
+torchrun --nproc_per_node 2 pretrain_hybrid.py --recipe demo --data-path PREFIX ...any Megatron flag...
+"""
+
+import os
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid import flags, report
+
+
+def main(argv: list[str]) -> None:
+    """Runs one training process. A mistake in the flags ends it with one paragraph and exit code 2."""
+    if "--list-recipes" in argv:
+        print(report.list_recipes())
+        return
+    try:
+        command = flags.resolve(argv)
+        from megatron_hybrid.engine import arguments, upstream
+
+        device = arguments.choose_device(command.device)
+        args = arguments.parse(command.argv, device, command.print_config)
+        arguments.check_checkpoint(args)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    from megatron_hybrid.model.stack import HybridLayerStack
+
+    notes = upstream.prepare(device, HybridLayerStack)
+    if args.rank == 0:
+        text = report.describe(args, command) if command.print_config else report.announce(args, command, notes)
+        print(text, flush=True)
+    if not command.print_config:
+        train(args)
+
+
+def train(args: Namespace) -> None:
+    """Builds the model configuration and hands over to Megatron."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_hybrid import costs, pattern
+    from megatron_hybrid.engine import training
+    from megatron_hybrid.model.build import model_config
+
+    layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
+    training.count_flops_with(partial(costs.training_flops, layers, sizes))
+    if args.save:
+        training.write_metrics(Path(args.save) / "metrics.jsonl")
+        training.write_run(Path(args.save) / "run.json", args, report.figures(args))
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config(args)),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
+    """Train, validation and test sets for the wanted numbers of samples."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, samples, partial(reads_data, vp_stage), config).build()
+
+
+def reads_data(vp_stage: int | None) -> bool:
+    """Whether this rank loads samples: the first rank of each tensor-parallel group, at both pipeline ends."""
+    from megatron.core import mpu
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    """One micro-batch: per-token losses [b, s], and the function that reduces them."""
+    from megatron_hybrid.engine.training import next_batch
+
+    batch = next_batch(data_iterator, model)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return losses, partial(loss, batch["loss_mask"])
+
+
+def loss(mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Sum of the losses under the mask, number of tokens, and both for the log."""
+    import torch
+
+    total = (losses.view(-1).float() * mask.view(-1)).sum()
+    tokens = mask.sum().int()
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

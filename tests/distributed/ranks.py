@@ -1,0 +1,119 @@
+"""Gloo processes that are started once for each world size and run many cases.
+
+Importing Megatron takes seconds; starting it for every case would take most of the suite's time.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 300.0
+"""Longest case; beyond it a collective is taken to hang."""
+
+
+class Ranks:
+    """``size`` processes with the CPU engine and one default process group over Gloo."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._logs = Path(tempfile.mkdtemp(prefix=f"ranks{size}-"))
+
+    def run(self, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
+        """Calls ``function(**kwargs)`` on every rank.
+
+        Args:
+            function: A module-level function of an importable module.
+
+        Returns:
+            One result for each rank, in order.
+
+        Raises:
+            AssertionError: A rank failed or hung; the text holds the first failing rank's traceback.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, kwargs))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"rank {rank} of {self.size} did not finish in {TIMEOUT_S} s: {self._log(rank)}")
+            try:
+                failed, value = pipe.recv()
+            except EOFError:
+                failed, value = True, f"rank {rank} died: {self._log(rank)}"
+            if failed:
+                self.close()  # the others may wait in a collective
+                raise AssertionError(f"rank {rank} of {self.size} failed:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        """Ends the processes; the next :meth:`run` starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            log = self._logs / f"rank{rank}.log"
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, log), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _log(self, rank: int) -> str:
+        return (self._logs / f"rank{rank}.log").read_text(errors="replace")[-3000:]
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    from megatron_hybrid.engine import arguments, cpu, upstream
+
+    torch.set_num_threads(1)
+    cpu.install()
+    arguments.import_megatron_quietly()
+    from megatron_hybrid.model.stack import HybridLayerStack
+
+    upstream.prepare("cpu", HybridLayerStack)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    while True:
+        try:
+            function, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (False, function(**kwargs))
+        except BaseException:
+            answer = (True, traceback.format_exc())
+        sys.stdout.flush()
+        pipe.send(answer)

@@ -1,0 +1,77 @@
+"""Every parallel layout against one process, from the same weights."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.training import folder, initial_checkpoint, losses
+
+TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+EP2 = "--expert-model-parallel-size 2"
+CP2 = "--context-parallel-size 2"
+DP = "--use-distributed-optimizer"
+
+# fp32 sums in another order: 1e-5 relative leaves a factor of about 30 to what is seen after three steps
+RTOL = 1e-5
+
+PATTERNS = ["M-*-", "W-P-", "MEPE", "M-M-P-M-M-", "G-M-"]
+
+
+def _at(pattern: str, *positions: int) -> str:
+    """The pattern with stage boundaries in front of these layers."""
+    return "".join(("|" if i in positions else "") + symbol for i, symbol in enumerate(pattern))
+
+
+def _layouts(pattern: str) -> list[tuple[str, int, str, str]]:
+    """Name, processes, pattern with boundaries, flags."""
+    half = len(pattern) // 2
+    quarters = [len(pattern) * i // 4 for i in (1, 2, 3)]
+    moe = "E" in pattern
+    rows = [
+        ("dp2", 2, pattern, DP),
+        ("pp2", 2, _at(pattern, half), f"{PP2} {DP}"),
+        ("pp2-vpp2", 2, _at(pattern, *quarters), f"{PP2} {DP}"),
+        ("cp2", 2, pattern, f"{CP2} {DP}"),
+        ("tp2-sp", 2, pattern, f"{TP2} {SP} {DP}"),
+        ("tp2-sp-pp2", 4, _at(pattern, half), f"{TP2} {SP} {PP2} {DP}"),
+        ("tp2-sp-cp2", 4, pattern, f"{TP2} {SP} {CP2} {DP}"),
+        ("tp2-sp-dp2", 4, pattern, f"{TP2} {SP} {DP}"),
+        ("pp2-cp2", 4, _at(pattern, half), f"{PP2} {CP2} {DP}"),
+    ]
+    if moe:
+        rows += [
+            ("ep2", 2, pattern, f"{EP2} {DP}"),
+            ("ep2-tp2-sp", 4, pattern, f"{EP2} {TP2} {SP} --expert-tensor-parallel-size 2 {DP}"),
+            ("ep2-etp1-tp2-sp", 4, pattern, f"{EP2} {TP2} {SP} --expert-tensor-parallel-size 1 {DP}"),
+            ("ep2-pp2", 4, _at(pattern, half), f"{EP2} {PP2} {DP}"),
+        ]
+    else:
+        rows += [("tp2", 2, pattern, f"{TP2} {DP}"), ("tp2-pp2", 4, _at(pattern, half), f"{TP2} {PP2} {DP}")]
+    return rows
+
+
+CASES = [(pattern, *row) for pattern in PATTERNS for row in _layouts(pattern)]
+
+
+@pytest.fixture(scope="module")
+def reference(ranks, tmp_path_factory):
+    """``reference(pattern)``: folder of the weights, and the single process's losses and norms."""
+    known: dict[str, tuple[str, list]] = {}
+
+    def of(pattern: str) -> tuple[str, list]:
+        if pattern not in known:
+            where = folder(Path(tmp_path_factory.mktemp("weights")))
+            ranks(1).run(initial_checkpoint, pattern=pattern, folder=where)
+            known[pattern] = where, ranks(1).run(losses, pattern=pattern, load=where, flags="")[0]
+        return known[pattern]
+
+    return of
+
+
+@pytest.mark.parametrize(("pattern", "name", "size", "staged", "flags"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_layout_equals_one_process(ranks, reference, pattern, name, size, staged, flags):
+    where, expected = reference(pattern)
+    for rank, found in enumerate(ranks(size).run(losses, pattern=staged, load=where, flags=flags)):
+        for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert ours == pytest.approx(theirs, rel=RTOL), f"{name}, rank {rank}, step {step}"
