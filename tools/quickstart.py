@@ -115,7 +115,7 @@ class Quickstart:
         }
         metrics = self.run_dir / "metrics.jsonl"
         progress = Progress(metrics, self.run_dir)
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then ends all ranks.
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
             try:
@@ -128,8 +128,7 @@ class Quickstart:
                 raise
         progress.close()
         if process.returncode:
-            tail = self.log.read_text("utf-8", errors="replace").splitlines()[-40:]
-            print("\n".join(tail), file=sys.stderr)
+            print(failure_lines(self.log), file=sys.stderr)
             raise StepFailed(
                 f"training ended with exit code {process.returncode}; the end of {self.log} is "
                 "above. Running the same command again continues from the last checkpoint."
@@ -179,6 +178,13 @@ class Progress:
             print(flush=True)
 
 
+def failure_lines(log: Path, count: int = 30) -> str:
+    """Return the last lines of a log before the launcher's own report, which never holds the cause."""
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    launcher = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line and line[:1] in "EW"]
+    return "\n".join(lines[: launcher[0] if launcher else None][-count:])
+
+
 def call_tool(name: str, *arguments: str) -> None:
     """Run one of the tools; raises StepFailed if it fails (it has said why)."""
     command = [sys.executable, str(TOOLS / name), *arguments]
@@ -188,11 +194,14 @@ def call_tool(name: str, *arguments: str) -> None:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a command and all processes of its session: politely, then, after 20 s, at once."""
+    """End a command and all processes of its session: politely, then at once.
+
+    torchrun's ranks have sessions of their own; it ends them itself, within 30 s.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
-            process.wait(timeout=20)
+            process.wait(timeout=40)
             return
         except ProcessLookupError:
             return

@@ -6,7 +6,6 @@ Megatron loads it with --tokenizer-type SentencePieceTokenizer --tokenizer-model
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def main() -> None:
         default=64_000_000,
         help="train on the first that many bytes (default: 64,000,000)",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     for path in args.input:
         require_file(path)
@@ -38,7 +36,6 @@ def main() -> None:
         args.vocab_size,
         args.output,
         args.sample_bytes,
-        args.threads,
     )
     print(f"{args.output}: {args.vocab_size:,} ids, trained on {used:,} bytes of text")
 

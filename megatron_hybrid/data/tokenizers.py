@@ -71,7 +71,7 @@ def load_tokenizer(kind: str, model: Path) -> Tokenizer:
     return TOKENIZERS[kind](model)
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: Path, sample_bytes: int, threads: int) -> int:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: Path, sample_bytes: int) -> int:
     """Train a BPE model with byte fallback on the first ``sample_bytes`` of the texts; save it.
 
     Nothing is normalised and spaces are kept, so text and code are restored exactly from their
@@ -98,7 +98,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: Path, sam
                 bos_id=1,
                 eos_id=2,
                 pad_id=3,
-                num_threads=threads,
+                num_threads=1,  # the number is stored in the model, and two gain nothing for BPE
                 minloglevel=2,
             )
         except RuntimeError as error:

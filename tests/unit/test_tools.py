@@ -1,0 +1,216 @@
+"""The command-line tools, run as a user runs them, and the quickstart around a stand-in training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import quickstart
+import summarize_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRAINING = """
+import json, os, sys, time
+from pathlib import Path
+run = Path(sys.argv[1])
+(run / "run.json").write_text(json.dumps({"args": {"train_iters": 3}}))
+with (run / "metrics.jsonl").open("a") as stream:
+    for i in (1, 2, 3):
+        record = {"iteration": i, "loss": 4.0 - i, "tokens": 64 * i, "tokens_per_second": 5000.0 + i}
+        stream.write(json.dumps(record) + "\\n")
+print("training says hello")
+"""
+"""A program with the files of a training: what is tested is what the quickstart does around it."""
+
+
+def tool(name, *arguments, **environment):
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A corpus of real text: the documents of one package of the standard library."""
+    source = Path(json.__file__).parent
+    done = tool("build_stdlib_corpus", "--source", source, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "corpus.jsonl"
+
+
+def test_from_sources_to_data_set(corpus, tmp_path):
+    count = len(corpus.read_text().splitlines())
+    model = tmp_path / "tok.model"
+    done = tool("train_tokenizer", "--input", corpus, "--vocab-size", 400, "--output", model)
+    assert done.returncode == 0 and "400 ids" in done.stdout, done.stderr
+    arguments = ["--input", corpus, corpus, "--tokenizer-model", model, "--output-prefix", tmp_path / "v1.0"]
+    done = tool("preprocess_data", *arguments, "--append-eod", "--workers", 1)
+    assert done.returncode == 0 and f"{2 * count} documents" in done.stdout, done.stderr
+    assert (tmp_path / "v1.0_text_document.bin").exists() and (tmp_path / "v1.0_text_document.idx").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("build_stdlib_corpus", "--source {tmp}/none --output {tmp}", "holds no Python sources"),
+        ("train_tokenizer", "--input {tmp}/none --vocab-size 300 --output {tmp}/m", "none does not exist"),
+        ("train_tokenizer", "--input {tmp} --vocab-size 300 --output {tmp}/m", "is a directory"),
+        ("train_tokenizer", "--input {tmp}/a --vocab-size 9999 --output {tmp}/m", "vocabulary of 9999"),
+        ("preprocess_data", "--input {tmp}/a --tokenizer-model {tmp}/m --output-prefix {tmp}/o", "m does not exist"),
+        ("summarize_run", "{tmp}", "metrics.jsonl does not exist"),
+    ],
+)
+def test_user_errors_are_one_paragraph(tmp_path, name, arguments, message):
+    (tmp_path / "a").write_text('{"text": "little text"}\n')
+    done = tool(name, *arguments.format(tmp=tmp_path).split())
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+# --- summary ---------------------------------------------------------------------------------------
+
+
+def write_run(run_dir):
+    """A run that was interrupted after iteration 3 with a half-written line, and resumed from 2."""
+    run_dir.mkdir(parents=True)
+    train = [(1, 8.0), (2, 6.0), (3, 99.0), None, (3, 4.0), (4, 2.5)]
+    lines = []
+    for entry in train:
+        if entry is None:
+            lines.append('{"iteration": 4, "lo')
+            continue
+        iteration, loss = entry
+        record = {"iteration": iteration, "loss": loss, "tokens": 1000 * iteration, "tokens_per_second": None}
+        lines.append(json.dumps(record | ({"tokens_per_second": 100.0 * iteration} if iteration > 1 else {})))
+    lines.insert(2, json.dumps({"iteration": 2, "validation_loss": 6.5, "validation": "validation"}))
+    lines.append(json.dumps({"iteration": 4, "validation_loss": 3.25, "validation": "validation"}))
+    lines.append(json.dumps({"iteration": 4, "validation_loss": 77.0, "validation": "test"}))
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    info = {"recipe": "demo", "pattern": "M-P-*-ME", "parameters_total": 1234567, "parameters_active": 765432}
+    (run_dir / "run.json").write_text(json.dumps(info | {"device": "cpu", "processes": 2}))
+    (run_dir / "latest_checkpointed_iteration.txt").write_text("4")
+
+
+def test_summary_of_a_resumed_run(tmp_path):
+    run_dir = tmp_path / "run"
+    write_run(run_dir)
+    done = tool("summarize_run", run_dir)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip().split("  ", 1) for line in done.stdout.splitlines() if "  " in line.strip())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["pattern"] == "M-P-*-ME"
+    assert rows["parameters"] == "1,234,567 in all, 765,432 active"
+    assert rows["tokens seen"] == "4,000"
+    assert rows["train loss"] == "8.000 (iteration 1) -> 2.500 (iteration 4)"
+    assert rows["validation loss"] == "6.500 (iteration 2) -> 3.250 (iteration 4)"
+    assert rows["tokens per second"] == "300"  # the median of 200, 300, 400
+    assert rows["processes"] == "2 on cpu"
+    assert rows["checkpoint"] == str(run_dir / "iter_0000004")
+    assert "--print-config" in done.stdout and "pretrain.sbatch" in done.stdout
+    assert (run_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_summary_without_run_json_or_validation(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\nnoise\n[1]\n{"loss": 1}\n')
+    metrics = summarize_run.collect(summarize_run.read_records(tmp_path / "metrics.jsonl"))
+    text = summarize_run.summary(tmp_path, metrics, summarize_run.read_run_info(tmp_path))
+    assert [line.split()[0] for line in text.splitlines()] == ["iterations", "train"]
+
+
+# --- quickstart ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(tmp_path):
+    return quickstart.Quickstart(tmp_path / "work", None)
+
+
+def stand_in(steps, code=TRAINING):
+    return [sys.executable, "-c", code, str(steps.run_dir)]
+
+
+def test_steps_are_skipped_and_follow_a_rebuilt_one(steps, monkeypatch, capsys):
+    calls = []
+
+    def make(path, name):
+        calls.append(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    index = steps.data_prefix.with_name("corpus_text_document.idx")
+    monkeypatch.setattr(steps, "build_corpus", lambda: make(steps.corpus, "corpus"))
+    monkeypatch.setattr(steps, "train_tokenizer", lambda: make(steps.tokenizer, "tokenizer"))
+    monkeypatch.setattr(steps, "preprocess", lambda: make(index, "preprocess"))
+    monkeypatch.setattr(steps, "pretrain_command", lambda: stand_in(steps))
+    steps.run()
+    assert calls == ["corpus", "tokenizer", "preprocess"]
+    assert "iteration 3/3  loss 1.000  5,003 tokens/s" in capsys.readouterr().out
+
+    calls.clear()
+    steps.rebuilt = False
+    steps.run()
+    assert calls == []
+    out = capsys.readouterr().out
+    assert [f"[{name}] done before" in out for name in ("corpus", "tokenizer", "preprocess", "pretrain")] == [True] * 4
+    assert len((steps.run_dir / "metrics.jsonl").read_text().splitlines()) == 3, "not trained again"
+
+    steps.tokenizer.unlink()
+    steps.run()
+    assert calls == ["tokenizer", "preprocess"]
+    old = [path for path in steps.run_dir.parent.iterdir() if path.name.startswith("run.")]
+    assert len(old) == 1 and (old[0] / "metrics.jsonl").exists(), "the run on the old ids is set aside"
+    assert len((steps.run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_failed_training_shows_the_cause(steps, capsys):
+    steps.run_dir.mkdir(parents=True)
+    code = (
+        "print('a' * 50, flush=True); print('ValueError: the cause')\n"
+        "print('E1123 15:26:04 9818 torch/distributed/elastic/multiprocessing/api.py:986] failed')\n"
+        "print('noise\\n' * 100); raise SystemExit(3)"
+    )
+    with pytest.raises(quickstart.StepFailed, match="exit code 3"):
+        steps.pretrain(stand_in(steps, code))
+    err = capsys.readouterr().err
+    assert "ValueError: the cause" in err and "noise" not in err
+    assert not steps.done.exists()
+
+
+def test_interrupt_ends_the_training_and_a_second_start_continues(steps, tmp_path):
+    child = tmp_path / "child.pid"
+    code = f"""
+import os, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(child)!r} + ".tmp", "w").write(str(rank.pid)); os.rename({str(child)!r} + ".tmp", {str(child)!r})
+time.sleep(60)
+"""
+    program = (
+        "import sys; sys.path.insert(0, 'tools'); import quickstart, signal; from pathlib import Path\n"
+        f"steps = quickstart.Quickstart(Path({str(steps.run_dir.parent)!r}), None)\n"
+        f"steps.pretrain([sys.executable, '-c', {code!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not child.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode != 0 and "run the same command again" in out
+    rank = Path(f"/proc/{child.read_text()}/stat")
+    # Gone, or a zombie that waits for its new parent to collect it.
+    assert not rank.exists() or rank.read_text().split()[2] == "Z"
+    assert not steps.done.exists()
+
+
+def test_training_command_is_what_the_user_is_told(steps):
+    command = quickstart.Quickstart(steps.run_dir.parent, 7).pretrain_command()
+    pairs = dict(zip(command, command[1:], strict=False))
+    assert pairs["--save"] == pairs["--load"] == str(steps.run_dir)
+    assert pairs["--nproc_per_node"] == "2" and pairs["--recipe"] == "demo" and pairs["--device"] == "cpu"
+    assert pairs["--train-iters"] == "7" and "--train-iters" not in steps.pretrain_command()
