@@ -85,11 +85,12 @@ make_venv() {
 }
 
 # Everything is pinned, so nothing is resolved (--no-deps). Byte-compiling all 40,000 files would
-# take longer than the first imports lose without it (--no-compile).
+# take longer than the first imports lose without it (--no-compile). Called in the background, where
+# exec makes pip itself the process that an interrupt ends.
 pip_install() {
     log=$1
     shift
-    "$VENV/bin/python" -m pip install --no-deps --no-compile --no-input --progress-bar off \
+    exec "$VENV/bin/python" -m pip install --no-deps --no-compile --no-input --progress-bar off \
         --disable-pip-version-check "$@" >"$log" 2>&1
 }
 
