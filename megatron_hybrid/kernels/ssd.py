@@ -124,14 +124,12 @@ def ssd_chunk_scan(
     if D is not None:
         D = (D if D.dim() == 2 else D[:, None]).to(dtype).expand(x.shape[2:])
     doc = None if seq_idx is None else document_number(seq_idx)
-    y, final_states = _ChunkScan.apply(x, dt, a, B, C, D, initial_states, doc, chunk_size)
-    if z is not None:
-        y = y * F.silu(z)
+    y, final_states = _ChunkScan.apply(x, dt, a, B, C, D, z, initial_states, doc, chunk_size)
     return (y, final_states) if return_final_states else y
 
 
 class _ChunkScan(torch.autograd.Function):
-    """The scan itself; the discretisation and the gate around it are left to autograd.
+    """The scan and its gate; the discretisation around it is left to autograd.
 
     The sequence is walked in segments of some chunks. Only the inputs and the state at the start
     of every chunk are kept for the backward, which walks the segments in reverse and computes
@@ -139,43 +137,46 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, D, initial_states, doc, chunk_size):
+    def forward(ctx, x, dt, a, B, C, D, z, initial_states, doc, chunk_size):
         b, _, h, p = x.shape
         g, n = B.shape[2:]
         state = _to_group_major(initial_states, b, h, p, g, n, dt)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         starts = []
         for segment in _segments(x, chunk_size):
-            y_seg, states, state = _segment_forward(segment, x, dt, a, B, C, D, doc, state)
+            y_seg, states, state = _segment_forward(segment, x, dt, a, B, C, D, z, doc, state)
             segment.of(y).copy_(y_seg)
             starts.append(states)
-        ctx.save_for_backward(x, dt, a, B, C, D, doc, *starts)
+        ctx.save_for_backward(x, dt, a, B, C, D, z, doc, *starts)
         ctx.chunk_size = chunk_size
         ctx.initial_dtype = None if initial_states is None else initial_states.dtype
         return y, _to_head_major(state, h, p)
 
     @staticmethod
     def backward(ctx, dy, d_final):
-        x, dt, a, B, C, D, doc, *starts = ctx.saved_tensors
+        x, dt, a, B, C, D, z, doc, *starts = ctx.saved_tensors
         b, _, h, p = x.shape
         g, n = B.shape[2:]
         d_state = _to_group_major(d_final, b, h, p, g, n, dt)
-        dx, d_dt, d_a, dB, dC = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, a, B, C)
-        )
+        dx, d_dt, d_a, dB, dC, dz = wholes = [
+            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (x, dt, a, B, C, z)
+        ]
         dD = None if D is None else torch.zeros_like(D, memory_format=torch.contiguous_format)
-        for segment, states in reversed(
-            list(zip(_segments(x, ctx.chunk_size), starts, strict=True))
-        ):
-            grads, d_state = _segment_backward(segment, x, dt, a, B, C, D, doc, states, dy, d_state)
-            for whole, part in zip((dx, d_dt, d_a, dB, dC), grads, strict=True):
-                segment.of(whole).copy_(part)
+        segments = _segments(x, ctx.chunk_size)
+        for segment, states in zip(reversed(segments), reversed(starts), strict=True):
+            parts, dD_part, d_state = _segment_backward(
+                segment, x, dt, a, B, C, D, z, doc, states, dy, d_state
+            )
+            for whole, part in zip(wholes, parts, strict=True):
+                if whole is not None:
+                    segment.of(whole).copy_(part)
             if dD is not None:
-                dD += (segment.of(dy) * segment.of(x)).sum((0, 1, 2), dtype=dD.dtype)
+                dD += dD_part
         d_initial = None
         if ctx.initial_dtype is not None:
             d_initial = _to_head_major(d_state, h, p).to(ctx.initial_dtype)
-        return dx, d_dt, d_a, dB, dC, dD, d_initial, None, None
+        return dx, d_dt, d_a, dB, dC, dD, dz, d_initial, None, None
 
 
 class _Segment(NamedTuple):
@@ -249,7 +250,7 @@ def _scores(C: Tensor, B: Tensor, crosses: Tensor | None, mm_dtype: torch.dtype)
     return scores if crosses is None else scores.masked_fill_(crosses, 0.0)
 
 
-def _segment_forward(segment, x, dt, a, B, C, D, doc, state):
+def _segment_forward(segment, x, dt, a, B, C, D, z, doc, state):
     g, mm_dtype = B.shape[2], _matmul_dtype(x)
     dtype = dt.dtype
     x, dt = segment.of(x).to(dtype), segment.of(dt)
@@ -267,16 +268,21 @@ def _segment_forward(segment, x, dt, a, B, C, D, doc, state):
     y += inside.flatten(2, 3).transpose(2, 3)
     if D is not None:
         y.addcmul_(D, x)
+    if z is not None:
+        y *= F.silu(segment.of(z).to(dtype))
     return y, states, state
 
 
-def _segment_backward(segment, x, dt, a, B, C, D, doc, states, dy, d_state):
+def _segment_backward(segment, x, dt, a, B, C, D, z, doc, states, dy, d_state):
     g, mm_dtype = B.shape[2], _matmul_dtype(x)
     dtype = dt.dtype
     x, dy, dt = segment.of(x).to(dtype), segment.of(dy).to(dtype), segment.of(dt)
     B, C = (segment.of(t).to(dtype).transpose(2, 3) for t in (B, C))
     decay = _decays(segment, a, doc)
     x_dt = x * dt[..., None]
+    if z is not None:
+        d_gated, z = dy, segment.of(z).to(dtype)
+        dy = dy * F.silu(z)
 
     # Through the states: y_i = from_start_i C_i S and S' = whole S + sum_j to_end_j B_j x_j^T.
     dy_start = dy * decay.from_start[..., None]
@@ -286,7 +292,8 @@ def _segment_backward(segment, x, dt, a, B, C, D, doc, states, dy, d_state):
     )
     d_whole = _heads_last(states * d_states, (*x.shape[:2], B.shape[-1], *x.shape[3:]))
     d_whole = d_whole.sum((2, 4)) * decay.whole
-    d_start = (_heads_last(_mm(C, states, mm_dtype), x.shape) * dy_start).sum(-1)
+    from_states = _heads_last(_mm(C, states, mm_dtype), x.shape)
+    d_start = (from_states * dy_start).sum(-1)
     dC = _mm(dy_rows, states.mT, mm_dtype)
     x_end = x_dt * decay.to_end[..., None]
     dB = _mm(_rows(x_end, g), d_states.mT, mm_dtype)
@@ -307,17 +314,27 @@ def _segment_backward(segment, x, dt, a, B, C, D, doc, states, dy, d_state):
     mixing = matrix.mul_(scores[:, :, :, None])
     dx += _mm(mixing.mT, dy_heads, mm_dtype).flatten(2, 3).transpose(2, 3)
 
-    # d/da_t collects every path over step t. The diagonal (i = j) crosses no step and is left
-    # out, so that strong decay does not leave the small rest to a cancellation.
-    paths = d_mixing.mul_(scores.tril(-1)[:, :, :, None])
-    inside = (paths.sum(-1) - paths.sum(-2)).flatten(2, 3).transpose(2, 3)
-    d_a = _reverse_cumsum(inside + d_start) + (d_end.cumsum(2) - d_end) + d_whole[:, :, None]
+    dz = None
+    if z is not None:
+        y = from_states * decay.from_start[..., None]
+        y += _mm(mixing, x_heads, mm_dtype).flatten(2, 3).transpose(2, 3)
+        if D is not None:
+            y.addcmul_(D, x)
+        dz = torch.ops.aten.silu_backward(y.mul_(d_gated), z)
+
+    # d/da_t is the sum over all paths from a token before t to one at or after t. Summing them as
+    # they are, rather than the row sums less the column sums, costs one more pass and leaves no
+    # rounding residue of paths that do not cross t: it is zero across documents.
+    paths = d_mixing.mul_(scores[:, :, :, None]).tril_(-1).cumsum_(-1).tril_(-1).sum(-2)
+    d_a = _shift(paths.flatten(2, 3).transpose(2, 3)) + _shift(d_end.cumsum(2))
+    d_a += d_start.flip(2).cumsum(2).flip(2) + d_whole[:, :, None]
 
     d_dt = (dx * x).sum(-1)
     dx = dx.mul_(dt[..., None])
     if D is not None:
         dx.addcmul_(D, dy)
-    return (dx, d_dt, d_a, dB.transpose(2, 3), dC.transpose(2, 3)), d_state
+    dD = None if D is None else (dy * x).sum((0, 1, 2))
+    return (dx, d_dt, d_a, dB.transpose(2, 3), dC.transpose(2, 3), dz), dD, d_state
 
 
 def _pass_states(state: Tensor, whole: Tensor, updates: Tensor, reverse: bool = False):
@@ -394,9 +411,9 @@ def _to_head_major(states: Tensor, h: int, p: int) -> Tensor:
     return states.view(b, g, n, h // g, p).permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
 
-def _reverse_cumsum(t: Tensor) -> Tensor:
-    """Sum over dim 2 from each position to the end."""
-    return t.flip(2).cumsum(2).flip(2)
+def _shift(t: Tensor) -> Tensor:
+    """Move by one along dim 2, [b, k, q, h], with a zero in front."""
+    return F.pad(t[:, :, :-1], (0, 0, 1, 0))
 
 
 def _discretise(dt, dt_bias, dt_softplus, dt_limit) -> Tensor:
