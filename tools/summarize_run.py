@@ -18,7 +18,7 @@ from megatron_hybrid.data import cli
 from megatron_hybrid.data.files import atomic_write
 
 NEXT_STEPS = """\
-Next:
+Next (after `source .venv/bin/activate`):
   the full recipes      python pretrain_hybrid.py --list-recipes
   one of them in full   python pretrain_hybrid.py --recipe paper-1b-intra --print-config
   on CUDA GPUs          torchrun --nproc_per_node 8 pretrain_hybrid.py --recipe paper-1b-intra \\
@@ -144,6 +144,8 @@ def _first_last(values: dict[int, float]) -> str | None:
     if not values:
         return None
     (first, start), (last, end) = list(values.items())[0], list(values.items())[-1]
+    if first == last:
+        return f"{end:.3f} (iteration {last:,})"
     return f"{start:.3f} (iteration {first:,}) -> {end:.3f} (iteration {last:,})"
 
 
