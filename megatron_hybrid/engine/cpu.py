@@ -110,6 +110,8 @@ class _CudaToCpu(TorchFunctionMode):
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
                 kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):  # core/models/common/embeddings/rope_utils.py:59; pinning needs a driver
+                kwargs = {**kwargs, "pin_memory": False}
         for arg in args:
             if isinstance(arg, (str, torch.device)) and _is_cuda(arg):
                 args = tuple(_CPU if isinstance(a, (str, torch.device)) and _is_cuda(a) else a for a in args)

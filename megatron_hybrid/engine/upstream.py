@@ -39,6 +39,7 @@ def prepare(device: str, stack: type) -> list[str]:
         notes.append("Adam: plain PyTorch (neither Transformer Engine nor Apex is installed)")
     if device == "cpu":
         give_all_to_all_its_splits()
+        gather_unequal_parts_over_gloo()
     return notes
 
 
@@ -168,3 +169,36 @@ def give_all_to_all_its_splits() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def gather_unequal_parts_over_gloo() -> None:
+    """Gathers and reduce-scatters parts of unequal length (core/tensor_parallel/mappings.py:118, :159).
+
+    Expert tensor parallelism with expert parallelism does so; NCCL can, Gloo refuses. Here both are an
+    all-reduce of the whole.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_along_first_dim(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        whole = input_.new_zeros(sum(output_split_sizes), *input_.shape[1:])
+        whole.split(output_split_sizes)[group.rank()].copy_(input_)
+        torch.distributed.all_reduce(whole, group=group)
+        return whole
+
+    def reduce_scatter_along_first_dim(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        whole = input_.clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_along_first_dim
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim

@@ -124,7 +124,9 @@ def ssd_chunk_scan(
     if D is not None:
         D = (D if D.dim() == 2 else D[:, None]).to(dtype).expand(x.shape[2:])
     doc = None if seq_idx is None else document_number(seq_idx)
-    y, final_states = _ChunkScan.apply(x, dt, a, B, C, D, z, initial_states, doc, chunk_size)
+    # Chosen once: forward and backward must cut the sequence alike, compiled or not.
+    step = _chunks_per_segment(x, chunk_size)
+    y, final_states = _ChunkScan.apply(x, dt, a, B, C, D, z, initial_states, doc, chunk_size, step)
     return (y, final_states) if return_final_states else y
 
 
@@ -137,18 +139,18 @@ class _ChunkScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, D, z, initial_states, doc, chunk_size):
+    def forward(ctx, x, dt, a, B, C, D, z, initial_states, doc, chunk_size, step):
         b, _, h, p = x.shape
         g, n = B.shape[2:]
         state = _to_group_major(initial_states, b, h, p, g, n, dt)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         starts = []
-        for segment in _segments(x, chunk_size):
+        for segment in _segments(x.shape[1], chunk_size, step):
             y_seg, states, state = _segment_forward(segment, x, dt, a, B, C, D, z, doc, state)
             segment.of(y).copy_(y_seg)
             starts.append(states)
         ctx.save_for_backward(x, dt, a, B, C, D, z, doc, *starts)
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.step = chunk_size, step
         ctx.initial_dtype = None if initial_states is None else initial_states.dtype
         return y, _to_head_major(state, h, p)
 
@@ -163,7 +165,7 @@ class _ChunkScan(torch.autograd.Function):
             for t in (x, dt, a, B, C, z)
         ]
         dD = None if D is None else torch.zeros_like(D, memory_format=torch.contiguous_format)
-        segments = _segments(x, ctx.chunk_size)
+        segments = _segments(x.shape[1], ctx.chunk_size, ctx.step)
         for segment, states in zip(reversed(segments), reversed(starts), strict=True):
             parts, dD_part, d_state = _segment_backward(
                 segment, x, dt, a, B, C, D, z, doc, states, dy, d_state
@@ -176,7 +178,7 @@ class _ChunkScan(torch.autograd.Function):
         d_initial = None
         if ctx.initial_dtype is not None:
             d_initial = _to_head_major(d_state, h, p).to(ctx.initial_dtype)
-        return dx, d_dt, d_a, dB, dC, dD, dz, d_initial, None, None
+        return dx, d_dt, d_a, dB, dC, dD, dz, d_initial, None, None, None
 
 
 class _Segment(NamedTuple):
@@ -193,14 +195,17 @@ class _Segment(NamedTuple):
         )
 
 
-def _segments(x: Tensor, chunk_size: int) -> list[_Segment]:
+def _chunks_per_segment(x: Tensor, chunk_size: int) -> int:
     b, length, h, _ = x.shape
-    whole, rest = divmod(length, chunk_size)
-    step = max(1, whole)
     # A compiled graph would unroll the loop; its fused kernels need no cache blocking.
-    if not torch.compiler.is_compiling():
-        budget = _SEGMENT_ELEMENTS.get(x.device.type, _SEGMENT_ELEMENTS["cuda"])
-        step = max(1, budget // (b * h * chunk_size**2))
+    if torch.compiler.is_compiling():
+        return max(1, length // chunk_size)
+    budget = _SEGMENT_ELEMENTS.get(x.device.type, _SEGMENT_ELEMENTS["cuda"])
+    return max(1, budget // (b * h * chunk_size**2))
+
+
+def _segments(length: int, chunk_size: int, step: int) -> list[_Segment]:
+    whole, rest = divmod(length, chunk_size)
     segments = [
         _Segment(c * chunk_size, min(step, whole - c), chunk_size) for c in range(0, whole, step)
     ]

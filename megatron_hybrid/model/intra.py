@@ -13,7 +13,8 @@ those of one tensor-parallel rank.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,5 +297,7 @@ class IntraHybrid(MegatronModule):
             )
         for name, parts, dim in (("in_proj", self.in_parts, 0), ("out_proj", self.out_parts, 1)):
             key = f"{prefix}{name}.weight"
-            result[key] = _split_tensor_factory(result[key], list(parts.values()), list(parts), dim)
+            factory = _split_tensor_factory(result[key], list(parts.values()), list(parts), dim)
+            # upstream's factory puts the parts together along the first dimension whatever it split
+            result[key] = replace(factory, merge_fn=partial(torch.cat, dim=dim))
         return result

@@ -8,13 +8,14 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 300.0
+TIMEOUT_S = 120.0
 """Longest case; beyond it a collective is taken to hang."""
 
 
@@ -43,20 +44,26 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, kwargs))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(TIMEOUT_S):
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(results) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, deadline - time.monotonic())
+            if not ready:
+                late = self._pipes.index(waiting[0])
                 self.close()
-                raise AssertionError(f"rank {rank} of {self.size} did not finish in {TIMEOUT_S} s: {self._log(rank)}")
-            try:
-                failed, value = pipe.recv()
-            except EOFError:
-                failed, value = True, f"rank {rank} died: {self._log(rank)}"
-            if failed:
-                self.close()  # the others may wait in a collective
-                raise AssertionError(f"rank {rank} of {self.size} failed:\n{value}")
-            results.append(value)
-        return results
+                raise AssertionError(f"rank {late} of {self.size} did not end in {TIMEOUT_S} s: {self._log(late)}")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failed, value = True, f"it died: {self._log(rank)}"
+                if failed:
+                    self.close()  # the others may wait in a collective
+                    raise AssertionError(f"rank {rank} of {self.size} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
         """Ends the processes; the next :meth:`run` starts new ones."""
@@ -73,7 +80,7 @@ class Ranks:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             log = self._logs / f"rank{rank}.log"
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, log), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, log))
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -54,6 +54,7 @@ class Run:
         """One training step on the batch of its iteration: loss (averaged over ranks) and gradient norm."""
         import torch
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.rerun_state_machine import RerunDataIterator
         from megatron.core.utils import get_model_config
         from megatron.training.training import train_step
 
@@ -65,7 +66,7 @@ class Run:
             config.grad_scale_func = self.optimizer.scale_loss
         for chunk in self.model:
             chunk.train()
-        batches = [self._batches() for _ in self.model]
+        batches = [RerunDataIterator(self._batches()) for _ in self.model]
         losses, *_, grad_norm, _, _ = train_step(
             self.forward_step,
             batches if len(batches) > 1 else batches[0],
