@@ -1,0 +1,140 @@
+"""The attention kernel against attention written with one loop for each index, and against float64.
+
+Errors are relative to the largest entry of the float64 tensor; both sides get the same (already rounded) inputs.
+"""
+
+import math
+
+import pytest
+import torch
+
+from megatron_hybrid.kernels.attention import attention, attention_reference, visible
+
+# fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add
+# like a random walk to about 1e-6; a factor of five for the unlucky one. A wrong mask entry shows at 1e-2 or more.
+# bf16: scores are accumulated in fp32, but the weights are rounded before they meet V and the gradients before
+# they meet Q and K: some roundings of half a unit (2^-9 = 2e-3, up to 2^-8) each, of which a few may add.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
+LENGTHS = [1, 63, 65, 130]
+WINDOWS = [(None, 0), (9, 0), (9, 3), (1, 1), (64, 64)]
+# query heads, key heads, width of Q and K, width of V
+HEADS = [(4, 4, 16, 16), (4, 2, 16, 16), (6, 2, 8, 24), (3, 1, 12, 12)]
+
+
+def make_inputs(sq, sk, heads, dtype=torch.float32, batch=2):
+    h, hk, d, dv = heads
+    generator = torch.Generator().manual_seed(sq + 7 * sk)
+    shapes = (batch, h, sq, d), (batch, hk, sk, d), (batch, hk, sk, dv)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def output_and_gradients(function, inputs, *settings, dtype=None):
+    """The output and the gradients of q, k and v for one fixed output gradient (exact in bf16)."""
+    inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    out = function(*inputs, inputs[0].shape[-1] ** -0.5, *settings)
+    upward = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = torch.autograd.grad(out, inputs, upward.to(out.dtype))
+    return dict(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True))
+
+
+def assert_close(found, expected):
+    # A lone query's weight is 1 whatever q and k are: dq and dk are zero, but as a difference of terms of order one.
+    # So errors are never counted against less than 0.1.
+    for name, want in expected.items():
+        got = found[name]
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=0.1)
+        assert error <= TOLERANCE[got.dtype], f"{name}: relative error {error:.1e}"
+
+
+def looped(q, k, v, scale, window, sinks, offset):
+    """Attention by its definition: every query, every key, every channel on its own; [b, h, sq, dv] as lists."""
+    b, h, sq, d = q.shape
+    group = h // k.shape[1]
+    out = torch.zeros(b, h, sq, v.shape[-1], dtype=torch.float64)
+    for sample in range(b):
+        for head in range(h):
+            keys, values = k[sample, head // group].tolist(), v[sample, head // group].tolist()
+            for row in range(sq):
+                i = offset + row
+                weights = {}
+                for j in range(i + 1):
+                    if window is None or i - j < window or j < sinks:
+                        score = sum(a * c for a, c in zip(q[sample, head, row].tolist(), keys[j], strict=True))
+                        weights[j] = math.exp(scale * score)
+                total = sum(weights.values())
+                for channel in range(v.shape[-1]):
+                    out[sample, head, row, channel] = sum(w * values[j][channel] for j, w in weights.items()) / total
+    return out
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (3, 2), (1, 0), (2, 20)])
+def test_both_forms_equal_attention_by_its_definition(window, sinks):
+    q, k, v = make_inputs(6, 11, (4, 2, 3, 5), torch.float64)
+    expected = looped(q, k, v, 0.4, window, sinks, offset=5)
+    for form in (attention, attention_reference):
+        assert torch.allclose(form(q, k, v, 0.4, window, sinks, 5), expected, rtol=0, atol=1e-13), form.__name__
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (4, 0), (4, 2), (4, 30), (50, 2)])
+@pytest.mark.parametrize(("sq", "sk", "offset"), [(1, 1, 0), (13, 13, 0), (5, 13, 8), (5, 13, 3)])
+def test_mask_is_its_definition(sq, sk, offset, window, sinks):
+    mask = visible(sq, sk, window, sinks, offset, torch.device("cpu"))
+    for row in range(sq):
+        for j in range(sk):
+            i = offset + row
+            seen = j <= i and (window is None or j > i - window or j < sinks)
+            assert bool(mask[row, j]) == seen, (i, j)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_and_all_gradients(length, window, sinks, heads, dtype):
+    inputs = make_inputs(length, length, heads, dtype)
+    expected = output_and_gradients(attention_reference, inputs, window, sinks, dtype=torch.float64)
+    found = output_and_gradients(attention, inputs, window, sinks)
+    assert found["out"].dtype == dtype
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize(("sq", "offset"), [(1, 64), (32, 33), (33, 0), (63, 40)])
+def test_a_part_of_the_queries(sq, offset, window, sinks, heads):
+    """As context parallelism and caches ask: fewer queries than keys, and keys behind the last query."""
+    inputs = make_inputs(sq, 130, heads)
+    expected = output_and_gradients(attention_reference, inputs, window, sinks, offset, dtype=torch.float64)
+    assert_close(output_and_gradients(attention, inputs, window, sinks, offset), expected)
+
+
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+def test_parts_of_the_queries_make_the_whole(window, sinks):
+    q, k, v = make_inputs(65, 65, (4, 2, 16, 16), torch.float64)
+    whole = attention(q, k, v, 0.25, window, sinks)
+    parts, offset = [], 0
+    for part in q.split([1, 31, 32, 1], 2):
+        parts.append(attention(part, k, v, 0.25, window, sinks, offset))
+        offset += part.shape[2]
+    assert torch.allclose(torch.cat(parts, 2), whole, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize("i", [0, 5, 20, 63])
+def test_a_query_reads_its_keys_and_no_others(i, window, sinks):
+    """Gradients of one query's output: zero, to the bit, for each key and value that it does not see."""
+    inputs = [t.requires_grad_() for t in make_inputs(64, 64, (2, 2, 8, 8))]
+    out = attention(*inputs, 0.35, window, sinks)
+    _, dk, dv = torch.autograd.grad(out[:, :, i].square().sum(), inputs)
+    seen = torch.tensor([j <= i and (window is None or i - j < window or j < sinks) for j in range(64)])
+    for gradient in (dk, dv):
+        per_key = gradient.abs().sum((0, 1, 3))
+        assert (per_key[~seen] == 0).all()
+    assert (dv.abs().sum((0, 1, 3))[seen] > 0).all()
+
+
+def test_what_lies_behind_the_last_query_may_be_anything():
+    q, k, v = make_inputs(10, 30, (2, 1, 8, 8))
+    out = attention(q, k, v, 0.35, 4, 2, offset=5)
+    k[:, :, 15:], v[:, :, 15:] = float("nan"), float("inf")
+    assert torch.equal(attention(q, k, v, 0.35, 4, 2, offset=5), out)
