@@ -235,9 +235,14 @@ def parse_args() -> argparse.Namespace:
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: all there are"
+    )
     parser.add_argument("--compile", action="store_true", help="add a torch.compile row")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, and torch sees none; use --device cpu")
     for chunk in args.chunk_sizes:
         if chunk < 1 or args.length % chunk:
             parser.error(f"--chunk-sizes {chunk} does not divide --length {args.length}, as the "
@@ -252,8 +257,8 @@ def main() -> int:
     found = versions()
     print(command)
     print(", ".join(f"{k} {v}" for k, v in found.items()))
-    cases = [("cpu", torch.float32)]
-    if torch.cuda.is_available():
+    cases = [] if args.device == "cuda" else [("cpu", torch.float32)]
+    if args.device != "cpu" and torch.cuda.is_available():
         cases += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
     report: dict = {"command": command, "versions": found, "cases": []}
     for name, dtype in cases:
