@@ -21,6 +21,11 @@ def main(argv: list[str]) -> None:
     if "--list-recipes" in argv:
         print(report.list_recipes())
         return
+    if not {"--help", "-h"}.isdisjoint(argv):
+        from megatron_hybrid.engine import arguments
+
+        print(arguments.help_text())
+        return
     try:
         command = flags.resolve(argv)
         from megatron_hybrid.engine import arguments, upstream
@@ -28,6 +33,11 @@ def main(argv: list[str]) -> None:
         device = arguments.choose_device(command.device)
         args = arguments.parse(command.argv, device, command.print_config)
         arguments.check_checkpoint(args)
+        counted = report.figures(args)
+        from megatron_hybrid.model.build import model_config
+
+        with arguments.upstream_errors_as_value_errors():
+            config = model_config(args)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -37,30 +47,31 @@ def main(argv: list[str]) -> None:
 
     notes = upstream.prepare(device, HybridLayerStack)
     if args.rank == 0:
-        text = report.describe(args, command) if command.print_config else report.announce(args, command, notes)
-        print(text, flush=True)
+        if command.print_config:
+            print(report.describe(args, command, counted))
+        else:
+            print(report.announce(args, command, notes), flush=True)
     if not command.print_config:
-        train(args)
+        train(args, config, counted)
 
 
-def train(args: Namespace) -> None:
-    """Builds the model configuration and hands over to Megatron."""
+def train(args: Namespace, config: Any, counted: dict[str, Any]) -> None:
+    """Hooks our figures into Megatron and hands over; ``config`` is the model's, ``counted`` is stored with the run."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
     from megatron_hybrid.engine import training
-    from megatron_hybrid.model.build import model_config
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
     training.count_flops_with(partial(costs.training_flops, layers, sizes))
     if args.save:
         training.write_metrics(Path(args.save) / "metrics.jsonl")
-        training.write_run(Path(args.save) / "run.json", args, report.figures(args))
+        training.write_run(Path(args.save) / "run.json", args, counted)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args)),
+        pretrain_cfg_container_from_args(args, config),
         datasets,
         ModelType.encoder_or_decoder,
         forward_step,

@@ -32,15 +32,15 @@ def resolve(argv: list[str]) -> Command:
         argv: Arguments after the program's name.
 
     Raises:
-        ValueError: Unknown recipe, bad pattern, no pattern at all, or a pattern that the pipeline cannot split;
-            the text says what to change.
+        ValueError: Unknown recipe, bad pattern, no pattern at all, a pattern that the pipeline cannot split, or a
+            flag with a value that it cannot have; the text says what to change.
     """
-    first, rest = _parser().parse_known_args(argv)
+    first = _known(argv)
     if first.recipe:
         rest = recipes.merge(recipes.recipe(first.recipe).flags, _without_ours(argv))
     else:
         rest = _without_ours(argv)
-    known, _ = _parser().parse_known_args(rest)
+    known = _known(rest)
     resolved = _pattern(known)
     vpp = known.num_virtual_stages_per_pipeline_rank
     pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
@@ -55,6 +55,13 @@ def resolve(argv: list[str]) -> Command:
         device=known.device,
         print_config=first.print_config,
     )
+
+
+def _known(argv: list[str]) -> argparse.Namespace:
+    try:
+        return _parser().parse_known_args(argv)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}. See --help.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

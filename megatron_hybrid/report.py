@@ -15,19 +15,26 @@ def list_recipes() -> str:
 
 
 def figures(args: Namespace) -> dict[str, Any]:
-    """Sizes that follow from the arguments: parameters as counts, FLOPs per token."""
-    layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
+    """Sizes that follow from the arguments: parameters as counts, FLOPs per token.
+
+    Before the vocabulary is known (``--print-config`` without ``--vocab-size``), parameters are those beside the
+    embeddings, and ``parameters_embedding`` and the FLOPs are None.
+    """
+    known = args.padded_vocab_size or args.vocab_size
+    layers = pattern.parse(args.hybrid_layer_pattern)
+    sizes = costs.Sizes.from_args(args if known else Namespace(**{**vars(args), "vocab_size": 1}))
     parameters = costs.model_parameters(layers, sizes)
+    unseen = 0 if known else parameters.embedding
     return {
         "recipe": args.recipe,
         "pattern": args.hybrid_layer_pattern,
         "backend": args.backend,
         "device": args.device,
         "processes": args.world_size,
-        "parameters_total": parameters.total,
-        "parameters_active": parameters.active,
-        "parameters_embedding": parameters.embedding,
-        "training_flops_per_token": costs.training_flops_per_token(layers, sizes),
+        "parameters_total": parameters.total - unseen,
+        "parameters_active": parameters.active - unseen,
+        "parameters_embedding": parameters.embedding if known else None,
+        "training_flops_per_token": costs.training_flops_per_token(layers, sizes) if known else None,
     }
 
 
@@ -42,17 +49,19 @@ def announce(args: Namespace, command: Command, notes: list[str]) -> str:
     return "\n".join(lines)
 
 
-def describe(args: Namespace, command: Command) -> str:
-    """The resolved configuration: sizes, layout, and the flags that reach Megatron."""
-    found = figures(args)
+def describe(args: Namespace, command: Command, found: dict[str, Any]) -> str:
+    """The resolved configuration: sizes (``found`` by :func:`figures`), layout, and the flags that reach Megatron."""
+    embedding, flops = found["parameters_embedding"], found["training_flops_per_token"]
+    known = embedding is not None
+    unknown = "without embeddings: the vocabulary is known with a tokenizer or --vocab-size"
     counts = {symbol: n for symbol, n in command.pattern.counts().items() if n}
     rows = {
         "recipe": args.recipe or "none",
         "pattern": args.hybrid_layer_pattern,
         "layers": ", ".join(f"{n} {pattern.LAYERS[s].name} ({s})" for s, n in counts.items()),
-        "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active, "
-        f"{found['parameters_embedding']:,} in embeddings)",
-        "training FLOPs per token": f"{found['training_flops_per_token']:.3e}",
+        "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active"
+        + (f", {embedding:,} in embeddings)" if known else f"; {unknown})"),
+        "training FLOPs per token": f"{flops:.3e}" if known else "not known without the vocabulary",
         "sequence length": f"{args.seq_length:,}",
         "global batch": f"{args.global_batch_size} samples, {args.global_batch_size * args.seq_length:,} tokens",
         "layout": f"{args.world_size} processes: tensor {args.tensor_model_parallel_size}, pipeline "

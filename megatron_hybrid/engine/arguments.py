@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import socket
@@ -11,6 +12,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.engine.upstream import has_module, register_symbols
@@ -24,6 +26,9 @@ _TORCH_BACKEND_FLAGS = [
     "--no-rope-fusion",
 ]
 # torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
+USAGE = """pretrain_hybrid.py --list-recipes
+       pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
+       pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
 _CPU_FLAGS = ["--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-bias-gelu-fusion"]
 
 
@@ -65,11 +70,44 @@ def choose_backend(asked: str, device: str) -> str:
 
 
 def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds one flag for each field of :class:`HybridConfig` (training/argument_utils.py:45)."""
+    """Adds one flag for each field of :class:`HybridConfig` (training/argument_utils.py:45).
+
+    The parser then answers a mistake with one line; its usage alone would be pages long.
+    """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     ArgumentGroupFactory(HybridConfig).build_group(parser, "hybrid")
+    parser.usage = USAGE
+    parser.formatter_class = _HelpFormatter
+    known = ["--print-config", "--list-recipes"]
+    known += [name for action in parser._actions for name in action.option_strings]
+
+    def error(message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        close = [c for word in words if word.startswith("--") for c in difflib.get_close_matches(word, known, 3, 0.8)]
+        raise ValueError(f"{message}. " + (f"Did you mean {', '.join(close)}? " if close else "") + "See --help.")
+
+    parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows a help text that argparse cannot expand as it stands: upstream's have a bare "%"."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
+
+
+def help_text() -> str:
+    """All flags, Megatron's and ours, ours last."""
+    import_megatron_quietly()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return add_hybrid_flags(add_megatron_arguments(parser)).format_help()
 
 
 def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace:
@@ -91,15 +129,19 @@ def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace
     sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
     args = arguments.parse_args(add_hybrid_flags)
     args.backend, args.device = backend, device
-    from megatron_hybrid.model.checks import check
+    from megatron_hybrid.model.checks import check, smallest_world
 
+    if print_config and "TORCHELASTIC_RUN_ID" not in os.environ:
+        args.world_size = max(1, smallest_world(args))
     check(args)
-    with _upstream_errors_as_value_errors():
+    if not print_config:
+        check_data(args)
+        check_tokenizer(args)
+    with upstream_errors_as_value_errors():
         if print_config:
             with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
                 arguments.validate_args(args)
         else:
-            check_data(args)
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device = backend, device
     return args
@@ -153,6 +195,24 @@ def check_data(args: Namespace) -> None:
             )
 
 
+def check_tokenizer(args: Namespace) -> None:
+    """Refuses a run whose vocabulary is not known.
+
+    Raises:
+        ValueError: With the flag that is missing, or the file that is not there.
+    """
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if kind is None:
+        raise ValueError(
+            "The run has no tokenizer: give --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE (made by "
+            "tools/train_tokenizer.py), or --tokenizer-type NullTokenizer --vocab-size N for data without text."
+        )
+    if kind.startswith("Null") and args.vocab_size is None:
+        raise ValueError(f"--tokenizer-type {kind} has no vocabulary of its own: give --vocab-size.")
+    if kind.endswith("SentencePieceTokenizer") and not (model and Path(model).is_file()):
+        raise ValueError(f"--tokenizer-type {kind}: there is no file --tokenizer-model {model}.")
+
+
 def checkpoint_pattern(load: str | None) -> str | None:
     """The layer pattern of the newest checkpoint in a folder, or None when there is none.
 
@@ -188,7 +248,7 @@ def check_checkpoint(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _upstream_errors_as_value_errors() -> Iterator[None]:
+def upstream_errors_as_value_errors() -> Iterator[None]:
     """Upstream checks arguments with asserts: their text is for the user, their trace is not."""
     try:
         yield
@@ -202,6 +262,10 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
     flags = [*argv]
     if backend == "torch":
         flags += _TORCH_BACKEND_FLAGS
+    elif not has_module("fused_weight_gradient_mlp_cuda"):
+        flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
+    if _value(argv, "--yaml-cfg", ""):
+        raise ValueError("--yaml-cfg is not supported: settings come from flags and recipes. Drop it.")
     if device == "cpu":
         asked = _value(argv, "--distributed-backend", "gloo")
         if asked != "gloo":

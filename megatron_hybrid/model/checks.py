@@ -1,5 +1,6 @@
 """What a model and a layout must satisfy, said before anything is built."""
 
+import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
@@ -14,11 +15,21 @@ def check(args: Namespace) -> None:
     """
     layers = pattern.parse(args.hybrid_layer_pattern)
     counts = layers.counts()
+    check_sizes(args)
     check_world(args)
     check_positions(args)
     check_unsupported(args)
     if counts["*"] or counts["W"]:
-        _divides(args.num_attention_heads, "--num-attention-heads", _tp(args), "--tensor-model-parallel-size")
+        check_attention(args)
+    if counts["W"] and (args.swa_window < 1 or args.swa_sinks < 0):
+        raise ValueError(
+            f"--swa-window {args.swa_window} --swa-sinks {args.swa_sinks}: a query sees at least itself (window 1) "
+            "and no fewer than 0 sinks."
+        )
+    if counts["M"] or counts["P"]:
+        low, high = args.mamba_a_init_range
+        if not 0 < low <= high:
+            raise ValueError(f"--mamba-a-init-range {low} {high}: give two numbers with 0 < low <= high.")
     if counts["M"]:
         heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
         check_mamba(args, heads, "--mamba-num-heads")
@@ -26,6 +37,9 @@ def check(args: Namespace) -> None:
         sizes = intra_sizes(args)
         check_intra(args, sizes)
         check_mamba(args, sizes.ssm_dim // args.mamba_head_dim, "the heads of --intra-ssm-dim")
+    if counts["G"]:
+        _divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
+        _divides(args.linear_num_key_heads, "--linear-num-key-heads", _tp(args), "--tensor-model-parallel-size")
     if counts["E"] and not args.num_experts:
         raise ValueError("The pattern has E layers: give --num-experts (and --moe-router-topk).")
     if counts["E"] and _tp(args) > 1 and not args.sequence_parallel:
@@ -35,15 +49,41 @@ def check(args: Namespace) -> None:
         )
 
 
+def check_sizes(args: Namespace) -> None:
+    """The sizes that every model and layout needs."""
+    for name in ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"):
+        if getattr(args, name) is None:
+            raise ValueError(f"{_flag(name)} is not given: a run without --recipe needs it.")
+    parallel = [f"{kind}_parallel_size" for kind in ("tensor_model", "context", "expert_model", "expert_tensor")]
+    for name in ("hidden_size", "num_attention_heads", "seq_length", "mamba_head_dim", "mamba_num_groups", *parallel):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"{_flag(name)} is {value} and must be at least 1.")
+
+
 def check_world(args: Namespace) -> None:
     """The number of processes against the layout."""
-    size = _tp(args) * args.pipeline_model_parallel_size * args.context_parallel_size
-    if args.world_size % size:
-        raise ValueError(
-            f"{args.world_size} processes do not divide into model replicas of {size} "
-            f"(tensor {_tp(args)} x pipeline {args.pipeline_model_parallel_size} x context "
-            f"{args.context_parallel_size}): start a multiple of {size} with torchrun --nproc_per_node."
-        )
+    pp, cp, ep = args.pipeline_model_parallel_size, args.context_parallel_size, args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or _tp(args)
+    layouts = {
+        f"model replicas (tensor {_tp(args)} x pipeline {pp} x context {cp})": _tp(args) * pp * cp,
+        f"replicas of the experts (expert {ep} x expert tensor {etp} x pipeline {pp})": ep * etp * pp,
+    }
+    for what, size in layouts.items():
+        if args.world_size % size:
+            raise ValueError(
+                f"{args.world_size} processes do not divide into {what} of {size}: start a multiple of {size} with "
+                "torchrun --nproc_per_node, or make the layout smaller."
+            )
+    if ep > 1 and args.num_experts:
+        _divides(args.num_experts, "--num-experts", ep, "--expert-model-parallel-size")
+
+
+def smallest_world(args: Namespace) -> int:
+    """The fewest processes that the layout fits."""
+    pp, cp, ep = args.pipeline_model_parallel_size, args.context_parallel_size, args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or _tp(args)
+    return math.lcm(_tp(args) * pp * cp, ep * etp * pp)
 
 
 def check_positions(args: Namespace) -> None:
@@ -52,7 +92,15 @@ def check_positions(args: Namespace) -> None:
     if kind not in ("rope", "none"):
         raise ValueError(
             f"--position-embedding-type {kind}: hybrid layers take rope (each attention layer has its own "
-            "table) or none."
+            "table) or none. Add --position-embedding-type rope."
+        )
+    if kind == "none" and args.use_rope_scaling:
+        raise ValueError("--use-rope-scaling with --position-embedding-type none: there is no RoPE to scale. Drop one.")
+    if args.use_rope_scaling and args.rope_scaling_factor < 1:
+        raise ValueError(f"--rope-scaling-factor is {args.rope_scaling_factor} and must be at least 1.")
+    if args.no_rope_freq:
+        raise ValueError(
+            "--no-rope-freq is not used by hybrid layers: --position-embedding-type none takes RoPE from all of them."
         )
     if args.rotary_seq_len_interpolation_factor is not None:
         raise ValueError(
@@ -67,15 +115,46 @@ def check_unsupported(args: Namespace) -> None:
         "reset_position_ids": "position ids do not reach the layers' RoPE",
         "reset_attention_mask": "the layers are causal over the whole sample; packed documents are not there yet",
         "multi_latent_attention": "the symbols * and W are ordinary grouped-query attention",
+        "qk_layernorm": "the attention layers have no norms of queries and keys",
+        "window_size": "sliding windows are W layers, with --swa-window",
+        "apply_query_key_layer_scaling": "the attention layers scale by the head size alone",
     }
     for name, reason in refused.items():
         if getattr(args, name, False):
-            raise ValueError(f"--{name.replace('_', '-')} is not supported: {reason}. Drop it.")
+            raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
+    if args.softmax_type != "vanilla":
+        raise ValueError(f"--softmax-type {args.softmax_type} is not supported: sinks are W layers. Drop it.")
+    graphs = args.cuda_graph_impl != "none" or args.optimizer_cuda_graph
+    if args.device == "cpu" and graphs:
+        raise ValueError("--cuda-graph-impl and --optimizer-cuda-graph need a CUDA device. Drop them.")
+    modules = set(args.recompute_modules or []) - {"core_attn", "mlp", "moe", "shared_experts"}
+    if args.backend == "torch" and args.recompute_granularity == "selective" and modules:
+        raise ValueError(
+            f"--recompute-modules {' '.join(sorted(modules))} needs Transformer Engine (upstream frees these outputs "
+            "with its help): use core_attn, mlp, moe or shared_experts, --hybrid-recompute ssm intra, or "
+            "--recompute-granularity full."
+        )
     if args.backend == "torch" and (args.fp8 or getattr(args, "fp4", None)):
         raise ValueError("--fp8-format / --fp4-format need Transformer Engine: use --backend te on a CUDA device.")
     if args.normalization != "RMSNorm":
         raise ValueError(
             f"--normalization {args.normalization}: hybrid layers use RMSNorm; add --normalization RMSNorm."
+        )
+
+
+def check_attention(args: Namespace) -> None:
+    """The heads of * and W layers against each other and against the layout."""
+    heads, flag = args.num_attention_heads, "--num-attention-heads"
+    _divides(heads, flag, _tp(args), "--tensor-model-parallel-size")
+    if args.kv_channels is None:
+        _divides(args.hidden_size, "--hidden-size", heads, flag)
+    if args.group_query_attention:
+        _divides(heads, flag, args.num_query_groups, "--num-query-groups")
+    channels = args.kv_channels or args.hidden_size // heads
+    if args.position_embedding_type == "rope" and int(channels * args.rotary_percent) % 2:
+        raise ValueError(
+            f"RoPE turns an even number of channels, and --rotary-percent {args.rotary_percent} of heads with "
+            f"{channels} channels is {int(channels * args.rotary_percent)}. Change it, or --kv-channels."
         )
 
 
@@ -112,6 +191,10 @@ def check_intra(args: Namespace, sizes: IntraSizes) -> None:
     _divides(groups, "--intra-num-query-groups", tp, "--tensor-model-parallel-size")
     if sizes.qk_head_dim % 2 and args.position_embedding_type == "rope":
         raise ValueError(f"--intra-qk-dim gives heads of {sizes.qk_head_dim} channels: RoPE needs an even number.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _tp(args: Namespace) -> int:
