@@ -1,0 +1,139 @@
+"""What the one-process tests run beside Megatron: a layer on its own, a parameter count, a short training."""
+
+import sysconfig
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.training import MOE, SIZES, forget
+
+
+def build(argv: list[str], on_meta: bool = False) -> tuple[Any, Namespace]:
+    """The model of a command line for one process, without optimizer or data; and its arguments."""
+    from contextlib import nullcontext
+
+    from megatron.core import mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_hybrid import flags
+    from megatron_hybrid.engine import arguments
+    from megatron_hybrid.engine.meta import meta_device
+    from megatron_hybrid.model.build import model_config
+
+    forget()
+    args = arguments.parse(flags.resolve(argv).argv, "cpu", print_config=True)
+    mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(args.seed)
+    config = model_config(args)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with meta_device() if on_meta else nullcontext():
+        return config.get_builder_cls()(config).build_model(groups, True, True), args
+
+
+def layer(symbol: str, flags: str = "", length: int = 32, batch: int = 2) -> dict[str, Any]:
+    """One layer of a model, forward and backward, all of its weights random.
+
+    Args:
+        symbol: A pattern of one layer.
+        flags: Megatron's flags and ours, which win over the sizes in tests/distributed/training.py.
+        length: Tokens; need not be the run's --seq-length.
+        batch: Samples.
+
+    Returns:
+        fp32 arrays: ``x`` [length, batch, h], ``y`` of the same shape (the layer's output with its residual),
+        ``dy``, ``dx``, and by parameter name ``weights``, ``gradients`` and ``buffers``.
+    """
+    import torch
+
+    sizes = SIZES.replace("--use-rope-scaling", "") if "--position-embedding-type none" in flags else SIZES
+    moe = MOE if symbol == "E" else ""
+    train = "--micro-batch-size 1 --train-iters 1 --lr 1e-3"
+    model, args = build(f"{sizes} {moe} {train} {flags} --hybrid-layer-pattern={symbol}".split())
+    module = model.decoder.layers[0].train()
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.dim() == 1:  # norms, biases, A, D: near what they start from, but no two alike
+                p.add_(0.3 * random(*p.shape))
+            else:
+                p.copy_(random(*p.shape) * (0.5 if "conv" in name else p.shape[-1] ** -0.5))
+        for name, b in module.named_buffers():
+            if name.endswith("expert_bias"):
+                b.copy_(0.3 * random(*b.shape))
+    x = random(length, batch, args.hidden_size).requires_grad_()
+    y = module(hidden_states=x, attention_mask=None)
+    y = y[0] if isinstance(y, tuple) else y
+    dy = random(*y.shape)
+    names, weights = zip(*module.named_parameters(), strict=True)
+    dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+    return {
+        **{name: t.detach().numpy() for name, t in (("x", x), ("y", y), ("dy", dy), ("dx", dx))},
+        "weights": {n: w.detach().numpy() for n, w in zip(names, weights, strict=True)},
+        "gradients": {n: g.numpy() for n, g in zip(names, gradients, strict=True)},
+        "buffers": {n: b.detach().numpy() for n, b in module.named_buffers()},
+    }
+
+
+def parameters(argv: list[str]) -> dict[str, int]:
+    """Parameters of the model of a command line, built without memory, and what costs.py says of it.
+
+    Returns:
+        ``built`` and ``built_embedding`` (embedding and an untied output head), summed over the model's own
+        tensors; ``allocated``, those of them that take memory; ``total``, ``embedding`` and ``active`` as counted.
+    """
+    from megatron_hybrid import costs, pattern
+
+    model, args = build(argv, on_meta=True)
+    counts = costs.model_parameters(pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args))
+    built = dict(model.named_parameters())
+    outer = ("embedding.", "output_layer.")
+    return {
+        "built": sum(p.numel() for p in built.values()),
+        "built_embedding": sum(p.numel() for name, p in built.items() if name.startswith(outer)),
+        "allocated": sum(p.numel() for p in built.values() if not p.is_meta),
+        "total": counts.total,
+        "embedding": counts.embedding,
+        "active": counts.active,
+    }
+
+
+def learn(argv: list[str], steps: int, batch: int, lr: float) -> tuple[str, list[float]]:
+    """Trains on the bytes of Python's standard library, each read once.
+
+    Returns:
+        The layer pattern, and the mean loss of each step's batch before its update, in nats per byte.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model, args = build(argv)
+    size = batch * (args.seq_length + 1)
+    text = standard_library(steps * size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    positions = torch.arange(args.seq_length).expand(batch, -1)
+    losses = []
+    for step in range(steps):
+        read = torch.frombuffer(bytearray(text[step * size : (step + 1) * size]), dtype=torch.uint8)
+        read = read.long().view(batch, -1)
+        loss = model.train()(read[:, :-1].contiguous(), positions, None, labels=read[:, 1:].contiguous()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss))
+    return args.hybrid_layer_pattern, losses
+
+
+def standard_library(size: int) -> bytes:
+    """The first ``size`` bytes of Python's own modules, in the order of their names."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= size:
+            return text[:size]
+    raise FileNotFoundError(f"Python's standard library has {len(text)} bytes of sources, {size} are wanted")
