@@ -106,6 +106,9 @@ class _CudaToCpu(TorchFunctionMode):
     """Redirects every tensor that is asked for on "cuda" to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:  # "cuda", 0 are two arguments there
+            made = func(*args, **(kwargs or {}))
+            return _CPU if _is_cuda(made) else made
         if kwargs:
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
@@ -120,6 +123,7 @@ class _CudaToCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: Any) -> bool:
+    """Whether ``device``, as torch's functions take it, is "cuda" with or without an index."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and (device == "cuda" or device.startswith("cuda:"))
@@ -148,6 +152,10 @@ def _dataloader_on_host_generator(self: Any, *args: Any, **kwargs: Any) -> None:
     if kwargs.get("generator") is None:
         kwargs["generator"] = _host_generator
     _dataloader_init(self, *args, **kwargs)
+
+
+def _seed_device(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
 
 
 def _get_device_state(device: Any = "cuda") -> torch.Tensor:
@@ -197,8 +205,8 @@ REPLACED: list[tuple[Any, str, Any, str]] = [
     (torch.cuda, "memory_stats", _returns({}), _NO_MEMORY),
     (torch.cuda, "reset_peak_memory_stats", _returns(None), _NO_MEMORY),
     (torch.cuda, "default_generators", _DefaultGenerators(), "the device's random state is torch's default"),
-    (torch.cuda, "manual_seed", _manual_seed, "seeds the device's stream alone"),
-    (torch.cuda, "manual_seed_all", _returns(None), "torch.manual_seed below seeds both"),
+    (torch.cuda, "manual_seed", _seed_device, "seeds the device's stream alone"),
+    (torch.cuda, "manual_seed_all", _seed_device, "seeds the device's stream alone"),
     (torch.cuda, "get_rng_state", _get_device_state, "the device's stream"),
     (torch.cuda, "set_rng_state", _set_device_state, "the device's stream"),
     (torch.cuda.random, "get_rng_state", _get_device_state, "called by core/tensor_parallel/random.py"),

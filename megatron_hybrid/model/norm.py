@@ -1,5 +1,7 @@
 """RMSNorm for the torch backend."""
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
@@ -29,3 +31,17 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class StandaloneRMSNorm(RMSNorm):
+    """RMSNorm that is no linear's input norm, with the empty extra state that such norms have in Transformer Engine.
+
+    Loading asks for every key of the model: without this one, checkpoints of the torch backend would not load
+    into Transformer Engine's. Upstream's torch linears do the same (core/tensor_parallel/layers.py:1232).
+    """
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass

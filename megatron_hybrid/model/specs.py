@@ -33,7 +33,7 @@ from megatron_hybrid.model.attention import HybridSelfAttention, RoPE, TorchCore
 from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
 from megatron_hybrid.model.intra_sizes import IntraSizes
 from megatron_hybrid.model.mamba import HybridMambaMixer
-from megatron_hybrid.model.norm import RMSNorm
+from megatron_hybrid.model.norm import RMSNorm, StandaloneRMSNorm
 from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
 
 
@@ -227,7 +227,7 @@ def _gated_delta_net() -> type:
 
 def _torch_parts(num_experts: int | None) -> _Parts:
     return _Parts(
-        norm=RMSNorm,
+        norm=StandaloneRMSNorm,
         input_norm=RMSNorm,
         normed_column=ColumnParallelLinear,
         column=ColumnParallelLinear,

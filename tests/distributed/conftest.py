@@ -17,4 +17,4 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
     yield of
     for pool in started.values():
-        pool.close()
+        pool.close(politely=True)

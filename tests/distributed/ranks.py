@@ -3,8 +3,10 @@
 Importing Megatron takes seconds; starting it for every case would take most of the suite's time.
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -65,10 +67,15 @@ class Ranks:
                 results[rank] = value
         return [results[rank] for rank in range(self.size)]
 
-    def close(self) -> None:
-        """Ends the processes; the next :meth:`run` starts new ones."""
+    def close(self, politely: bool = False) -> None:
+        """Ends the processes, and those that they started; the next :meth:`run` starts new ones."""
+        for pipe in self._pipes if politely else []:
+            pipe.send(None)
         for process in self._processes:
-            process.kill()
+            process.join(10 if politely else 0)
+            # checkpoint writers belong to the rank's process group and would outlive it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         self._processes, self._pipes = [], []
 
@@ -91,6 +98,7 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None:
+    os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -112,12 +120,22 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
     from megatron_hybrid.model.stack import HybridLayerStack
 
     upstream.prepare("cpu", HybridLayerStack)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0)
+    cases = 0
     while True:
         try:
-            function, kwargs = pipe.recv()
-        except EOFError:
+            request = pipe.recv()
+        except EOFError:  # the test run was killed
+            request = None
+        if request is None:
             return
+        function, kwargs = request
+        # New groups for each case: Megatron never destroys its own, and each Gloo group holds threads
+        if cases:
+            torch.distributed.destroy_process_group()
+        cases += 1
+        case_store = torch.distributed.PrefixStore(f"case {cases}", store)
+        torch.distributed.init_process_group("gloo", store=case_store, rank=rank, world_size=size)
         try:
             answer = (False, function(**kwargs))
         except BaseException:

@@ -17,7 +17,7 @@ MOE = """--num-experts 4 --moe-router-topk 1 --moe-ffn-hidden-size 24 --moe-shar
 --moe-router-load-balancing-type none --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall"""
 STEPS = """--micro-batch-size 1 --global-batch-size 4 --train-iters 20 --lr 1e-3 --min-lr 1e-3
 --lr-decay-style constant --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --tokenizer-type NullTokenizer
---mock-data --seed 7 --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable --no-load-rng"""
+--mock-data --seed 7 --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable"""
 
 
 class Run:
@@ -150,8 +150,43 @@ def initial_checkpoint(pattern: str, folder: str, flags: str = "") -> None:
 
 def losses(pattern: str, load: str, flags: str, steps: int = 3) -> list[tuple[float, float]]:
     """Loss and gradient norm of the first steps from saved weights."""
-    run = Run(pattern, f"--load {load} --no-load-optim --finetune {flags}")
+    run = Run(pattern, f"--load {load} --no-load-optim --no-load-rng --finetune {flags}")
     return [run.step() for _ in range(steps)]
+
+
+def continued(pattern: str, flags: str, load: str, save: str = "", steps: int = 2) -> dict[str, Any]:
+    """State right after loading, saved again if asked, then some steps.
+
+    Returns:
+        ``parameters`` and ``optimizer`` (this rank's, as loaded) and ``steps`` (losses and norms).
+    """
+    run = Run(pattern, f"--load {load} {flags}")
+    found = {"parameters": run.parameters(), "optimizer": run.optimizer_state()}
+    if save:
+        run.save(save)
+    return {**found, "steps": [run.step() for _ in range(steps)]}
+
+
+def trained(pattern: str, flags: str, save: str, before: int, after: int) -> dict[str, Any]:
+    """Trains from initialisation, saves after ``before`` steps, goes on for ``after``; state at both points."""
+    run = Run(pattern, flags)
+    steps = [run.step() for _ in range(before)]
+    run.save(save)
+    at_save = {"parameters": run.parameters(), "optimizer": run.optimizer_state()}
+    steps += [run.step() for _ in range(after)]
+    return {
+        **at_save,
+        "steps": steps,
+        "end_parameters": run.parameters(),
+        "end_optimizer": run.optimizer_state(),
+    }
+
+
+def resumed(pattern: str, flags: str, load: str, steps: int) -> dict[str, Any]:
+    """Loads and goes on; steps and the state at the end."""
+    run = Run(pattern, f"--load {load} {flags}")
+    done = [run.step() for _ in range(steps)]
+    return {"steps": done, "end_parameters": run.parameters(), "end_optimizer": run.optimizer_state()}
 
 
 def folder(path: Path) -> str:

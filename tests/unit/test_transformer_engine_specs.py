@@ -63,11 +63,6 @@ def test_the_record_holds_every_name_that_upstream_uses(built):
     assert [name for name in used if not recorded(name)] == []
 
 
-needs_extra_state = pytest.mark.xfail(
-    strict=True,
-    reason="RMSNorms that are no linear's input norm lack the _extra_state key that Transformer Engine's have",
-)
-
 # Classes of upstream's extensions/transformer_engine.py in the layer of each symbol of EVERY_SYMBOL
 FUSED, ROW = "TELayerNormColumnParallelLinear", "TERowParallelLinear"
 
@@ -107,7 +102,6 @@ def test_both_backends_store_the_same_tensors(built, pattern):
     assert len(tensors("te")) > 20
 
 
-@needs_extra_state
 @pytest.mark.parametrize("pattern", [EVERY_SYMBOL, PREDICTS_TWO_TOKENS])
 def test_both_backends_store_the_same_extra_states(built, pattern):
     def objects(backend):
@@ -117,7 +111,7 @@ def test_both_backends_store_the_same_extra_states(built, pattern):
     assert objects("te") == objects("torch")
 
 
-@pytest.mark.parametrize("direction", [pytest.param("torch to te", marks=needs_extra_state), "te to torch"])
+@pytest.mark.parametrize("direction", ["torch to te", "te to torch"])
 def test_checkpoints_cross_between_the_backends(built, direction):
     crossed = built["crossed"][direction]
     assert crossed["error"] is None
