@@ -8,12 +8,16 @@ torchrun --nproc_per_node 2 pretrain_hybrid.py --recipe demo --data-path PREFIX 
 
 import os
 import sys
+import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_hybrid import flags, report
+
+PATIENCE_S = 30.0
+"""How long other ranks wait for the first to say what is wrong with the flags."""
 
 
 def main(argv: list[str]) -> None:
@@ -37,11 +41,9 @@ def main(argv: list[str]) -> None:
         from megatron_hybrid.model.build import model_config
 
         with arguments.upstream_errors_as_value_errors():
-            config = model_config(args)
+            config = None if command.print_config else model_config(args)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
@@ -53,6 +55,19 @@ def main(argv: list[str]) -> None:
             print(report.announce(args, command, notes), flush=True)
     if not command.print_config:
         train(args, config, counted)
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """Ends this process with exit code 2 and the mistake, which one rank says for all of them.
+
+    The others give way: torchrun ends all ranks when one has gone, and the first may still be importing. A rank
+    that is still there afterwards made a mistake of its own, such as a file that its node lacks.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(PATIENCE_S)
+    print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def train(args: Namespace, config: Any, counted: dict[str, Any]) -> None:

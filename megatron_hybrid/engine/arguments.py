@@ -228,7 +228,9 @@ def checkpoint_pattern(load: str | None) -> str | None:
     folder = get_checkpoint_name(load, iteration, release, return_base_dir=True)
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return None
-    saved = dist_checkpointing.load_common_state_dict(folder).get("args")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
+        saved = dist_checkpointing.load_common_state_dict(folder).get("args")
     return getattr(saved, "hybrid_layer_pattern", None)
 
 

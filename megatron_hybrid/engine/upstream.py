@@ -51,7 +51,7 @@ def has_module(name: str) -> bool:
 
 
 def register_symbols() -> None:
-    """Lets patterns contain our layer symbols (core/models/hybrid/hybrid_layer_allocation.py:13)."""
+    """Lets patterns contain our layer symbols (core/models/hybrid/hybrid_layer_allocation.py:14)."""
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
     for symbol, name in zip(OUR_SYMBOLS, ("INTRA", "SWA"), strict=True):
@@ -249,7 +249,7 @@ def load_optimizers_of_other_expert_layouts() -> None:
 
 
 def save_optimizer_buckets_in_place() -> None:
-    """Saves optimizer state from where it stands in the buffer (core/optimizer/distrib_optimizer.py:1150, :1741).
+    """Saves optimizer state from where it stands in the buffer (core/optimizer/distrib_optimizer.py:1262, :1690).
 
     The fully reshardable format cuts each parameter's state out of a buffer by its position in the padded buffer,
     but is given one without the padding between buckets. Behind a bucket whose length is not a multiple of its

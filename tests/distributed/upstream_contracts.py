@@ -1,0 +1,286 @@
+"""What each reach of engine/ relies on in the source of megatron-core, as it was when the reach was written.
+
+Read as text, so that the check runs before any of it is replaced, and takes no import of Megatron.
+"""
+
+import ast
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+UPSTREAM = Path(str(metadata.distribution("megatron-core").locate_file("megatron")))
+VERSION = "0.19.2"
+
+ALLOCATION = "core/models/hybrid/hybrid_layer_allocation.py"
+MTP = "core/transformer/multi_token_prediction.py"
+MIXER = "core/ssm/mamba_mixer.py"
+DELTA = "core/ssm/gated_delta_net"
+DISPATCHER = "core/transformer/moe/token_dispatcher.py"
+MAPPINGS = "core/tensor_parallel/mappings.py"
+ADAM = "core/optimizer/distrib_optimizer.py"
+TRAINING = "training/training.py"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One place upstream that a reach answers."""
+
+    reach: str
+    file: str
+    name: str = ""
+    """Qualified name of a function or class in the file; empty for the whole file."""
+    arguments: str | None = None
+    """Names of the parameters, in order."""
+    holds: tuple[str, ...] = ()
+    """Code that stands there, whatever its line breaks and comments."""
+    lacks: tuple[str, ...] = ()
+
+
+_C = Contract
+CONTRACTS = [
+    _C("register_symbols", ALLOCATION, "Symbols", holds=("VALID_LAYERS = {",), lacks=("'P'", "'W'")),
+    _C("register_symbols", ALLOCATION, "Symbols.name_sorted_valid_layer_symbols", holds=("vars(cls).items()",)),
+    _C("skip_helper_compilation", "core/datasets/utils.py", "compile_helpers", "", ("['make', '-C'", "sys.exit(1)")),
+    _C(
+        "skip_helper_compilation",
+        "training/initialize.py",
+        holds=("from megatron.core.datasets.utils import compile_helpers\n", "compile_helpers()"),
+    ),
+    _C(
+        "build_mtp_from_our_stack",
+        MTP,
+        "MultiTokenPredictionLayer.__init__",
+        holds=(
+            "from megatron.core.models.hybrid.hybrid_block import HybridStack\n",
+            "self.mtp_model_layer = HybridStack(config=self.config, submodules=hybrid_submodules, "
+            "layer_type_list=validate_segment_layers(mtp_layer_pattern), pp_layer_offset=0, pre_process=True, "
+            "post_layer_norm=False, post_process=True, pg_collection=pg_collection, is_mtp_layer=True, name=",
+        ),
+    ),
+    _C(
+        "build_mtp_from_our_stack",
+        "core/models/hybrid/hybrid_block.py",
+        "HybridStack.__init__",
+        "self config submodules pre_process layer_type_list pp_layer_offset post_layer_norm post_process device dtype "
+        "pg_collection is_mtp_layer name",
+    ),
+    _C(
+        "use_torch_mamba_kernels",
+        MIXER,
+        "MambaMixer._ssm_training",
+        "self zxBCdt packed_seq_params",
+        (
+            "mamba_split_conv1d_scan_combined(zxBCdt, rearrange(self.cp.get_conv1d_weight(), 'd 1 w -> d w'), "
+            "self.cp.get_conv1d_bias(), self.cp.get_dt_bias().float(), A, D=",
+            "if MAMBA_HAS_STATE_DTYPE else {}",
+            "chunk_size=self.chunk_size, activation=self.activation, headdim=",
+            "ngroups=self.cp.ngroups_local_tpcp, norm_before_gate=self.norm_before_gate, seq_idx=seq_idx",
+        ),
+    ),
+    _C(
+        "use_torch_mamba_kernels",
+        MIXER,
+        "ExtendedRMSNorm.sharded_state_dict",
+        "self prefix sharded_offsets metadata",
+        ("{'weight': 0}",),
+    ),
+    _C(
+        "use_torch_mamba_kernels",
+        MIXER,
+        "_check_mamba_sequence_packing_support",
+        "for_inference_not_training",
+        ("return (True, None)",),
+    ),
+    _C(
+        "use_torch_mamba_kernels",
+        MIXER,
+        holds=("if not HAVE_MAMBA_SSM:\n", "RMSNormGated = MagicMock()", "causal_conv1d_fn = None"),
+    ),
+    _C("use_torch_gated_delta_rule", f"{DELTA}/common.py", holds=("if not HAVE_FLA:\n", "l2norm = None")),
+    _C(
+        "use_torch_gated_delta_rule",
+        f"{DELTA}/common.py",
+        "torch_chunk_gated_delta_rule",
+        "q k v g beta chunk_size initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens",
+    ),
+    _C(
+        "use_torch_gated_delta_rule",
+        f"{DELTA}/gdn.py",
+        holds=("if self.config.deterministic_mode:\n", "self.gated_delta_rule = torch_chunk_gated_delta_rule"),
+    ),
+    _C(
+        "use_fused_adam_contract",
+        ADAM,
+        holds=("from torch.optim import Adam as Adam\n", "HAVE_APEX_OR_TE = False", "USING_APEX_OPTIMIZER = True"),
+    ),
+    _C("use_fused_adam_contract", ADAM, "DistributedOptimizer.load_state_dict", holds=("s['step'] = step",)),
+    _C(
+        "use_fused_adam_contract",
+        "core/optimizer/__init__.py",
+        holds=("if USING_PYTORCH_OPTIMIZER:\n", "kwargs['adam_w_mode'] = config.decoupled_weight_decay"),
+    ),
+    _C(
+        "give_all_to_all_its_splits",
+        "core/transformer/moe/moe_utils.py",
+        "maybe_move_tensor_to_cpu",
+        "tensor as_numpy record_stream",
+        ("if torch.is_tensor(tensor) and tensor.is_cuda:\n",),
+    ),
+    _C(
+        "give_all_to_all_its_splits",
+        DISPATCHER,
+        holds=("self.input_splits = maybe_move_tensor_to_cpu(self.input_splits, as_numpy=True",),
+    ),
+    _C(
+        "gather_unequal_parts_over_gloo",
+        MAPPINGS,
+        "_gather_along_first_dim",
+        "input_ group output_split_sizes use_global_buffer",
+        ("torch.distributed.all_gather(output_tensor_list, input_, group=group)",),
+    ),
+    _C(
+        "gather_unequal_parts_over_gloo",
+        MAPPINGS,
+        "_reduce_scatter_along_first_dim",
+        "input_ group input_split_sizes use_global_buffer",
+        ("torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",),
+    ),
+    _C(
+        "load_optimizers_of_other_expert_layouts",
+        "core/optimizer/optimizer.py",
+        "ChainedOptimizer.load_state_dict",
+        "self state_dict",
+        ("if len(self.chained_optimizers) != len(state_dict):\n", "self._synchronize_steps()"),
+    ),
+    _C(
+        "load_optimizers_of_other_expert_layouts",
+        "core/optimizer/__init__.py",
+        holds=("filter_fn=lambda g: g['is_expert_parallel']", "if len(moe_param_groups) > 0:\n"),
+    ),
+    _C(
+        "save_optimizer_buckets_in_place",
+        ADAM,
+        "DistributedOptimizer.sharded_param_state_fully_reshardable",
+        "self model_sharded_state_dict is_loading metadata",
+        ("self.get_parameter_state_dp_zero(use_gloo_comm=use_gloo_comm, empty_data=is_loading, return_on_all_ranks=",),
+    ),
+    _C(
+        "save_optimizer_buckets_in_place",
+        ADAM,
+        "DistributedOptimizer.get_parameter_state_dp_zero",
+        "self use_gloo_comm empty_data return_on_all_ranks",
+        ("numel_unpadded",),
+    ),
+    _C(
+        "count_flops_with",
+        TRAINING,
+        "num_floating_point_operations",
+        "args batch_size seqlen_squared_sum_in_batch total_real_tokens_in_batch",
+        lacks=("'P'", "'W'"),
+    ),
+    _C(
+        "write_metrics",
+        TRAINING,
+        "training_log",
+        "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag skipped_iter grad_norm "
+        "params_norm num_zeros_in_grad max_attention_logit pg_collection is_first_iteration "
+        "seqlen_squared_sum_in_batch total_real_tokens_in_batch",
+        ("should_reset = not is_first_iteration",),
+    ),
+    _C(
+        "write_metrics",
+        TRAINING,
+        "evaluate_and_print_results",
+        "prefix forward_step_func data_iterator model iteration process_non_loss_data_func config verbose "
+        "write_to_tensorboard non_loss_data_func pg_collection p2p_communicator",
+        ("total_loss_dict, collected_non_loss_data, timelimit = evaluate(",),
+    ),
+    _C(
+        "write_metrics",
+        TRAINING,
+        "train",
+        holds=(
+            "report_memory_flag = training_log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, "
+            "report_memory_flag, skipped_iter, grad_norm,",
+            "evaluate_and_print_results(prefix, forward_step_func, valid_data_iterator, model, iteration,",
+            "num_floating_point_operations(args, batch_size,",
+        ),
+    ),
+    _C(
+        "meta_device",
+        "core/tensor_parallel/layers.py",
+        "ColumnParallelLinear.__init__",
+        holds=("device=torch.cuda.current_device()",),
+    ),
+    _C("meta_device", MIXER, "MambaMixer.__init__", holds=("device=torch.cuda.current_device()",)),
+    _C(
+        "next_batch",
+        "core/utils.py",
+        "get_batch_on_this_tp_rank",
+        "batch has_cu_seqlens is_hybrid_cp create_attention_mask_in_dataloader broadcast_src_rank broadcast_group "
+        "cp_size tp_rank micro_batch_size seq_length mtp_on_this_rank pipeline_model_parallel_size "
+        "is_pipeline_first_stage is_pipeline_last_stage",
+    ),
+    _C(
+        "next_batch",
+        "core/utils.py",
+        "get_batch_on_this_cp_rank",
+        "batch is_hybrid_cp cp_group hybrid_cp_group_func use_per_sequence_balancing",
+    ),
+    _C("next_batch", MTP, "mtp_on_this_rank", "layout mtp_num_layers ignore_virtual vp_stage"),
+    _C(
+        "parse",
+        "training/arguments.py",
+        "parse_and_validate_args",
+        "extra_args_provider ignore_unknown_args args_defaults",
+        (
+            "args = parse_args(extra_args_provider, ignore_unknown_args)",
+            "validate_args(args, args_defaults)",
+            "set_global_variables(args)",
+        ),
+    ),
+    _C(
+        "parse",
+        "training/arguments.py",
+        "parse_args",
+        "extra_args_provider ignore_unknown_args",
+        ("parser = extra_args_provider(parser)", "args.world_size = int(os.getenv('WORLD_SIZE', '1'))"),
+    ),
+    _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory", holds=("def build_group(",)),
+    _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory.build_group", "self parser title"),
+    _C("checkpoint_pattern", "training/checkpointing.py", "generate_state_dict", holds=("state_dict['args'] = args",)),
+    _C("checkpoint_pattern", "training/checkpointing.py", "read_metadata", "tracker_filename"),
+    _C(
+        "replace in cpu.py",
+        "core/tensor_parallel/random.py",
+        "CudaRNGStatesTracker.fork",
+        "self name",
+        ("cpu_rng_state = torch.get_rng_state()",),
+    ),
+    _C(
+        "replace in cpu.py",
+        "core/optimizer/optimizer.py",
+        holds=("'torch.cuda.HalfTensor', 'torch.cuda.BFloat16Tensor'", "'torch.cuda.FloatTensor'"),
+    ),
+]
+
+
+@cache
+def _tree(file: str) -> ast.Module:
+    return ast.parse((UPSTREAM / file).read_text())
+
+
+def node(file: str, name: str) -> ast.AST:
+    """The syntax tree of a function, a class or (for an empty name) a file.
+
+    Raises:
+        LookupError: There is none of this name.
+    """
+    found: ast.AST = _tree(file)
+    for part in filter(None, name.split(".")):
+        parts = [n for n in ast.walk(found) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+        if not parts:
+            raise LookupError(f"megatron/{file} has no {name}")
+        found = parts[0]
+    return found
