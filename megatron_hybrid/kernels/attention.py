@@ -95,7 +95,8 @@ def _window_blocks(sq: int, sk: int, window: int, sinks: int, offset: int, devic
         i = i + offset
         return (j <= i) & ((i - j < window) | (j < sinks))
 
-    return create_block_mask(seen, None, None, sq, sk, device=device)
+    # uncompiled it would store the whole [sq, sk] mask, several times over, to find the blocks
+    return create_block_mask(seen, None, None, sq, sk, device=device, _compile=True)
 
 
 @functools.lru_cache(maxsize=1)

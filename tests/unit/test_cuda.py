@@ -1,0 +1,101 @@
+"""The torch backend's CUDA paths against float64 on the CPU. Skipped without a CUDA device."""
+
+import pytest
+import torch
+
+from megatron_hybrid.kernels.attention import attention, attention_reference
+from megatron_hybrid.kernels.conv import causal_conv1d_fn, causal_conv1d_reference
+from megatron_hybrid.kernels.ssd import ssd_chunk_scan, ssd_recurrence
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+# bf16 keeps 8 bits: a relative error of 2^-8 = 4e-3 for each rounding of inputs, weights and output, a few of which
+# add up. It is taken relative to the largest entry, since single entries can cancel to nearly nothing.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}  # fp32 products may use TF32 (10 bits) inside fused kernels
+
+
+def compare(fast, reference, inputs, dtype):
+    """Outputs and the gradients of all inputs."""
+    generator = torch.Generator().manual_seed(1)
+    ours = [x.to("cuda", dtype).requires_grad_() for x in inputs]
+    exact = [x.to(dtype).double().requires_grad_() for x in inputs]
+    out, wanted = fast(*ours), reference(*exact)
+    upstream = torch.randn(wanted.shape, generator=generator, dtype=torch.double)
+    out.backward(upstream.to("cuda", out.dtype))
+    wanted.backward(upstream.to(dtype).double())
+    pairs = [
+        ("output", out, wanted),
+        *((f"gradient {i}", a.grad, b.grad) for i, (a, b) in enumerate(zip(ours, exact, strict=True))),
+    ]
+    for name, found, right in pairs:
+        error = (found.cpu().double() - right).abs().max() / right.abs().max().clamp_min(1e-6)
+        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [63, 500])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (100, 16)])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (64, 128), (72, 128)])
+def test_attention(dtype, length, window, sinks, d, dv):
+    if window and (d == 72 or dtype == torch.float32):
+        pytest.skip("FlexAttention is for the head sizes of W layers, in training precision")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 8, length, d), (2, 2, length, d), (2, 2, length, dv)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    compare(
+        lambda q, k, v: attention(q, k, v, d**-0.5, window, sinks),
+        lambda q, k, v: attention_reference(q, k, v, d**-0.5, window, sinks),
+        inputs,
+        dtype,
+    )
+
+
+def test_attention_of_a_later_chunk_of_the_sequence():
+    q, k, v = torch.randn(1, 4, 128, 64), torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
+    for window in (None, 100):
+        compare(
+            lambda q, k, v, w=window: attention(q, k, v, 0.125, w, 8, offset=256),
+            lambda q, k, v, w=window: attention_reference(q, k[:, :, :384], v[:, :, :384], 0.125, w, 8, offset=256),
+            [q, k, v],
+            torch.bfloat16,
+        )
+
+
+def test_attention_does_not_store_the_scores():
+    length = 16384
+    q = torch.randn(1, 8, length, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k = torch.randn(1, 2, length, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    v = torch.randn(1, 2, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for window in (None, 512):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attention(q, k, v, 72**-0.5, window, 64).sum().backward()
+        scores = 8 * length * length * 2
+        assert torch.cuda.max_memory_allocated() - before < scores / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "chunk"), [(63, 64), (500, 128)])
+def test_scan(dtype, length, chunk):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, length, 4, 32, generator=generator)
+    dt = torch.rand(2, length, 4, generator=generator) * 0.1
+    b, c = (torch.randn(2, length, 2, 16, generator=generator) for _ in range(2))
+    a = -torch.rand(4, generator=generator) - 0.1
+    compare(
+        lambda x, dt, b, c: ssd_chunk_scan(x, dt, a.cuda(), b, c, chunk),
+        lambda x, dt, b, c: ssd_recurrence(x, dt, a.double(), b, c),
+        [x, dt, b, c],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolution(dtype):
+    inputs = [torch.randn(2, 48, 77), torch.randn(48, 4) / 2, torch.randn(48)]
+    compare(
+        lambda x, w, bias: causal_conv1d_fn(x, w, bias, activation="silu"),
+        lambda x, w, bias: causal_conv1d_reference(x, w, bias, activation="silu"),
+        inputs,
+        dtype,
+    )
