@@ -92,9 +92,8 @@ def random_model(seed: int) -> list[str]:
         flags |= {"moe-ffn-hidden-size": draw.randint(3, 33)} if draw.random() < 0.7 else {}
         flags |= {"moe-shared-expert-intermediate-size": draw.randint(3, 33)} if draw.random() < 0.5 else {}
     argv = [f"--{name}={value}" for name, value in flags.items()] + [f"--{name}" for name in switches]
-    argv += "--normalization RMSNorm --position-embedding-type rope".split()
-    argv += "--micro-batch-size 1 --train-iters 1 --lr 1e-3".split()
-    return [*argv, f"--hybrid-layer-pattern={pattern}"]
+    argv += ["--normalization=RMSNorm", "--position-embedding-type=rope"]
+    return [*argv, "--micro-batch-size=1", "--train-iters=1", "--lr=1e-3", f"--hybrid-layer-pattern={pattern}"]
 
 
 @pytest.mark.parametrize("seed", range(24))
