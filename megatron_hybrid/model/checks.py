@@ -39,7 +39,8 @@ def check(args: Namespace) -> None:
         check_mamba(args, sizes.ssm_dim // args.mamba_head_dim, "the heads of --intra-ssm-dim")
     if counts["G"]:
         _divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
-        _divides(args.linear_num_key_heads, "--linear-num-key-heads", _tp(args), "--tensor-model-parallel-size")
+        parallel = _tp(args) * args.context_parallel_size
+        _divides(args.linear_num_key_heads, "--linear-num-key-heads", parallel, "tensor x context parallel size")
     if counts["E"] and not args.num_experts:
         raise ValueError("The pattern has E layers: give --num-experts (and --moe-router-topk).")
     if counts["E"] and _tp(args) > 1 and not args.sequence_parallel:

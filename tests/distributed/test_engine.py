@@ -342,6 +342,7 @@ def test_what_a_run_needs_is_named(ranks, line, words):
         ("M-", "--tensor-model-parallel-size 2 --mamba-num-groups 1", ["--mamba-num-groups 1", "multiple of 2"]),
         ("ME", f"--tensor-model-parallel-size 2 {MOE}", ["--sequence-parallel"]),
         ("M-", "--context-parallel-size 2 --mamba-num-heads 5 --mamba-num-groups 1", ["5 Mamba heads"]),
+        ("G-", "--context-parallel-size 2 --linear-num-key-heads 1", ["--linear-num-key-heads is 1", "context"]),
         ("ME", f"--expert-model-parallel-size 2 {MOE} --num-experts 3", ["--num-experts is 3"]),
     ],
 )
