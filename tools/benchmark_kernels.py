@@ -36,8 +36,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def ssd_minimal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor):
-    """The four steps of listing 1 of the Mamba-2 paper (arXiv:2405.21060), with einsum."""
-    heads, chunks = x.shape[2], x.shape[1] // chunk_size
+    """The four steps of listing 1 of the Mamba-2 paper (arXiv:2405.21060), with einsum.
+
+    The listing has one dtype throughout: bf16 inputs are computed in fp32, and y returned in x's dtype.
+    """
+    heads, chunks, dtype = x.shape[2], x.shape[1] // chunk_size, x.dtype
+    x, B, C = (t.to(torch.promote_types(dtype, torch.float32)) for t in (x, B, C))
 
     def segment_sums(a: Tensor) -> Tensor:
         """[..., t] -> [..., t, t]: the sum over (j, i], minus infinity for j > i."""
@@ -49,10 +53,7 @@ def ssd_minimal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_si
 
     a = (dt * A).unflatten(1, (chunks, chunk_size)).permute(0, 3, 1, 2)
     X = (x * dt[..., None]).unflatten(1, (chunks, chunk_size))
-    B, C = (
-        t.repeat_interleave(heads // t.shape[2], 2).unflatten(1, (chunks, chunk_size))
-        for t in (B, C)
-    )
+    B, C = (t.repeat_interleave(heads // t.shape[2], 2).unflatten(1, (chunks, chunk_size)) for t in (B, C))
     total = a.cumsum(-1)
     inside = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, segment_sums(a).exp(), X)
     to_end = (total[..., -1:] - total).exp()
@@ -61,7 +62,7 @@ def ssd_minimal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_si
     carry = segment_sums(F.pad(total[..., -1], (1, 0))).exp()
     states = torch.einsum("bhzc,bchpn->bzhpn", carry, states)[:, :-1]
     outside = torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states, total.exp())
-    return (inside + outside).flatten(1, 2) + D[:, None] * x
+    return ((inside + outside).flatten(1, 2) + D[:, None] * x).to(dtype)
 
 
 def implementations(device: torch.device, with_compile: bool) -> tuple[dict[str, Callable], set]:
@@ -81,9 +82,7 @@ def implementations(device: torch.device, with_compile: bool) -> tuple[dict[str,
     return rows, baselines
 
 
-def make_inputs(
-    length: int, heads: int, args: argparse.Namespace, device, dtype
-) -> dict[str, Tensor]:
+def make_inputs(length: int, heads: int, args: argparse.Namespace, device, dtype) -> dict[str, Tensor]:
     """Step sizes in [0, 0.1) and A in (-16, -1], as Mamba-2 initialises them."""
     gen = torch.Generator().manual_seed(0)
     rate = -(1 + 15 * torch.rand(heads, generator=gen))
@@ -116,8 +115,7 @@ def errors_of(rows: dict[str, Callable], chunk: int, args, device, dtype) -> dic
     for name, scan in rows.items():
         got = forward_backward(scan, inputs, dy, chunk)
         errors[name] = max(
-            ((g.double() - w).abs().max() / w.abs().max()).item()
-            for g, w in zip(got, wanted, strict=True)
+            ((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, wanted, strict=True)
         )
     return errors
 
@@ -136,9 +134,7 @@ def peak_memory(run: Callable, device: torch.device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         run()
     events = profile.profiler.kineto_results.events()
     events = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -210,9 +206,7 @@ def print_table(results: list[dict], title: str) -> None:
             f"{head} {row['median_ms']:10.2f} {low:8.2f} .. {high:8.2f} {ratios[0]:9.2f}"
             f" {row['peak_mib']:9.1f} {ratios[1]:6.2f}  {row['error']:.1e}"
         )
-    print(
-        "ratio: to the fastest (leanest) of the baselines at its best chunk size; below 1 is better"
-    )
+    print("ratio: to the fastest (leanest) of the baselines at its best chunk size; below 1 is better")
 
 
 def versions() -> dict[str, str]:
@@ -235,9 +229,7 @@ def parse_args() -> argparse.Namespace:
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[64, 128])
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: all there are"
-    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: all there are")
     parser.add_argument("--compile", action="store_true", help="add a torch.compile row")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()

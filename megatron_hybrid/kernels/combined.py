@@ -122,12 +122,8 @@ def mamba_split_conv1d_scan_combined(
             f"state + {heads} and {inner} + 2 x {ngroups} x state"
         )
     z, xBC, dt = zxbcdt.split([inner, inner + 2 * ngroups * state, heads], dim=-1)
-    mixed = causal_conv1d_fn(
-        xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation
-    )
-    x, B, C = (
-        cast(Tensor, mixed).transpose(1, 2).split([inner, ngroups * state, ngroups * state], dim=-1)
-    )
+    mixed = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation)
+    x, B, C = cast(Tensor, mixed).transpose(1, 2).split([inner, ngroups * state, ngroups * state], dim=-1)
     scanned = ssd_chunk_scan(
         x.unflatten(-1, (heads, head_dim)),
         dt,

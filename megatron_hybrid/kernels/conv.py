@@ -79,8 +79,7 @@ def causal_conv1d_fn(
     """
     if final_states_out is not None:
         raise ValueError(
-            "final_states_out is not supported by the torch backend; "
-            "use return_final_states=True and copy the result"
+            "final_states_out is not supported by the torch backend; use return_final_states=True and copy the result"
         )
     _check_inputs(x, weight, bias, seq_idx, initial_states, activation)
     doc = None if seq_idx is None else document_number(seq_idx)
@@ -117,9 +116,7 @@ class _CausalConv(torch.autograd.Function):
         dx = dy * w_sum[:, -1:]
         d_weight = torch.empty_like(w_sum)
         d_weight[:, -1] = (dy * x_sum).sum((0, 2))
-        d_initial = (
-            None if initial_states is None else torch.zeros_like(initial_states, dtype=dtype)
-        )
+        d_initial = None if initial_states is None else torch.zeros_like(initial_states, dtype=dtype)
         for s in range(1, w):
             tap = w_sum[:, -1 - s, None]
             part = _masked(dy[..., s:], doc, s)
@@ -179,9 +176,7 @@ def _final_states(x, initial_states, doc, w: int) -> Tensor:
         last = doc[:, -1:]
         x = x * (doc == last)[:, None]
         initial_states = initial_states * (last == 0)[:, None]
-    return torch.cat([initial_states.to(x.dtype), x[..., max(length - w + 1, 0) :]], dim=2)[
-        ..., min(length, w - 1) :
-    ]
+    return torch.cat([initial_states.to(x.dtype), x[..., max(length - w + 1, 0) :]], dim=2)[..., min(length, w - 1) :]
 
 
 def document_number(seq_idx: Tensor) -> Tensor:
@@ -212,7 +207,4 @@ def _check_inputs(x, weight, bias, seq_idx, initial_states, activation) -> None:
     }
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; "
-                f"with x {tuple(x.shape)} it must be {shape}"
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} it must be {shape}")

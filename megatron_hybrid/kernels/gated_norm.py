@@ -65,9 +65,7 @@ class GatedRMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         if group_size is not None and (group_size < 1 or hidden_size % group_size):
-            raise ValueError(
-                f"group_size is {group_size}; it must divide hidden_size, {hidden_size}"
-            )
+            raise ValueError(f"group_size is {group_size}; it must divide hidden_size, {hidden_size}")
         self.eps = eps
         self.group_size = group_size
         self.norm_before_gate = norm_before_gate

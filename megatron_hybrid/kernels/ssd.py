@@ -167,9 +167,7 @@ class _ChunkScan(torch.autograd.Function):
         dD = None if D is None else torch.zeros_like(D, memory_format=torch.contiguous_format)
         segments = _segments(x.shape[1], ctx.chunk_size, ctx.step)
         for segment, states in zip(reversed(segments), reversed(starts), strict=True):
-            parts, dD_part, d_state = _segment_backward(
-                segment, x, dt, a, B, C, D, z, doc, states, dy, d_state
-            )
+            parts, dD_part, d_state = _segment_backward(segment, x, dt, a, B, C, D, z, doc, states, dy, d_state)
             for whole, part in zip(wholes, parts, strict=True):
                 if whole is not None:
                     segment.of(whole).copy_(part)
@@ -190,9 +188,7 @@ class _Segment(NamedTuple):
 
     def of(self, t: Tensor) -> Tensor:
         """The segment of a [b, l, ...] tensor, as a view [b, k, q, ...]."""
-        return t[:, self.start : self.start + self.chunks * self.length].unflatten(
-            1, (self.chunks, self.length)
-        )
+        return t[:, self.start : self.start + self.chunks * self.length].unflatten(1, (self.chunks, self.length))
 
 
 def _chunks_per_segment(x: Tensor, chunk_size: int) -> int:
@@ -206,9 +202,7 @@ def _chunks_per_segment(x: Tensor, chunk_size: int) -> int:
 
 def _segments(length: int, chunk_size: int, step: int) -> list[_Segment]:
     whole, rest = divmod(length, chunk_size)
-    segments = [
-        _Segment(c * chunk_size, min(step, whole - c), chunk_size) for c in range(0, whole, step)
-    ]
+    segments = [_Segment(c * chunk_size, min(step, whole - c), chunk_size) for c in range(0, whole, step)]
     if rest:
         segments.append(_Segment(whole * chunk_size, 1, rest))
     return segments
@@ -292,9 +286,7 @@ def _segment_backward(segment, x, dt, a, B, C, D, z, doc, states, dy, d_state):
     # Through the states: y_i = from_start_i C_i S and S' = whole S + sum_j to_end_j B_j x_j^T.
     dy_start = dy * decay.from_start[..., None]
     dy_rows = _rows(dy_start, g)
-    d_states, d_state = _pass_states(
-        d_state, decay.whole, _mm(C.mT, dy_rows, mm_dtype), reverse=True
-    )
+    d_states, d_state = _pass_states(d_state, decay.whole, _mm(C.mT, dy_rows, mm_dtype), reverse=True)
     d_whole = _heads_last(states * d_states, (*x.shape[:2], B.shape[-1], *x.shape[3:]))
     d_whole = d_whole.sum((2, 4)) * decay.whole
     from_states = _heads_last(_mm(C, states, mm_dtype), x.shape)
@@ -441,9 +433,7 @@ def _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx) -> Non
     if length == 0:
         raise ValueError("x has length 0; pass at least one token")
     if g == 0 or h % g:
-        raise ValueError(
-            f"{h} heads do not divide into {g} groups; make heads a multiple of groups"
-        )
+        raise ValueError(f"{h} heads do not divide into {g} groups; make heads a multiple of groups")
     d_shape = (h,) if D is None or D.dim() == 1 else (h, p)
     wanted = {
         "dt": (dt, (b, length, h)),

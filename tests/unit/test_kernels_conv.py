@@ -72,9 +72,7 @@ def test_final_state_continues_the_sequence_and_keeps_the_layout():
     parts, state = [], initial
     for part in x.split([1, 1, 28], dim=2):
         part = part.transpose(1, 2).contiguous().transpose(1, 2)
-        y, state = causal_conv1d_fn(
-            part, weight, bias, initial_states=state, return_final_states=True
-        )
+        y, state = causal_conv1d_fn(part, weight, bias, initial_states=state, return_final_states=True)
         assert y.shape[2] == 1 or y.stride(1) == 1
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-14)

@@ -27,9 +27,7 @@ def test_equals_the_formula(group_size, gate, dtype):
     leaves = [t for t in (x, norm.weight, z) if t is not None]
     y, dy = norm(x, z), torch.randn(5, 2, 24, dtype=dtype)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    wanted = formula(
-        exact[0], exact[1], exact[2] if gate else None, 1e-5, group_size or 24, gate == "after"
-    )
+    wanted = formula(exact[0], exact[1], exact[2] if gate else None, 1e-5, group_size or 24, gate == "after")
     grads = torch.autograd.grad(y, leaves, dy)
     exact_grads = torch.autograd.grad(wanted, exact, dy.double())
     # fp32: some roundings of 6e-8. bf16: fp32 inside, the result rounded once to 2^-9 of itself.
@@ -41,9 +39,7 @@ def test_equals_the_formula(group_size, gate, dtype):
 
 def test_has_the_contract_that_megatron_derives_from():
     """core/ssm/mamba_mixer.py: constructor keywords, one weight, a bias of None."""
-    norm = GatedRMSNorm(
-        16, eps=1e-5, group_size=8, norm_before_gate=False, device="cpu", dtype=torch.bfloat16
-    )
+    norm = GatedRMSNorm(16, eps=1e-5, group_size=8, norm_before_gate=False, device="cpu", dtype=torch.bfloat16)
     assert list(norm.state_dict()) == ["weight"] and norm.bias is None
     assert norm.weight.dtype == torch.bfloat16 and bool((norm.weight == 1).all())
 

@@ -49,9 +49,7 @@ def outputs_and_gradients(scan, inputs, dtype=None, **options):
     gen = torch.Generator().manual_seed(1)
     # Rounded to bf16, so that every dtype is given the same gradients.
     dy, d_state = (torch.randn(t.shape, generator=gen).bfloat16() for t in (y, state))
-    grads = torch.autograd.grad(
-        (y, state), tuple(inputs.values()), (dy.to(y.dtype), d_state.to(state.dtype))
-    )
+    grads = torch.autograd.grad((y, state), tuple(inputs.values()), (dy.to(y.dtype), d_state.to(state.dtype)))
     return {"y": y, "state": state} | {f"d_{k}": t for k, t in zip(inputs, grads, strict=True)}
 
 
@@ -148,9 +146,7 @@ def test_final_state_continues_the_sequence():
     parts, state = [], inputs.pop("initial_states")
     for piece in (slice(0, 33), slice(33, 80)):
         part = {k: t[:, piece] if t.dim() > 1 else t for k, t in inputs.items()}
-        y, state = ssd.ssd_chunk_scan(
-            **part, chunk_size=32, initial_states=state, return_final_states=True
-        )
+        y, state = ssd.ssd_chunk_scan(**part, chunk_size=32, initial_states=state, return_final_states=True)
         parts.append(y)
     assert_close(
         {"y": torch.cat(parts, 1), "state": state},
