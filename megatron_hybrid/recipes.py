@@ -9,7 +9,8 @@ trapezoidal schedule (25% warm-up, 20% linear decay). Ours, where the study's fi
 - the learning rates, one per scale, on the conservative side of common practice;
 - 22 blocks for the 3B inter-layer hybrid, the number nearest the Transformer's parameters;
 - query/key widths of the intra-layer hybrid at 100M, 350M and 3B (72, 48 and 96 per head);
-- AdamW's betas (0.9, 0.95), weight decay (0.1) and gradient clipping (1.0).
+- AdamW's betas (0.9, 0.95), weight decay (0.1) and gradient clipping (1.0);
+- how often a run logs, validates and saves (every 10, 1000 and 1000 iterations; 2 million tokens each).
 
 This module imports neither torch nor Megatron.
 """
@@ -116,6 +117,14 @@ _TRAINING: Flags = {
     "--lr-warmup-fraction": 0.25,
 }
 
+_INTERVALS: Flags = {
+    "--log-interval": 10,
+    "--log-throughput": True,
+    "--eval-interval": 1000,
+    "--eval-iters": 20,
+    "--save-interval": 1000,
+}
+
 _MOE: Flags = {
     "--num-experts": 8,
     "--moe-router-topk": 1,
@@ -186,6 +195,7 @@ def _paper(size: str, architecture: str, ratio: str, name: str, moe: bool = Fals
         "--lr-wsd-decay-iters": round(_DECAY * _ITERATIONS),
         "--lr": scale.lr,
         "--bf16": True,
+        **_INTERVALS,
         **_ENGINE,
     }
     shape = f" {ratio}" if architecture in _RATIOS else ""
