@@ -37,6 +37,11 @@ def check(args: Namespace) -> None:
         sizes = intra_sizes(args)
         check_intra(args, sizes)
         check_mamba(args, sizes.ssm_dim // args.mamba_head_dim, "the heads of --intra-ssm-dim")
+    if counts["G"] and _tp(args) > 1 and not args.sequence_parallel:
+        raise ValueError(
+            "G layers with --tensor-model-parallel-size > 1 need --sequence-parallel: without it Megatron does not sum "
+            "the gradient of their output norm over the ranks."
+        )
     if counts["G"]:
         _divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
         parallel = _tp(args) * args.context_parallel_size

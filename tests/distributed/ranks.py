@@ -4,6 +4,7 @@ Importing Megatron takes seconds; starting it for every case would take most of 
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import CellType
 from typing import Any
 
 TIMEOUT_S = 120.0
@@ -130,9 +132,6 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         if request is None:
             return
         function, kwargs = request
-        # New groups for each case: Megatron never destroys its own, and each Gloo group holds threads
-        if cases:
-            torch.distributed.destroy_process_group()
         cases += 1
         case_store = torch.distributed.PrefixStore(f"case {cases}", store)
         torch.distributed.init_process_group("gloo", store=case_store, rank=rank, world_size=size)
@@ -141,4 +140,23 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         except BaseException:
             answer = (True, traceback.format_exc())
         sys.stdout.flush()
+        release_groups()
         pipe.send(answer)
+
+
+def release_groups() -> None:
+    """Destroys all process groups: Megatron makes dozens for a layout, and each holds threads while it lives."""
+    import torch
+    from megatron.core import mpu
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    mpu.destroy_model_parallel()
+    for model in [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]:
+        # its gradient hooks hold it through autograd's nodes, where Python's collector does not see the cycle
+        for cell in [r for r in gc.get_referrers(model) if isinstance(r, CellType)]:
+            cell.cell_contents = None
+    model = None
+    RotaryEmbedding.forward.cache_clear()  # its keys hold layers, and these their groups
+    torch.distributed.destroy_process_group()
+    gc.collect()

@@ -25,29 +25,35 @@ def _at(pattern: str, *positions: int) -> str:
 
 def _layouts(pattern: str) -> list[tuple[str, int, str, str]]:
     """Name, processes, pattern with boundaries, flags."""
-    half = len(pattern) // 2
-    quarters = [len(pattern) * i // 4 for i in (1, 2, 3)]
-    moe = "E" in pattern
+    half = _at(pattern, len(pattern) // 2)
+    quarters = _at(pattern, *(len(pattern) * i // 4 for i in (1, 2, 3)))
     rows = [
         ("dp2", 2, pattern, DP),
-        ("pp2", 2, _at(pattern, half), f"{PP2} {DP}"),
-        ("pp2-vpp2", 2, _at(pattern, *quarters), f"{PP2} {DP}"),
+        ("pp2", 2, half, f"{PP2} {DP}"),
         ("cp2", 2, pattern, f"{CP2} {DP}"),
         ("tp2-sp", 2, pattern, f"{TP2} {SP} {DP}"),
-        ("tp2-sp-pp2", 4, _at(pattern, half), f"{TP2} {SP} {PP2} {DP}"),
-        ("tp2-sp-cp2", 4, pattern, f"{TP2} {SP} {CP2} {DP}"),
-        ("tp2-sp-dp2", 4, pattern, f"{TP2} {SP} {DP}"),
-        ("pp2-cp2", 4, _at(pattern, half), f"{PP2} {CP2} {DP}"),
     ]
-    if moe:
+    if "G" in pattern:  # upstream's layer: that it is built and wired right is all there is to show
+        return rows
+    rows += [
+        ("pp2-vpp2", 2, quarters, f"{PP2} {DP}"),
+        ("tp2-sp-pp2", 4, half, f"{TP2} {SP} {PP2} {DP}"),
+    ]
+    if "E" in pattern:
         rows += [
             ("ep2", 2, pattern, f"{EP2} {DP}"),
             ("ep2-tp2-sp", 4, pattern, f"{EP2} {TP2} {SP} --expert-tensor-parallel-size 2 {DP}"),
             ("ep2-etp1-tp2-sp", 4, pattern, f"{EP2} {TP2} {SP} --expert-tensor-parallel-size 1 {DP}"),
-            ("ep2-pp2", 4, _at(pattern, half), f"{EP2} {PP2} {DP}"),
+            ("ep2-pp2", 4, half, f"{EP2} {PP2} {DP}"),
         ]
     else:
-        rows += [("tp2", 2, pattern, f"{TP2} {DP}"), ("tp2-pp2", 4, _at(pattern, half), f"{TP2} {PP2} {DP}")]
+        rows += [("tp2", 2, pattern, f"{TP2} {DP}"), ("tp2-pp2", 4, half, f"{TP2} {PP2} {DP}")]
+    if "P" in pattern:
+        rows += [
+            ("tp2-sp-cp2", 4, pattern, f"{TP2} {SP} {CP2} {DP}"),
+            ("tp2-sp-dp2", 4, pattern, f"{TP2} {SP} {DP}"),
+            ("pp2-cp2", 4, half, f"{PP2} {CP2} {DP}"),
+        ]
     return rows
 
 

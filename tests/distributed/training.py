@@ -10,7 +10,7 @@ SIZES = """--hidden-size 32 --num-attention-heads 4 --group-query-attention --nu
 --use-rope-scaling --rope-scaling-factor 32 --swa-window 9 --swa-sinks 3 --mamba-head-dim 8 --mamba-num-groups 2
 --mamba-state-dim 8 --intra-num-attention-heads 4 --intra-num-query-groups 2 --intra-qk-dim 16
 --intra-value-dim 32 --intra-ssm-dim 32 --mamba-a-init-range 0.01 2.0 --hidden-dropout 0
---attention-dropout 0 --init-method-std 0.1 --linear-num-key-heads 2 --linear-num-value-heads 4
+--attention-dropout 0 --init-method-std 0.1 --linear-num-key-heads 4 --linear-num-value-heads 4
 --linear-key-head-dim 8 --linear-value-head-dim 8"""
 MOE = """--num-experts 4 --moe-router-topk 1 --moe-ffn-hidden-size 24 --moe-shared-expert-intermediate-size 24
 --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3
