@@ -15,7 +15,7 @@ def meta_device() -> Iterator[None]:
     ``torch.device("meta")``: the call itself must answer "meta".
     """
     current_device = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: torch.device("meta")
     try:
         with torch.device("meta"):
             yield

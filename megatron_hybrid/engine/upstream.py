@@ -97,7 +97,7 @@ def use_torch_mamba_kernels() -> None:
 
     ours = ssm_kernels("cpu", "torch")
 
-    class ExtendedRMSNorm(ours.gated_norm):  # type: ignore[name-defined,misc]
+    class ExtendedRMSNorm(ours.gated_norm):  # type: ignore[name-defined]
         """As upstream's class of this name, which without mamba_ssm is not even a class."""
 
         def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
@@ -245,7 +245,6 @@ def load_optimizers_of_other_expert_layouts() -> None:
 
     load_state_dict.wrapped = load  # type: ignore[attr-defined]
     optimizer.ChainedOptimizer.load_state_dict = load_state_dict
-
 
 
 def save_optimizer_buckets_in_place() -> None:

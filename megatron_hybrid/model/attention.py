@@ -159,7 +159,7 @@ class TorchCoreAttention(MegatronModule):
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
         length = query.shape[0]
-        cp = self.cp_group.size() if self.cp_group is not None else 1
+        cp, rank = (self.cp_group.size(), self.cp_group.rank()) if self.cp_group is not None else (1, 0)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, *self._gather(key, value, cp)))
 
         def attend(q: Tensor, offset: int) -> Tensor:
@@ -168,7 +168,7 @@ class TorchCoreAttention(MegatronModule):
         if cp == 1:
             out = attend(q, k.shape[2] - length)  # queries are the last keys: also true with a cache
         else:
-            rank, half = self.cp_group.rank(), length // 2
+            half = length // 2
             first, second = q.split(half, 2)
             out = torch.cat([attend(first, rank * half), attend(second, (2 * cp - 1 - rank) * half)], 2)
         return out.permute(2, 0, 1, 3).reshape(length, query.shape[1], -1)

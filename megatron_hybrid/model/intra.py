@@ -88,7 +88,7 @@ class AttentionBranch(SelfAttention):
         n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
         q, k, v = hidden_states.split([n * d, g * d, g * dv], -1)
-        return tuple(t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))  # type: ignore[return-value]
+        return tuple(t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
 
 
 class MambaBranch(HybridMambaMixer):
