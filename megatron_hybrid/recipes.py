@@ -228,7 +228,7 @@ def _demo() -> Recipe:
         "--seq-length": 256,
         "--max-position-embeddings": 256,
         "--micro-batch-size": 4,
-        "--global-batch-size": 16,
+        "--global-batch-size": 8,
         "--train-iters": 300,
         **_TRAINING,
         "--lr-warmup-fraction": 0.1,
