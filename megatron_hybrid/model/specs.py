@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec, get_moe_module_spec_for_backend
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
@@ -30,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_hybrid.model.attention import HybridSelfAttention, RoPE, TorchCoreAttention
+from megatron_hybrid.model.experts import GroupedExperts
 from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
 from megatron_hybrid.model.intra_sizes import IntraSizes
 from megatron_hybrid.model.mamba import HybridMambaMixer
@@ -225,6 +227,13 @@ def _gated_delta_net() -> type:
     return TorchGatedDeltaNet
 
 
+class _TorchModules(LocalSpecProvider):
+    """Upstream's choice of modules without Transformer Engine, with experts of ours."""
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        return partial(GroupedExperts, **super().grouped_mlp_modules(moe_use_grouped_gemm).keywords)
+
+
 def _torch_parts(num_experts: int | None) -> _Parts:
     return _Parts(
         norm=StandaloneRMSNorm,
@@ -233,7 +242,7 @@ def _torch_parts(num_experts: int | None) -> _Parts:
         column=ColumnParallelLinear,
         row=RowParallelLinear,
         core_attention=TorchCoreAttention,
-        moe=get_moe_module_spec(use_te=False, num_experts=num_experts) if num_experts else None,
+        moe=get_moe_module_spec_for_backend(_TorchModules(), num_experts) if num_experts else None,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron_hybrid.kernels.attention import attention, attention_reference
 from megatron_hybrid.kernels.conv import causal_conv1d_fn, causal_conv1d_reference
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan, ssd_recurrence
+from tests import expert_pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -99,3 +100,38 @@ def test_convolution(dtype):
         inputs,
         dtype,
     )
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 33, 1], [0, 0, 3, 0], [1000, 0, 24, 0, 777, 0, 1, 0]], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="experts are grouped from sm90 on"
+)
+def test_grouped_experts(process_group, counts, fused):
+    grouped, errors = expert_pairs.errors(counts, "cuda", bias_activation_fusion=fused)
+    assert grouped
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE[torch.bfloat16]} == {}
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings"),
+    [
+        ([5, 0, 33], {"params_dtype": torch.float32}),
+        ([5, 0, 33], {"moe_ffn_hidden_size": 36}),
+        ([5, 0, 33], {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True}),
+        ([0, 0, 0], {}),
+        ([7], {}),
+    ],
+    ids=["fp32", "unaligned", "scaled-inputs", "no-tokens", "one-expert"],
+)
+def test_experts_that_grouped_products_do_not_take_are_looped_over(process_group, counts, settings):
+    grouped, errors = expert_pairs.errors(counts, "cuda", **settings)
+    assert not grouped
+    assert set(errors.values()) == {0.0}  # upstream's operations, on the same numbers
