@@ -28,6 +28,7 @@ def _layouts(pattern: str) -> list[tuple[str, int, str, str]]:
     half = _at(pattern, len(pattern) // 2)
     quarters = _at(pattern, *(len(pattern) * i // 4 for i in (1, 2, 3)))
     rows = [
+        ("micro-batch-2", 1, pattern, f"--micro-batch-size 2 {DP}"),
         ("dp2", 2, pattern, DP),
         ("pp2", 2, half, f"{PP2} {DP}"),
         ("cp2", 2, pattern, f"{CP2} {DP}"),
