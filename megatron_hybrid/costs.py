@@ -134,9 +134,7 @@ class Sizes:
             return get(name)
 
         if get("moe_latent_size"):
-            raise ValueError(
-                f"--moe-latent-size {args.moe_latent_size} is not counted here; leave it unset"
-            )
+            raise ValueError(f"--moe-latent-size {args.moe_latent_size} is not counted here; leave it unset")
         hidden, heads = need("hidden_size"), need("num_attention_heads")
         gated = bool(get("swiglu") or get("quick_geglu") or get("gated_linear_unit"))
         groups = get("num_query_groups", 1) if get("group_query_attention", False) else heads
@@ -344,9 +342,7 @@ def model_parameters(pattern: Pattern, sizes: Sizes) -> ModelParameters:
 # FLOPs -------------------------------------------------------------------------------------------
 
 
-def attention_core_flops(
-    qk_dim: int, value_dim: int, length: int, seen: int | None = None
-) -> float:
+def attention_core_flops(qk_dim: int, value_dim: int, length: int, seen: int | None = None) -> float:
     """Forward FLOPs per token of Q K^T and its product with V, causal, all heads together.
 
     Query i sees min(i, seen) keys, itself included; the mean over i = 1..length is
@@ -401,9 +397,7 @@ def layer_flops_per_token(symbol: str, sizes: Sizes) -> float:
     return matmuls + _conv_flops(symbol, sizes) + _core_flops(symbol, sizes)
 
 
-def training_flops_per_token(
-    pattern: Pattern, sizes: Sizes, convention: Convention = "model"
-) -> float:
+def training_flops_per_token(pattern: Pattern, sizes: Sizes, convention: Convention = "model") -> float:
     """Forward and backward FLOPs per token, averaged over a sequence of ``sizes.seq_length``.
 
     Raises:
@@ -421,9 +415,7 @@ def training_flops_per_token(
     return 3 * (forward + sum(layer_flops_per_token(symbol, sizes) for symbol in layers))
 
 
-def training_flops(
-    pattern: Pattern, sizes: Sizes, batch_size: int, convention: Convention = "model"
-) -> float:
+def training_flops(pattern: Pattern, sizes: Sizes, batch_size: int, convention: Convention = "model") -> float:
     """Forward and backward FLOPs of ``batch_size`` whole sequences."""
     per_token = training_flops_per_token(pattern, sizes, convention)
     return per_token * batch_size * sizes.seq_length

@@ -96,10 +96,7 @@ class Pattern:
         found = []
         mixers = [LAYERS[c] for c in self.layers if LAYERS[c].kind == "mixer"]
         if not mixers:
-            found.append(
-                f"the pattern {self} has no mixer: no token sees another one. "
-                f"Add one of {_symbols('mixer')}."
-            )
+            found.append(f"the pattern {self} has no mixer: no token sees another one. Add one of {_symbols('mixer')}.")
         elif mixers[0].attention_bearing and not all(m.attention_bearing for m in mixers):
             found.append(
                 f"the first mixer of {self} is {mixers[0].symbol} ({mixers[0].name}); the study "
@@ -179,15 +176,13 @@ def _expand(text: str) -> list[tuple[str, int]]:
             count, index = _count(text, index)
             if len(outer) + len(cells) * count > MAX_LAYERS:
                 reason = (
-                    f"repeating the group at position {start} gives more than {MAX_LAYERS} "
-                    "characters; lower the count"
+                    f"repeating the group at position {start} gives more than {MAX_LAYERS} characters; lower the count"
                 )
                 raise PatternError(reason, text, start)
             cells = outer + cells * count
         elif char in _DIGITS:
             reason = (
-                f"the count at position {position} follows no group; "
-                "a count repeats what stands in ( ), as in (M-)3"
+                f"the count at position {position} follows no group; a count repeats what stands in ( ), as in (M-)3"
             )
             raise PatternError(reason, text, position)
         else:
@@ -212,9 +207,7 @@ def _count(text: str, index: int) -> tuple[int, int]:
     # More digits than MAX_LAYERS has are too many; int() of thousands of them would be refused.
     digits = text[start:end].lstrip("0")
     if not digits:
-        reason = (
-            f"the count at position {start + 1} is 0; remove the group or repeat it at least once"
-        )
+        reason = f"the count at position {start + 1} is 0; remove the group or repeat it at least once"
         raise PatternError(reason, text, start + 1)
     return int(digits[: len(str(MAX_LAYERS)) + 1]), end
 
@@ -342,9 +335,7 @@ def attention_blocks(num_blocks: int, ratio: str, placement: str) -> list[int]:
         ValueError: for an unknown placement or a ratio that does not fit.
     """
     if placement not in PLACEMENTS:
-        raise ValueError(
-            f"the block placement is {placement!r}; use one of {', '.join(PLACEMENTS)}"
-        )
+        raise ValueError(f"the block placement is {placement!r}; use one of {', '.join(PLACEMENTS)}")
     count = attention_count(num_blocks, ratio)
     if count in (0, num_blocks):
         return list(range(1, count + 1))
@@ -406,9 +397,7 @@ def from_blocks(
         raise ValueError(f"the feed-forward layer is {ffn!r}; use one of {', '.join(endings)}")
     pair = mixers.split(":")
     if len(pair) != 2 or not all(s in LAYERS and LAYERS[s].kind == "mixer" for s in pair):
-        raise ValueError(
-            f"the block mixers are {mixers!r}; write two of {_symbols('mixer')} such as P:M"
-        )
+        raise ValueError(f"the block mixers are {mixers!r}; write two of {_symbols('mixer')} such as P:M")
     chosen = set(attention_blocks(num_blocks, ratio, placement))
     blocks = (pair[0] if i in chosen else pair[1] for i in range(1, num_blocks + 1))
     return Pattern(("".join(mixer + endings[ffn] for mixer in blocks),))

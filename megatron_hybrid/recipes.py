@@ -370,9 +370,7 @@ def merge(recipe_flags: Mapping[str, Value], user_argv: list[str]) -> list[str]:
         if flag == "--position-embedding-type" and words != ["rope"]:
             kept = {f: v for f, v in kept.items() if f not in _ROPE_FLAGS}
         if flag == "--ffn" and words != ["moe"]:
-            kept = {
-                f: v for f, v in kept.items() if f != "--num-experts" and not f.startswith("--moe-")
-            }
+            kept = {f: v for f, v in kept.items() if f != "--num-experts" and not f.startswith("--moe-")}
     kept |= _decay(recipe_flags, user)
     rest = [word for word in user_argv if word not in spent]
     return flags_to_argv(kept) + rest

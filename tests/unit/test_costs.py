@@ -218,9 +218,7 @@ def test_model_flops_are_the_matrix_products_that_run():
 
 
 def test_defaults_are_megatrons_and_ours():
-    sizes = Sizes.from_args(
-        namespace(hidden_size=96, num_attention_heads=4, seq_length=8, vocab_size=1000)
-    )
+    sizes = Sizes.from_args(namespace(hidden_size=96, num_attention_heads=4, seq_length=8, vocab_size=1000))
     assert (sizes.head_dim, sizes.query_groups, sizes.ffn) == (24, 4, 384)
     assert (sizes.padded_vocab, sizes.gated, sizes.tied) == (1024, False, True)
     assert (sizes.mamba_heads, sizes.mamba_groups) == (3, 8)

@@ -189,8 +189,7 @@ def test_counts_are_the_papers(row):
 
 def test_the_table_of_exceptions_holds_only_published_sets():
     published = {
-        (row["num_blocks"], len(row["blocks"]), row["placement"]): tuple(row["blocks"])
-        for row in GOLDEN["placements"]
+        (row["num_blocks"], len(row["blocks"]), row["placement"]): tuple(row["blocks"]) for row in GOLDEN["placements"]
     }
     assert PAPER_SETS.items() <= published.items()
 

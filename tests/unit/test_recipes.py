@@ -19,9 +19,7 @@ def pattern_of(args):
     """The pattern that parsed arguments ask for."""
     if args.hybrid_layer_pattern:
         return parse(args.hybrid_layer_pattern)
-    return from_blocks(
-        args.num_blocks, args.block_ratio, args.block_placement, args.block_mixers, args.ffn
-    )
+    return from_blocks(args.num_blocks, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +91,7 @@ def test_the_demo_is_small_and_holds_the_main_layers():
     flags = recipe("demo").flags
     counts = parse(flags["--hybrid-layer-pattern"]).counts()
     assert all(counts[symbol] for symbol in "M*P-E")
-    args = argparse.Namespace(
-        **{k[2:].replace("-", "_"): v for k, v in flags.items()}, vocab_size=4096
-    )
+    args = argparse.Namespace(**{k[2:].replace("-", "_"): v for k, v in flags.items()}, vocab_size=4096)
     args.add_bias_linear = False
     parameters = model_parameters(parse(flags["--hybrid-layer-pattern"]), Sizes.from_args(args))
     assert 0.5e6 < parameters.non_embedding < 1e6
