@@ -113,6 +113,11 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        object_storage_cache_path=args.object_storage_cache_path,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
         reset_position_ids=False,
@@ -147,7 +152,10 @@ def loss(mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Sum of the losses under the mask, number of tokens, and both for the log."""
     import torch
 
+    from megatron_hybrid.engine.training import check_loss
+
     total = (losses.view(-1).float() * mask.view(-1)).sum()
+    check_loss(total)
     tokens = mask.sum().int()
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 

@@ -25,10 +25,10 @@ _TORCH_BACKEND_FLAGS = [
     "--no-persist-layer-norm",
     "--no-rope-fusion",
 ]
-# torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
 USAGE = """pretrain_hybrid.py --list-recipes
        pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
        pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
+# torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
 _CPU_FLAGS = ["--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-bias-gelu-fusion"]
 
 
@@ -49,6 +49,12 @@ def choose_device(asked: str) -> str:
             f"(it is {torch.__version__}), or run on the CPU engine with --device cpu."
         )
     device = "cuda" if available and asked != "cpu" else "cpu"
+    for module in ("transformer_engine", "apex", "fla") if device == "cpu" else ():
+        if has_module(module):  # upstream copies their CUDA kernels into its modules on import
+            raise ValueError(
+                f"The CPU engine does not run where {module} is installed, since Megatron would call its CUDA kernels: "
+                "use an environment with requirements.txt alone, such as that of `make setup` in another clone."
+            )
     if device == "cpu":
         cpu.install()
     return device
@@ -177,21 +183,25 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: With the missing file and how to make it.
     """
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    listed = [path for paths in [args.data_path, *per_split] if paths for path in paths]
+    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    listed = [(flag, path) for flag in flags for path in getattr(args, flag) or ()]
     in_files = [args.data_args_path, args.per_split_data_args_path]
     if args.mock_data or args.skip_train:
         return
+    for name in in_files:
+        if name and not Path(name).is_file():
+            raise ValueError(f"There is no file {name}, which is given as the list of data.")
     if not listed and not any(in_files):
         raise ValueError(
             "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data "
             "for random tokens."
         )
-    for path in listed:
-        if not _is_number(path) and not Path(path + ".idx").is_file():
+    for flag, path in listed:
+        missing = [path + end for end in (".idx", ".bin") if not Path(path + end).is_file()]
+        if not _is_number(path) and missing:
             raise ValueError(
-                f"--data-path {path}: there is no {path}.idx. Give the prefix of a .bin/.idx pair, without the "
-                "ending; tools/preprocess_data.py makes one from text."
+                f"--{flag.replace('_', '-')} {path}: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
+                "without the ending; tools/preprocess_data.py makes one from text."
             )
 
 
@@ -213,8 +223,8 @@ def check_tokenizer(args: Namespace) -> None:
         raise ValueError(f"--tokenizer-type {kind}: there is no file --tokenizer-model {model}.")
 
 
-def checkpoint_pattern(load: str | None) -> str | None:
-    """The layer pattern of the newest checkpoint in a folder, or None when there is none.
+def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
+    """The layer pattern of a folder's checkpoint of iteration ``step`` or else its newest; None if there is none.
 
     It stands in the arguments that upstream stores with each checkpoint
     (training/checkpointing.py, ``generate_state_dict``).
@@ -225,7 +235,7 @@ def checkpoint_pattern(load: str | None) -> str | None:
     if load is None or not (Path(load) / "latest_checkpointed_iteration.txt").is_file():
         return None
     iteration, release = read_metadata(str(Path(load) / "latest_checkpointed_iteration.txt"))
-    folder = get_checkpoint_name(load, iteration, release, return_base_dir=True)
+    folder = get_checkpoint_name(load, step or iteration, release, return_base_dir=True)
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return None
     with warnings.catch_warnings():
@@ -240,10 +250,12 @@ def check_checkpoint(args: Namespace) -> None:
     Raises:
         ValueError: With both patterns.
     """
-    saved = checkpoint_pattern(args.load)
-    if saved and saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+    for folder, step in ((args.load, args.ckpt_step), (args.pretrained_checkpoint, None)):
+        saved = checkpoint_pattern(folder, step)
+        if saved is None or saved.replace("|", "") == args.hybrid_layer_pattern.replace("|", ""):
+            continue
         raise ValueError(
-            f"The checkpoint in {args.load} has the layer pattern\n  {saved}\nbut this run asks for\n"
+            f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
             f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
             "recipe, or give another --load."
         )

@@ -4,6 +4,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def write_metrics(path: Path) -> None:
     from megatron.training.global_vars import get_args
     from megatron.training.utils import is_last_rank
 
-    log, evaluate_and_print, evaluate = (
+    log, evaluate_and_print, evaluate, save = (
         training.training_log,
         training.evaluate_and_print_results,
         training.evaluate,
+        training.save_checkpoint_and_time,
     )
     clock: dict[str, float] = {}
 
@@ -60,7 +62,7 @@ def write_metrics(path: Path) -> None:
         now = time.perf_counter()
         seconds = now - clock["last"] if "last" in clock else None
         settings = get_args()
-        tokens = settings.global_batch_size * settings.seq_length
+        tokens = (settings.consumed_train_samples - clock.get("samples", 0)) * settings.seq_length
         # the positional order of training_log: loss_scale, report_memory_flag, skipped_iter, grad_norm
         skipped, grad_norm = args[2], args[3]
         losses = {name: _number(value) for name, value in loss_dict.items()}
@@ -78,7 +80,7 @@ def write_metrics(path: Path) -> None:
         }
         append(record)
         result = log(loss_dict, total, learning_rate, iteration, *args, **kwargs)
-        clock["last"] = time.perf_counter()
+        clock["last"], clock["samples"] = time.perf_counter(), settings.consumed_train_samples
         return result
 
     def evaluate_and_print_results(
@@ -102,7 +104,12 @@ def write_metrics(path: Path) -> None:
             training.evaluate = evaluate
         clock.pop("last", None)  # the next step's time would contain the validation
 
+    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
+        clock.pop("last", None)  # the next step's time would contain the save
+        return save(*args, **kwargs)
+
     training.training_log = training_log
+    training.save_checkpoint_and_time = save_checkpoint_and_time
     training.evaluate_and_print_results = evaluate_and_print_results
 
 
@@ -173,6 +180,26 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return {name: batch[name] for name in names}
+
+
+def check_loss(loss: Any) -> None:
+    """Hands a micro-batch's loss to Megatron's rerun machine, as upstream's own training scripts do.
+
+    It finds NaN and infinity under ``--check-for-nan-in-loss-and-grad`` and spikes under
+    ``--check-for-spiky-loss``, and tells faulty hardware from a faulty run (core/rerun_state_machine.py,
+    ``validate_result``).
+    """
+    import torch
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training.global_vars import get_args
+
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
+            machine.validate_result(loss, found, f"found {name} in the loss", tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=10, context="loss")
+        machine.validate_result(loss, spiky, "found a spike in the loss", tolerance=0.0, fatal=False)
 
 
 def write_run(path: Path, args: Namespace, counted: dict[str, Any]) -> None:

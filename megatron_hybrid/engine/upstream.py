@@ -1,8 +1,10 @@
 """What Megatron-Core 0.19.2 needs to be told or given, beside what :mod:`.cpu` answers.
 
-Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs.
-None of them changes a run on CUDA with Transformer Engine and mamba_ssm, except :func:`register_symbols`,
-:func:`skip_helper_compilation` and :func:`build_mtp_from_our_stack`.
+Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs. On CUDA
+with Transformer Engine and mamba_ssm these remain: :func:`register_symbols`, :func:`skip_helper_compilation` and
+:func:`build_mtp_from_our_stack`, without which hybrids do not start; :func:`load_optimizers_of_other_expert_layouts`
+and :func:`save_optimizer_buckets_in_place`, which only make checkpoints load and be right; and
+:func:`use_torch_gated_delta_rule` where flash-linear-attention is missing.
 """
 
 import importlib.util
@@ -36,9 +38,11 @@ def prepare(device: str, stack: type) -> list[str]:
         notes.append("Mamba-2 kernels: plain PyTorch (mamba_ssm is not in use)")
     if not has_module("fla"):
         use_torch_gated_delta_rule()
-    if not has_module("transformer_engine") and not has_module("apex"):
+    from megatron.core import optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER or optimizer.Adam.__module__.startswith("megatron_hybrid"):
         use_fused_adam_contract()
-        notes.append("Adam: plain PyTorch (neither Transformer Engine nor Apex is installed)")
+        notes.append("Adam: plain PyTorch (neither Transformer Engine nor Apex can be imported)")
     if device == "cpu":
         give_all_to_all_its_splits()
         gather_unequal_parts_over_gloo()

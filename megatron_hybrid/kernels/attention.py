@@ -24,8 +24,8 @@ def attention(
     A query at position i sees the keys j <= i; with a window, only those with i - j < window or j < sinks
     (Bae et al., arXiv:2510.04800, section 2: the window of the study is 512 with 64 sinks).
 
-    On CUDA no [q, k] matrix is ever stored: full attention goes to torch's fused kernels, a window to
-    FlexAttention. On CPU a window is a boolean mask. Gradients flow to q, k and v.
+    On CUDA no [q, k] matrix is stored: full attention goes to torch's fused kernels, a window to FlexAttention, which
+    has no dropout. On CPU a window is a boolean mask. Gradients flow to q, k and v.
 
     Args:
         q: [b, h, sq, d], any floating dtype.
@@ -39,6 +39,9 @@ def attention(
 
     Returns:
         [b, h, sq, dv] in q's dtype.
+
+    Raises:
+        ValueError: Dropout with a window on CUDA.
     """
     sq, end = q.shape[2], offset + q.shape[2]
     k, v = k[:, :, :end], v[:, :, :end]
@@ -46,7 +49,9 @@ def attention(
         window = None  # every key is inside every window
     if window is None:
         return _full(q, k, v, scale, dropout)
-    if q.is_cuda and dropout == 0.0:
+    if q.is_cuda:
+        if dropout:
+            raise ValueError("Sliding windows have no attention dropout on CUDA: set --attention-dropout 0.")
         return _flex_window(q, k, v, scale, window, sinks, offset)
     mask = visible(sq, end, window, sinks, offset, q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)
@@ -75,9 +80,14 @@ def attention_reference(
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
     d, dv = q.shape[-1], v.shape[-1]
-    if q.is_cuda and dv > d:
-        # torch's fused kernels that share key heads want equal head sizes; zeros change no score
-        q, k = F.pad(q, (0, dv - d)), F.pad(k, (0, dv - d))
+    if q.is_cuda and d != dv:
+        # torch's fused kernels that share key heads want equal head sizes: zeros change no score, and are cut off
+        width = max(d, dv)
+        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+        if dv < width:
+            return _full(q, k, v, scale, dropout)[..., :dv]
+    if q.is_cuda and q.dtype == torch.float32:  # the fused kernel for fp32 shares no key heads
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
     if q.is_cuda:

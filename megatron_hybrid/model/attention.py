@@ -1,5 +1,6 @@
 """Attention layers that own their RoPE, and the attention core of the torch backend."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +164,11 @@ class TorchCoreAttention(MegatronModule):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, *self._gather(key, value, cp)))
 
         def attend(q: Tensor, offset: int) -> Tensor:
-            return attention(q, k, v, scale, self.window, self.sinks, offset, dropout)
+            # Ranks hold different heads and must drop different weights, as core/transformer/dot_product_attention.py
+            # does; under sequence parallelism the whole stack runs on the rank's own random stream already.
+            own_stream = dropout > 0 and not self.config.sequence_parallel
+            with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+                return attention(q, k, v, scale, self.window, self.sinks, offset, dropout)
 
         if cp == 1:
             out = attend(q, k.shape[2] - length)  # queries are the last keys: also true with a cache

@@ -1,7 +1,6 @@
 """From Megatron's arguments to the model configuration that its training loop builds."""
 
 from argparse import Namespace
-from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import hybrid_config_from_args
@@ -12,19 +11,14 @@ from megatron_hybrid.model.intra_sizes import intra_sizes
 from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
 
 
-@dataclass(kw_only=True)
-class HybridLMConfig(HybridModelConfig):
-    """Upstream's configuration of a hybrid model; its builder is upstream's too."""
-
-
-def model_config(args: Namespace, config: TransformerConfig | None = None) -> HybridLMConfig:
+def model_config(args: Namespace, config: TransformerConfig | None = None) -> HybridModelConfig:
     """The configuration of the model that ``args`` describe.
 
     Args:
         args: Validated arguments.
         config: Megatron's TransformerConfig; made from ``args`` by default.
     """
-    result = hybrid_config_from_args(args, config, model_config_cls=HybridLMConfig)
+    result = hybrid_config_from_args(args, config)
     result.position_embedding_type = "none"  # attention layers own their RoPE
     result.hybrid_stack_spec = hybrid_stack_spec(args.backend, layer_options(args), args.num_experts)
     return result

@@ -120,6 +120,10 @@ def check_unsupported(args: Namespace) -> None:
     refused = {
         "reset_position_ids": "position ids do not reach the layers' RoPE",
         "reset_attention_mask": "the layers are causal over the whole sample; packed documents are not there yet",
+        "dataloader_inter_document_masking": "packed documents are not there yet",
+        "sft": "fine-tuning packs documents, which is not there yet",
+        "fim_data": "the data set has no fill-in-the-middle",
+        "hybrid_context_parallel": "samples are split over all context-parallel ranks alike",
         "multi_latent_attention": "the symbols * and W are ordinary grouped-query attention",
         "qk_layernorm": "the attention layers have no norms of queries and keys",
         "window_size": "sliding windows are W layers, with --swa-window",
@@ -128,6 +132,10 @@ def check_unsupported(args: Namespace) -> None:
     for name, reason in refused.items():
         if getattr(args, name, False):
             raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
+    if args.layernorm_zero_centered_gamma and (args.backend == "torch" or "P" in args.hybrid_layer_pattern):
+        raise ValueError(
+            "--apply-layernorm-1p is not supported by the torch layers and P layers: their norms are plain."
+        )
     if args.softmax_type != "vanilla":
         raise ValueError(f"--softmax-type {args.softmax_type} is not supported: sinks are W layers. Drop it.")
     graphs = args.cuda_graph_impl != "none" or args.optimizer_cuda_graph
@@ -195,8 +203,18 @@ def check_intra(args: Namespace, sizes: IntraSizes) -> None:
     _divides(sizes.value_dim, "--intra-value-dim", heads, "--intra-num-attention-heads")
     _divides(sizes.ssm_dim, "--intra-ssm-dim", args.mamba_head_dim, "--mamba-head-dim")
     _divides(groups, "--intra-num-query-groups", tp, "--tensor-model-parallel-size")
-    if sizes.qk_head_dim % 2 and args.position_embedding_type == "rope":
-        raise ValueError(f"--intra-qk-dim gives heads of {sizes.qk_head_dim} channels: RoPE needs an even number.")
+    if int(sizes.qk_head_dim * args.rotary_percent) % 2 and args.position_embedding_type == "rope":
+        raise ValueError(
+            f"--intra-qk-dim gives heads of {sizes.qk_head_dim} channels, of which --rotary-percent "
+            f"{args.rotary_percent} turns an odd number: RoPE needs an even one."
+        )
+    for name, remedy in (
+        ("add_bias_linear", "add --disable-bias-linear"),
+        ("add_qkv_bias", "drop --add-qkv-bias"),
+        ("attention_output_gate", "drop --attention-output-gate"),
+    ):
+        if getattr(args, name):
+            raise ValueError(f"P layers have no biases and no output gate, and {_flag(name)} is on: {remedy}.")
 
 
 def _flag(name: str) -> str:

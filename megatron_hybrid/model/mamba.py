@@ -21,7 +21,7 @@ class HybridMambaMixer(MambaMixer):
         self.recompute = recompute
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
-        """[s, b, (z x B C dt)_local] to [s, b, d_inner_local] (core/ssm/mamba_mixer.py:771)."""
+        """[s, b, (z x B C dt)_local] to [s, b, d_inner_local] (core/ssm/mamba_mixer.py:727)."""
         run = super()._ssm_training
         if not (self.recompute and self.training):
             return run(zxBCdt, packed_seq_params)

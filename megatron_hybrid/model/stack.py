@@ -9,11 +9,14 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.cuda_graphs import annotate_first_last_layer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from torch import nn
+from torch import Tensor, nn
+
+from megatron_hybrid.pattern import LAYERS
 
 
 @dataclass
@@ -35,7 +38,10 @@ class HybridLayerStack(HybridStack):
     """Upstream's ``HybridStack`` built from a table of symbols rather than its fixed if/elif.
 
     Only the construction is ours (core/models/hybrid/hybrid_block.py:134-220): forward, recomputation and the
-    sharded state dict are upstream's, which dispatch on ``TransformerLayer`` or ``MambaLayer``.
+    sharded state dict are upstream's, which dispatch on ``TransformerLayer`` or ``MambaLayer``. Under sequence
+    parallelism the forward pass runs on the tensor-parallel random stream, as ``TransformerBlock`` does
+    (core/transformer/transformer_block.py) and ``HybridStack`` does not: ranks that hold different tokens would drop
+    the same places.
     """
 
     def __init__(
@@ -76,6 +82,13 @@ class HybridLayerStack(HybridStack):
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[s, b, h] to the same shape, s local under sequence parallelism (core/models/hybrid/hybrid_block.py:265)."""
+        # the layers of a prediction head are on it already (core/transformer/multi_token_prediction.py)
+        own_stream = self.config.sequence_parallel and self.training and not self.is_mtp_layer
+        with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+            return super().forward(*args, **kwargs)
+
     def _build_layer(
         self, symbol: str, submodules: LayerSpecs, index: int, pp_layer_offset: int, name: str | None
     ) -> nn.Module:
@@ -93,7 +106,7 @@ class HybridLayerStack(HybridStack):
             kwargs["pp_layer_offset"] = pp_layer_offset
         else:
             kwargs["add_layer_offset"] = False  # layer_number counts the whole model already
-            if symbol in ATTENTION_SYMBOLS:
+            if LAYERS[symbol].attention_bearing:
                 kwargs["pp_layer_offset"] = pp_layer_offset
                 kwargs["is_mtp_layer"] = self.is_mtp_layer
         quantized: Any = nullcontext()
@@ -103,6 +116,3 @@ class HybridLayerStack(HybridStack):
             quantized = get_fp4_context(self.config, index + pp_layer_offset, is_init=True)
         with quantized:
             return build_module(spec, **kwargs)
-
-
-ATTENTION_SYMBOLS = ("*", "W", "P")

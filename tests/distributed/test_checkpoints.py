@@ -54,13 +54,15 @@ def test_checkpoint_of_one_process_continues_in_another_layout_and_comes_back(ra
     assert back["steps"] == expected["steps"][2:]
 
 
-@pytest.mark.parametrize("flags", [DP, f"{DP} {TP2} {SP}"], ids=["dp2", "tp2-sp"])
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(ranks, tmp_path, flags):
+@pytest.mark.parametrize("layout", ["dp2", "tp2-sp", "pp2", "ep2"])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(ranks, tmp_path, layout):
+    _, pattern, flags = LAYOUTS[layout]
     # dropout makes the random state part of what must come back
-    flags += " --hidden-dropout 0.1 --lr-decay-style linear --lr-decay-iters 10 --lr-warmup-iters 2"
+    flags += f" {DP} --hidden-dropout 0.1 --attention-dropout 0.1"
+    flags += " --lr-decay-style linear --lr-decay-iters 10 --lr-warmup-iters 2"
     where = folder(tmp_path / "half")
-    straight = ranks(2).run(trained, pattern=PATTERN, flags=flags, save=where, before=5, after=5)
-    again = ranks(2).run(resumed, pattern=PATTERN, flags=flags, load=where, steps=5)
+    straight = ranks(2).run(trained, pattern=pattern, flags=flags, save=where, before=5, after=5)
+    again = ranks(2).run(resumed, pattern=pattern, flags=flags, load=where, steps=5)
     for rank in range(2):
         assert again[rank]["steps"] == straight[rank]["steps"][5:]
         assert same(again[rank]["end_parameters"], straight[rank]["end_parameters"]) == []

@@ -192,3 +192,18 @@ def resumed(pattern: str, flags: str, load: str, steps: int) -> dict[str, Any]:
 def folder(path: Path) -> str:
     path.mkdir(parents=True, exist_ok=True)
     return str(path)
+
+
+def dropped(flags: str) -> list[list[bool]]:
+    """Which entries of this rank's output of a stack of one layer are dropped, token by token."""
+    import torch
+
+    run = Run("M", f"{flags} --hidden-dropout 0.5")
+    stack = run.model[0].module.decoder.train()
+    shared = torch.Generator().manual_seed(3)
+    length = run.args.seq_length // (run.args.tensor_model_parallel_size if run.args.sequence_parallel else 1)
+    x = torch.randn(length, 1, run.args.hidden_size, generator=shared)
+    norm, stack.final_norm = stack.final_norm, torch.nn.Identity()
+    result = (stack(x, None) == x).squeeze(1).tolist()
+    stack.final_norm = norm
+    return result

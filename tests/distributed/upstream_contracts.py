@@ -214,6 +214,19 @@ CONTRACTS = [
         holds=("device=torch.cuda.current_device()",),
     ),
     _C("meta_device", MIXER, "MambaMixer.__init__", holds=("device=torch.cuda.current_device()",)),
+    _C("write_metrics", TRAINING, "checkpoint_and_decide_exit", holds=("save_checkpoint_and_time(",)),
+    _C(
+        "check_loss",
+        "core/rerun_state_machine.py",
+        "RerunStateMachine.validate_result",
+        "self result rejection_func message comparison_func tolerance fatal",
+    ),
+    _C(
+        "check_loss",
+        "core/rerun_state_machine.py",
+        "RerunStateMachine.is_unexpectedly_large",
+        "self result threshold context num_samples resample",
+    ),
     _C(
         "next_batch",
         "core/utils.py",

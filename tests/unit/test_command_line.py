@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
+from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.recipes import recipes
 
 ROOT = Path(__file__).parents[2]
@@ -154,3 +156,26 @@ def test_metrics_hold_each_validation(first_run):
     values = [r["validation_loss"] for r in records if "validation_loss" in r]
     logged = re.findall(r"validation loss at .*?lm loss value: (\S+)", done.stdout + done.stderr)
     assert [float(x) for x in logged] == pytest.approx(values, rel=1e-6)
+
+
+def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """Through pretrain() itself: the order of the data, the schedule, the random state, and the metrics file."""
+    with IndexedWriter(tmp_path / "corpus_text_document", dtype_for(100)) as writer:
+        generator = numpy.random.default_rng(0)
+        for length in generator.integers(20, 200, 100):
+            writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
+    flags = f"""--recipe demo --expert-model-parallel-size 1 --data-path {tmp_path}/corpus_text_document
+    --tokenizer-type NullTokenizer --vocab-size 100 --train-iters 6 --lr-wsd-decay-iters 2 --seq-length 64
+    --micro-batch-size 2 --global-batch-size 4 --eval-interval 100 --eval-iters 1 --save-interval 3 --device cpu
+    --hidden-dropout 0.1 --split 80,10,10 --data-cache-path {tmp_path}/cache""".split()
+
+    def steps(where):
+        records = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        return [(r["iteration"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in records if "loss" in r]
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for where, more in ((straight, []), (stopped, ["--exit-interval", "3"]), (stopped, [])):
+        done = run(PROGRAM, *flags, "--save", str(where), "--load", str(where), *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [iteration for iteration, *_ in steps(straight)] == [1, 2, 3, 4, 5, 6]
+    assert steps(stopped) == steps(straight)
