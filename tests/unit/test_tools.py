@@ -192,6 +192,8 @@ time.sleep(60)
 """
     program = (
         "import sys; sys.path.insert(0, 'tools'); import quickstart, signal; from pathlib import Path\n"
+        # a test run in the background inherits an ignored SIGINT
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"steps = quickstart.Quickstart(Path({str(steps.run_dir.parent)!r}), None)\n"
         f"steps.pretrain([sys.executable, '-c', {code!r}])"
     )
