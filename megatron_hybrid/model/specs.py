@@ -8,11 +8,12 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec, get_moe_module_spec_for_backend
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -69,6 +70,10 @@ class _Parts:
     core_attention: Any
     moe: Any
 
+    def stored_as(self, norm: str, linear: str) -> dict[str, str]:
+        """Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears."""
+        return {} if self.input_norm is IdentityOp else {norm: linear}
+
 
 def hybrid_stack_spec(backend: str, options: LayerOptions, num_experts: int | None) -> ModuleSpec:
     """The spec from which upstream's HybridModel builds its decoder.
@@ -84,109 +89,94 @@ def hybrid_stack_spec(backend: str, options: LayerOptions, num_experts: int | No
     if backend not in ("te", "torch"):
         raise ValueError(f"Unknown backend {backend!r}: choose te or torch.")
     parts = _te_parts(num_experts) if backend == "te" else _torch_parts(num_experts)
-    # Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears
-    renamed = backend == "torch"
-
-    def transformer_layer(module: type, names: dict[str, str], **submodules: Any) -> ModuleSpec:
-        keys = names if renamed else {}
-        return ModuleSpec(
-            module=module,
-            submodules=TransformerLayerSubmodules(sharded_state_dict_keys_map=keys, **submodules),
-        )
-
-    def attention_layer(core: Any, **params: Any) -> ModuleSpec:
-        return transformer_layer(
-            TransformerLayer,
-            {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
-            input_layernorm=parts.input_norm,
-            self_attention=ModuleSpec(
-                module=HybridSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal, **params},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.normed_column, core_attention=core, linear_proj=parts.row
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-        )
-
+    sliding = {"rope": options.swa_rope, "window": options.swa_window, "sinks": options.swa_sinks}
     layers = {
-        "M": _mamba_layer(parts, options, renamed),
-        "*": attention_layer(parts.core_attention, rope=options.rope),
-        "W": attention_layer(
-            TorchCoreAttention, rope=options.swa_rope, window=options.swa_window, sinks=options.swa_sinks
-        ),
-        "G": transformer_layer(
-            TransformerLayer,
-            {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
-            input_layernorm=parts.input_norm,
-            self_attention=ModuleSpec(
-                module=_gated_delta_net(),
-                submodules=GatedDeltaNetSubmodules(
-                    in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-        ),
-        "-": transformer_layer(
-            MLPLayer,
-            {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
-            pre_mlp_layernorm=parts.input_norm,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=parts.normed_column, linear_fc2=parts.row),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+        "M": _mamba_layer(parts, options),
+        "*": _mixer_layer(parts, "linear_qkv", _attention(parts, parts.core_attention, rope=options.rope)),
+        "W": _mixer_layer(parts, "linear_qkv", _attention(parts, TorchCoreAttention, **sliding)),
+        "G": _mixer_layer(parts, "in_proj", _gated_delta_net(parts)),
+        "-": _dense_layer(parts),
     }
-    unavailable = {}
     if options.intra:
-        layers["P"] = transformer_layer(
-            TransformerLayer,
-            {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
-            input_layernorm=parts.input_norm,
-            self_attention=ModuleSpec(
-                module=IntraHybrid,
-                params={
-                    "sizes": options.intra,
-                    "rope": options.rope,
-                    "a_init_range": options.mamba_a_init_range,
-                    "recompute": options.recompute,
-                },
-                submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-        )
+        layers["P"] = _mixer_layer(parts, "in_proj", _intra(parts, options, options.intra))
     if parts.moe is not None:
-        layers["E"] = transformer_layer(
-            MoETransformerLayer,
-            {},
-            pre_mlp_layernorm=parts.norm,
-            mlp=parts.moe,
-            mlp_bda=get_bias_dropout_add,
-        )
-    else:
-        unavailable["E"] = "--num-experts is not set"
+        layers["E"] = _experts_layer(parts)
+    unavailable = {} if parts.moe is not None else {"E": "--num-experts is not set"}
     return ModuleSpec(
         module=HybridLayerStack,
         submodules=LayerSpecs(layers, parts.norm, _mtp_block_spec(parts), unavailable),
     )
 
 
-def _mamba_layer(parts: _Parts, options: LayerOptions, renamed: bool) -> ModuleSpec:
+def _mixer_layer(parts: _Parts, linear: str, mixer: ModuleSpec) -> ModuleSpec:
+    """A layer of a norm and a mixer, which stands in the slot of self-attention; ``linear`` is its first one."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.input_norm,
+            self_attention=mixer,
+            self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=parts.stored_as("input_layernorm.", f"self_attention.{linear}.layer_norm_"),
+        ),
+    )
+
+
+def _attention(parts: _Parts, core: Any, **params: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=HybridSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **params},
+        submodules=SelfAttentionSubmodules(linear_qkv=parts.normed_column, core_attention=core, linear_proj=parts.row),
+    )
+
+
+def _intra(parts: _Parts, options: LayerOptions, sizes: IntraSizes) -> ModuleSpec:
+    return ModuleSpec(
+        module=IntraHybrid,
+        params={
+            "sizes": sizes,
+            "rope": options.rope,
+            "a_init_range": options.mamba_a_init_range,
+            "recompute": options.recompute,
+        },
+        submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+    )
+
+
+def _mamba_layer(parts: _Parts, options: LayerOptions) -> ModuleSpec:
+    mixer = ModuleSpec(
+        module=HybridMambaMixer,
+        params={"A_init_range": options.mamba_a_init_range, "recompute": "ssm" in options.recompute},
+        submodules=MambaMixerSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+    )
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             norm=parts.input_norm,
-            mixer=ModuleSpec(
-                module=HybridMambaMixer,
-                params={
-                    "A_init_range": options.mamba_a_init_range,
-                    "recompute": "ssm" in options.recompute,
-                },
-                submodules=MambaMixerSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
-            ),
+            mixer=mixer,
             mamba_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"} if renamed else {},
+            sharded_state_dict_keys_map=parts.stored_as("norm.", "mixer.in_proj.layer_norm_"),
+        ),
+    )
+
+
+def _dense_layer(parts: _Parts) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=parts.normed_column, linear_fc2=parts.row)
+    return ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.input_norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=linears),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=parts.stored_as("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+        ),
+    )
+
+
+def _experts_layer(parts: _Parts) -> ModuleSpec:
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.norm, mlp=parts.moe, mlp_bda=get_bias_dropout_add
         ),
     )
 
@@ -209,22 +199,22 @@ def _mtp_block_spec(parts: _Parts) -> ModuleSpec:
     )
 
 
-def _gated_delta_net() -> type:
+def _gated_delta_net(parts: _Parts) -> ModuleSpec:
     """Upstream's gated delta net, on its plain torch path when flash-linear-attention is missing."""
-    from megatron.core.ssm.gated_delta_net import common
+    installed = common.chunk_gated_delta_rule is not None
+    return ModuleSpec(
+        module=GatedDeltaNet if installed else TorchGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row),
+    )
 
-    if common.chunk_gated_delta_rule is not None:
-        return GatedDeltaNet
 
-    class TorchGatedDeltaNet(GatedDeltaNet):
-        """``deterministic_mode`` selects upstream's torch path, for this layer alone."""
+class TorchGatedDeltaNet(GatedDeltaNet):
+    """``deterministic_mode`` selects upstream's torch path, for this layer alone."""
 
-        def __init__(self, config: Any, *args: Any, **kwargs: Any):
-            config = copy.copy(config)
-            config.deterministic_mode = True
-            super().__init__(config, *args, **kwargs)
-
-    return TorchGatedDeltaNet
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        config = copy.copy(config)
+        config.deterministic_mode = True
+        super().__init__(config, *args, **kwargs)
 
 
 class _TorchModules(LocalSpecProvider):
