@@ -36,7 +36,7 @@ def compare(fast, reference, inputs, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [63, 500])
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (100, 16)])
-@pytest.mark.parametrize(("d", "dv"), [(64, 64), (64, 128), (72, 128)])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (64, 128), (72, 128), (128, 64)])
 def test_attention(dtype, length, window, sinks, d, dv):
     if window and (d == 72 or dtype == torch.float32):
         pytest.skip("FlexAttention is for the head sizes of W layers, in training precision")
