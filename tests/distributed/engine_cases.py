@@ -384,7 +384,9 @@ def check_checkpoint(load: str, pattern: str) -> str:
     from megatron_hybrid.engine import arguments
 
     try:
-        arguments.check_checkpoint(Namespace(load=load, hybrid_layer_pattern=pattern))
+        arguments.check_checkpoint(
+            Namespace(load=load, ckpt_step=None, pretrained_checkpoint=None, hybrid_layer_pattern=pattern)
+        )
     except ValueError as error:
         return str(error)
     return ""
