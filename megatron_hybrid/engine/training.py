@@ -59,28 +59,28 @@ def write_metrics(path: Path) -> None:
     def training_log(
         loss_dict: dict, total: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
     ) -> Any:
-        now = time.perf_counter()
-        seconds = now - clock["last"] if "last" in clock else None
-        settings = get_args()
-        tokens = (settings.consumed_train_samples - clock.get("samples", 0)) * settings.seq_length
+        seconds = time.perf_counter() - clock["last"] if "last" in clock else None
+        samples, length = get_args().consumed_train_samples, get_args().seq_length
+        tokens = (samples - clock.get("samples", 0)) * length
         # the positional order of training_log: loss_scale, report_memory_flag, skipped_iter, grad_norm
         skipped, grad_norm = args[2], args[3]
         losses = {name: _number(value) for name, value in loss_dict.items()}
-        record: dict[str, Any] = {
-            "iteration": iteration,
-            "loss": losses.pop("lm loss", None),
-            **losses,
-            "learning_rate": _number(learning_rate),
-            "grad_norm": _number(grad_norm),
-            "samples": settings.consumed_train_samples,
-            "tokens": settings.consumed_train_samples * settings.seq_length,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else None,
-            "skipped": bool(skipped),
-        }
-        append(record)
+        append(
+            {
+                "iteration": iteration,
+                "loss": losses.pop("lm loss", None),
+                **losses,
+                "learning_rate": _number(learning_rate),
+                "grad_norm": _number(grad_norm),
+                "samples": samples,
+                "tokens": samples * length,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds else None,
+                "skipped": bool(skipped),
+            }
+        )
         result = log(loss_dict, total, learning_rate, iteration, *args, **kwargs)
-        clock["last"], clock["samples"] = time.perf_counter(), settings.consumed_train_samples
+        clock["last"], clock["samples"] = time.perf_counter(), samples
         return result
 
     def evaluate_and_print_results(

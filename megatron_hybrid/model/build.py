@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
@@ -11,14 +10,9 @@ from megatron_hybrid.model.intra_sizes import intra_sizes
 from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
 
 
-def model_config(args: Namespace, config: TransformerConfig | None = None) -> HybridModelConfig:
-    """The configuration of the model that ``args`` describe.
-
-    Args:
-        args: Validated arguments.
-        config: Megatron's TransformerConfig; made from ``args`` by default.
-    """
-    result = hybrid_config_from_args(args, config)
+def model_config(args: Namespace) -> HybridModelConfig:
+    """The configuration of the model that validated ``args`` describe."""
+    result = hybrid_config_from_args(args)
     result.position_embedding_type = "none"  # attention layers own their RoPE
     result.hybrid_stack_spec = hybrid_stack_spec(args.backend, layer_options(args), args.num_experts)
     return result

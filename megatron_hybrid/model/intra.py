@@ -215,18 +215,16 @@ class IntraHybrid(MegatronModule):
         self.out_parts = {"attention": n * sizes.value_head_dim, "mamba": self.mamba.d_inner_local_tp}
         self.attention_width = sum(self.in_parts[part] for part in "qkv")
         tp = self.tp_group.size()
+        shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
             tp * sum(self.in_parts.values()),
-            config=config,
+            **shared,
             init_method=config.init_method,
             gather_output=False,
-            bias=False,
             skip_bias_add=False,
-            is_expert=False,
             tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
             name=f"{name}.in_proj" if name else None,
         )
         # upstream's resharding of live models reads the sizes of packed parts from here
@@ -235,14 +233,11 @@ class IntraHybrid(MegatronModule):
             submodules.out_proj,
             tp * sum(self.out_parts.values()),
             config.hidden_size,
-            config=config,
+            **shared,
             init_method=config.output_layer_init_method,
-            bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
-            is_expert=False,
             tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
             name=f"{name}.out_proj" if name else None,
         )
         self.out_proj.weight.partition_sizes = list(self.out_parts.values())
