@@ -46,21 +46,6 @@ class HybridConfig:
     swa_rotary_base: int = 10000
     """W layers: RoPE base. W layers never use RoPE scaling."""
 
-    intra_num_attention_heads: int | None = None
-    """P layers: attention heads. Default: half of --num-attention-heads."""
-
-    intra_num_query_groups: int | None = None
-    """P layers: key/value heads. Default: half of --num-query-groups."""
-
-    intra_qk_dim: int | None = None
-    """P layers: total query width, all heads together. Default: half of --hidden-size."""
-
-    intra_value_dim: int | None = None
-    """P layers: total width of the attention output, all heads together. Default: --hidden-size."""
-
-    intra_ssm_dim: int | None = None
-    """P layers: inner width of the Mamba branch. Default: --hidden-size."""
-
     mamba_a_init_range: list[float] = field(
         default_factory=lambda: [1.0, 16.0], metadata={"argparse_meta": {"nargs": 2}}
     )
@@ -70,3 +55,62 @@ class HybridConfig:
         default_factory=list, metadata={"argparse_meta": {"nargs": "*", "choices": ["ssm", "intra"]}}
     )
     """Recompute in the backward pass: the SSM core of M and P layers (ssm), whole P mixers (intra)."""
+
+
+@dataclass(kw_only=True)
+class IntraConfig:
+    """The intra-layer hybrid (P layers). --intra-preset sets every axis; each other flag changes one."""
+
+    intra_preset: Literal["paper", "hymba", "falcon-h1", "diff-transformer", "diff-mamba"] = "paper"
+    """P layers: the design whose axes are the defaults of the flags below."""
+
+    intra_branches: Literal["attention,mamba", "attention,attention", "mamba,mamba"] | None = None
+    """P layers: the two mixers, first and second."""
+
+    intra_norm: Literal["none", "group", "fused"] | None = None
+    """P layers: RMSNorm of each branch's output (group), of their fusion (fused), or none."""
+
+    intra_norm_groups: int | None = None
+    """P layers: groups of channels that the norm takes in each branch. Default: one for each head."""
+
+    intra_scale: Literal["none", "vector", "scalar", "gate", "interpolate", "diff-lambda"] | None = None
+    """P layers: factor of each branch behind its norm: learned for each channel (vector) or branch (scalar), from the
+    token (gate: a sigmoid for each branch; interpolate: a for the second branch and 1 - a for the first), or the
+    Differential Transformer's lambda on the second branch."""
+
+    intra_fusion: Literal["add", "diff", "concat"] | None = None
+    """P layers: sum, first minus second, or concatenation."""
+
+    intra_value: Literal["separate", "shared"] | None = None
+    """P layers: shared makes both branches read one value (V of attention, x of Mamba before its convolution)."""
+
+    intra_output: Literal["separate", "joint"] | None = None
+    """P layers: an output projection for each branch, before the fusion, or one behind it."""
+
+    intra_num_attention_heads: int | None = None
+    """P layers: attention heads of a branch. Default: half of --num-attention-heads."""
+
+    intra_num_query_groups: int | None = None
+    """P layers: key/value heads of a branch. Default: half of --num-query-groups."""
+
+    intra_qk_dim: int | None = None
+    """P layers: query width of a branch, all heads together. Default: half of --hidden-size."""
+
+    intra_value_dim: int | None = None
+    """P layers: output width of an attention branch, all heads together. Default: --hidden-size, or --intra-ssm-dim
+    where values are shared with a Mamba branch."""
+
+    intra_ssm_dim: int | None = None
+    """P layers: inner width of a Mamba branch. Default: --hidden-size."""
+
+    intra_ssm_head_dim: int | None = None
+    """P layers: head size of a Mamba branch. Default: --mamba-head-dim. Tensor-parallel ranks take whole heads."""
+
+    intra_window: int | None = None
+    """P layers: keys that a query of an attention branch sees, itself included. Default: all before it."""
+
+    intra_sinks: int = 0
+    """P layers: first tokens of the sequence that every query sees beside --intra-window."""
+
+    intra_overlap: bool = True
+    """P layers: run both branches one after the other on CUDA, instead of on two streams."""

@@ -17,12 +17,11 @@ This module imports neither torch nor Megatron.
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from megatron_hybrid import intra_design
+from megatron_hybrid.intra_design import CONV_WIDTH, IntraDesign
 from megatron_hybrid.pattern import LAYERS, Pattern
 
 Convention = Literal["model", "study"]
-
-CONV_WIDTH = 4
-"""Kernel width of the causal convolution of M and P (MambaMixer's d_conv)."""
 
 
 class Parameters(NamedTuple):
@@ -84,12 +83,8 @@ class Sizes:
     mamba_groups: int = 8
     state_dim: int = 128
 
-    # Intra-layer hybrid: P. Widths are of all heads together.
-    intra_heads: int
-    intra_query_groups: int
-    intra_qk_dim: int
-    intra_value_dim: int
-    intra_ssm_dim: int
+    intra: IntraDesign | None = None
+    """Intra-layer hybrid: P. None: there are no such layers."""
 
     # FFN: - and E.
     ffn: int
@@ -142,6 +137,7 @@ class Sizes:
         plain_ffn = int((4 * hidden * 2 / 3) / 64) * 64 if get("swiglu") else 4 * hidden
         ffn = get("ffn_hidden_size", plain_ffn)
         head_dim = get("mamba_head_dim", 64)
+        symbols = get("hybrid_layer_pattern") or get("block_mixers", "")
         return cls(
             hidden=hidden,
             padded_vocab=get("padded_vocab_size") or _padded_vocab(args, need("vocab_size")),
@@ -162,11 +158,7 @@ class Sizes:
             mamba_head_dim=head_dim,
             mamba_groups=get("mamba_num_groups", 8),
             state_dim=get("mamba_state_dim", 128),
-            intra_heads=get("intra_num_attention_heads", max(1, heads // 2)),
-            intra_query_groups=get("intra_num_query_groups", max(1, groups // 2)),
-            intra_qk_dim=get("intra_qk_dim", hidden // 2),
-            intra_value_dim=get("intra_value_dim", hidden),
-            intra_ssm_dim=get("intra_ssm_dim", hidden),
+            intra=intra_design.design(args) if "P" in symbols else None,
             ffn=ffn,
             gated=gated,
             experts=get("num_experts", 0),
@@ -219,12 +211,14 @@ def _ssm_input(s: Sizes, inner: int) -> int:
 
 
 def _intra_linears(s: Sizes) -> list[Linear]:
-    heads, groups = s.intra_heads, s.intra_query_groups
-    key = groups * _divide(s.intra_qk_dim, heads, "--intra-qk-dim", "the P layers' heads")
-    value = groups * _divide(s.intra_value_dim, heads, "--intra-value-dim", "the P layers' heads")
-    _divide(s.intra_ssm_dim, s.mamba_head_dim, "--intra-ssm-dim", "--mamba-head-dim")
-    fused = s.intra_qk_dim + key + value + _ssm_input(s, s.intra_ssm_dim)
-    return [(s.hidden, fused), (s.intra_value_dim + s.intra_ssm_dim, s.hidden)]
+    d = _intra(s)
+    return [(s.hidden, sum(part.rows for part in d.in_parts)), (sum(d.out_parts.values()), s.hidden)]
+
+
+def _intra(s: Sizes) -> IntraDesign:
+    if s.intra is None:
+        raise ValueError("P layers need the sizes of their branches")
+    return s.intra
 
 
 def _delta_linears(s: Sizes) -> list[Linear]:
@@ -292,7 +286,7 @@ def _small_parameters(symbol: str, s: Sizes) -> int:
     if symbol == "M":
         return _ssm_parameters(s, s.mamba_heads * s.mamba_head_dim)
     if symbol == "P":
-        return _ssm_parameters(s, s.intra_ssm_dim) + s.intra_value_dim  # attention-branch norm
+        return _intra(s).small_parameters()
     if symbol == "G":
         # dt_bias, A_log, the output norm over one head, and a convolution without bias.
         return 2 * s.delta_value_heads + _norm(s, s.delta_value_dim) + _delta_conv(s)
@@ -375,8 +369,11 @@ def _core_flops(symbol: str, s: Sizes) -> float:
     if symbol == "M":
         return ssm_core_flops(s.mamba_heads * s.mamba_head_dim, s.state_dim)
     if symbol == "P":
-        attention = attention_core_flops(s.intra_qk_dim, s.intra_value_dim, s.seq_length)
-        return attention + ssm_core_flops(s.intra_ssm_dim, s.state_dim)
+        d = _intra(s)
+        seen = None if d.window is None else d.window + d.sinks
+        attention = attention_core_flops(d.qk_dim, d.value_dim, s.seq_length, seen)
+        cores = {"attention": attention, "mamba": ssm_core_flops(d.ssm_dim, d.state_dim)}
+        return sum(cores[kind] for kind in d.branches)
     if symbol == "G":
         return delta_core_flops(s.delta_value_heads, s.delta_key_dim, s.delta_value_dim)
     return 0.0
@@ -387,8 +384,10 @@ def _conv_flops(symbol: str, s: Sizes) -> float:
         return 2 * _delta_conv(s)
     if symbol not in "MP":
         return 0.0
-    inner = s.intra_ssm_dim if symbol == "P" else s.mamba_heads * s.mamba_head_dim
-    return 2 * CONV_WIDTH * (inner + 2 * s.mamba_groups * s.state_dim)
+    states = 2 * s.mamba_groups * s.state_dim
+    if symbol == "M":
+        return 2 * CONV_WIDTH * (s.mamba_heads * s.mamba_head_dim + states)
+    return _intra(s).branches.count("mamba") * 2 * CONV_WIDTH * (_intra(s).ssm_dim + states)
 
 
 def layer_flops_per_token(symbol: str, sizes: Sizes) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
@@ -76,13 +76,14 @@ def choose_backend(asked: str, device: str) -> str:
 
 
 def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds one flag for each field of :class:`HybridConfig` (training/argument_utils.py:45).
+    """Adds one flag for each field of our configurations (training/argument_utils.py:45).
 
     The parser then answers a mistake with one line; its usage alone would be pages long.
     """
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     ArgumentGroupFactory(HybridConfig).build_group(parser, "hybrid")
+    ArgumentGroupFactory(IntraConfig).build_group(parser, "intra-layer hybrid")
     parser.usage = USAGE
     parser.formatter_class = _HelpFormatter
     known = ["--print-config", "--list-recipes"]

@@ -19,6 +19,7 @@ from megatron_hybrid.costs import (
     training_flops,
     training_flops_per_token,
 )
+from megatron_hybrid.intra_design import design
 from megatron_hybrid.pattern import LAYERS, from_blocks, parse
 from megatron_hybrid.recipes import recipe
 
@@ -106,11 +107,17 @@ SMALL = Sizes(
     mamba_head_dim=8,
     mamba_groups=1,
     state_dim=5,
-    intra_heads=2,
-    intra_query_groups=1,
-    intra_qk_dim=8,
-    intra_value_dim=12,
-    intra_ssm_dim=16,
+    intra=design(
+        SimpleNamespace(
+            hidden_size=16,
+            num_attention_heads=4,
+            intra_num_query_groups=1,
+            intra_value_dim=12,
+            mamba_head_dim=8,
+            mamba_num_groups=1,
+            mamba_state_dim=5,
+        )
+    ),
     ffn=20,
     experts=4,
     topk=1,
@@ -222,8 +229,6 @@ def test_defaults_are_megatrons_and_ours():
     assert (sizes.head_dim, sizes.query_groups, sizes.ffn) == (24, 4, 384)
     assert (sizes.padded_vocab, sizes.gated, sizes.tied) == (1024, False, True)
     assert (sizes.mamba_heads, sizes.mamba_groups) == (3, 8)
-    assert (sizes.intra_heads, sizes.intra_query_groups) == (2, 2)
-    assert (sizes.intra_qk_dim, sizes.intra_value_dim, sizes.intra_ssm_dim) == (48, 96, 96)
 
 
 @pytest.mark.parametrize(
@@ -249,5 +254,5 @@ def test_costs_that_are_refused():
         layer_parameters("D", SMALL)
     with pytest.raises(ValueError, match="--num-experts"):
         layer_parameters("E", dataclasses.replace(SMALL, experts=0))
-    with pytest.raises(ValueError, match="--intra-qk-dim is 7"):
-        layer_parameters("P", dataclasses.replace(SMALL, intra_qk_dim=7))
+    with pytest.raises(ValueError, match="P layers need the sizes"):
+        layer_parameters("P", dataclasses.replace(SMALL, intra=None))

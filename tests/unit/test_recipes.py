@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.costs import Sizes, model_parameters
 from megatron_hybrid.pattern import from_blocks, parse
 from megatron_hybrid.recipes import flags_to_argv, merge, recipe, recipes
@@ -31,7 +31,8 @@ def parser():
 
     made = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     made = add_megatron_arguments(made)
-    ArgumentGroupFactory(HybridConfig).build_group(made, "hybrid")
+    for config in (HybridConfig, IntraConfig):
+        ArgumentGroupFactory(config).build_group(made, config.__name__)
     return made
 
 
