@@ -310,8 +310,8 @@ def check_widths(d: IntraDesign) -> None:
             f"equally wide, and are {d.width(0)} (--intra-value-dim) and {d.width(1)} (--intra-ssm-dim)."
         )
     if d.norm_groups is not None and d.norm != "none":
-        for branch in (0, 1):
-            _divides(d.width(branch), f"the width of the {d.names[branch]} branch", d.norm_groups, "--intra-norm-groups")
+        for i, name in enumerate(d.names):
+            _divides(d.width(i), f"the width of the {name} branch", d.norm_groups, "--intra-norm-groups")
 
 
 def _divides(value: int, what: str, by: int, by_what: str) -> None:

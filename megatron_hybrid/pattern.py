@@ -82,6 +82,12 @@ class Pattern:
         """The main layers without ``|``."""
         return "".join(self.segments)
 
+    @property
+    def mixer_depths(self) -> tuple[int, ...]:
+        """For each main layer, the mixers in front of it: the index of its block."""
+        layers = self.layers
+        return tuple(sum(LAYERS[c].kind == "mixer" for c in layers[:i]) for i in range(len(layers)))
+
     def counts(self) -> dict[str, int]:
         """Layers of each symbol of :data:`LAYERS`, every MTP head included (as upstream counts)."""
         everything = self.layers + self.mtp * self.mtp_depths

@@ -5,8 +5,9 @@ from argparse import Namespace
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
+from megatron_hybrid import pattern
+from megatron_hybrid.intra_design import design
 from megatron_hybrid.model.attention import RoPE
-from megatron_hybrid.model.intra_sizes import intra_sizes
 from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
 
 
@@ -27,7 +28,10 @@ def layer_options(args: Namespace) -> LayerOptions:
         swa_rope=RoPE(args.swa_rotary_base, args.rotary_percent) if rotary else None,
         swa_window=args.swa_window,
         swa_sinks=args.swa_sinks,
-        intra=intra_sizes(args) if "P" in args.hybrid_layer_pattern else None,
+        intra=design(args) if "P" in args.hybrid_layer_pattern else None,
+        mixer_depths=pattern.parse(args.hybrid_layer_pattern).mixer_depths,
+        tensor_parallel_size=args.tensor_model_parallel_size,
+        shares_mamba_groups=args.mamba_num_groups < args.tensor_model_parallel_size,
         mamba_a_init_range=tuple(args.mamba_a_init_range),
         recompute=tuple(args.hybrid_recompute),
     )

@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
-from megatron_hybrid.model.intra_sizes import IntraSizes, intra_sizes
+from megatron_hybrid.intra_design import IntraDesign, design
 
 
 def check(args: Namespace) -> None:
@@ -34,9 +34,7 @@ def check(args: Namespace) -> None:
         heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
         check_mamba(args, heads, "--mamba-num-heads")
     if counts["P"]:
-        sizes = intra_sizes(args)
-        check_intra(args, sizes)
-        check_mamba(args, sizes.ssm_dim // args.mamba_head_dim, "the heads of --intra-ssm-dim")
+        check_intra(args, design(args))
     if counts["G"] and _tp(args) > 1 and not args.sequence_parallel:
         raise ValueError(
             "G layers with --tensor-model-parallel-size > 1 need --sequence-parallel: without it Megatron does not sum "
@@ -176,17 +174,13 @@ def check_mamba(args: Namespace, heads: int, heads_flag: str) -> None:
     """The divisibility rules of upstream's mixer (core/ssm/mamba_mixer.py:245, mamba_context_parallel.py)."""
     tp, cp, groups = _tp(args), args.context_parallel_size, args.mamba_num_groups
     _divides(heads, heads_flag, tp, "--tensor-model-parallel-size")
-    if groups % tp:
-        raise ValueError(
-            f"--mamba-num-groups {groups} does not divide over --tensor-model-parallel-size {tp}: each rank "
-            f"needs whole groups. Set --mamba-num-groups to a multiple of {tp} (this adds B and C parameters)."
-        )
     _divides(heads, heads_flag, groups, "--mamba-num-groups")
+    _shares(groups, "--mamba-num-groups", tp)
     if (heads // tp) % cp:
         raise ValueError(
             f"{heads // tp} Mamba heads per tensor-parallel rank do not divide over --context-parallel-size {cp}."
         )
-    local = groups // tp
+    local = max(1, groups // tp)
     if local < cp and cp % local or local >= cp and local % cp:
         raise ValueError(
             f"{local} Mamba groups per tensor-parallel rank and --context-parallel-size {cp}: one must divide "
@@ -194,20 +188,22 @@ def check_mamba(args: Namespace, heads: int, heads_flag: str) -> None:
         )
 
 
-def check_intra(args: Namespace, sizes: IntraSizes) -> None:
-    """The widths of P layers against each other and against the layout."""
-    tp = _tp(args)
-    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
-    _divides(heads, "--intra-num-attention-heads", groups, "--intra-num-query-groups")
-    _divides(sizes.qk_dim, "--intra-qk-dim", heads, "--intra-num-attention-heads")
-    _divides(sizes.value_dim, "--intra-value-dim", heads, "--intra-num-attention-heads")
-    _divides(sizes.ssm_dim, "--intra-ssm-dim", args.mamba_head_dim, "--mamba-head-dim")
-    _divides(groups, "--intra-num-query-groups", tp, "--tensor-model-parallel-size")
-    if int(sizes.qk_head_dim * args.rotary_percent) % 2 and args.position_embedding_type == "rope":
-        raise ValueError(
-            f"--intra-qk-dim gives heads of {sizes.qk_head_dim} channels, of which --rotary-percent "
-            f"{args.rotary_percent} turns an odd number: RoPE needs an even one."
-        )
+def check_intra(args: Namespace, d: IntraDesign) -> None:
+    """The branches of P layers against the layout."""
+    tp, rotary = _tp(args), args.position_embedding_type == "rope"
+    if "attention" in d.branches:
+        _divides(d.num_attention_heads, "--intra-num-attention-heads", tp, "--tensor-model-parallel-size")
+        _shares(d.num_query_groups, "--intra-num-query-groups", tp)
+        if int(d.qk_head_dim * args.rotary_percent) % 2 and rotary:
+            raise ValueError(
+                f"--intra-qk-dim gives heads of {d.qk_head_dim} channels, of which --rotary-percent "
+                f"{args.rotary_percent} turns an odd number: RoPE needs an even one."
+            )
+    if "mamba" in d.branches:
+        what = f"the heads of P layers (--intra-ssm-dim {d.ssm_dim} / --intra-ssm-head-dim {d.ssm_head_dim})"
+        check_mamba(args, d.ssm_heads, what)
+    if d.norm_groups and d.norm != "none":
+        _shares(d.norm_groups, "--intra-norm-groups", tp)
     for name, remedy in (
         ("add_bias_linear", "add --disable-bias-linear"),
         ("add_qkv_bias", "drop --add-qkv-bias"),
@@ -228,3 +224,11 @@ def _tp(args: Namespace) -> int:
 def _divides(value: int, what: str, by: int, by_what: str) -> None:
     if by < 1 or value % by or value < 1:
         raise ValueError(f"{what} is {value} and must be a multiple of {by_what}, which is {by}.")
+
+
+def _shares(units: int, what: str, tp: int) -> None:
+    if units % tp and tp % units:
+        raise ValueError(
+            f"{what} is {units} and --tensor-model-parallel-size is {tp}: one must divide the other, so that a rank "
+            "has whole ones or a share of one."
+        )

@@ -1,20 +1,18 @@
-"""The intra-layer hybrid (symbol P): attention and Mamba-2 side by side in one layer.
+"""The intra-layer hybrid (symbol P): two mixers side by side in one layer.
 
-    f(X) = W_out [ Norm(Attn(X)) ; Norm(SSM(X)) ]
+    f(X) = W_out( s_1 Norm(B_1(X))  (+)  s_2 Norm(B_2(X)) )
 
-This is the study's final design (Bae et al., arXiv:2510.04800, table 18, last design: norm in each branch, no
-scale, subtraction, separate output projections, separate values): with separate output projections
-``W_m m - W_a a`` is one matrix over the concatenated branches whose attention half is initialised with the
-other sign, and the initial distribution is symmetric. Queries and keys are narrow, values keep the full width
-(appendix D).
+:mod:`megatron_hybrid.intra_design` has the axes, :mod:`megatron_hybrid.model.fusion` norm, scale and fusion; here are
+the branches and the two projections around them.
 
 Shapes: s sequence (whole, after the sequence-parallel gather), b batch, h hidden; sizes marked ``_local`` are
 those of one tensor-parallel rank.
 """
 
 import copy
-from dataclasses import dataclass, replace
-from functools import partial
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,22 +20,19 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor, nn
 
+from megatron_hybrid.intra_design import IntraDesign
 from megatron_hybrid.model.attention import RoPE, TorchCoreAttention, rotary_table
-from megatron_hybrid.model.intra_sizes import IntraSizes
+from megatron_hybrid.model.fusion import IntraFusion
 from megatron_hybrid.model.mamba import HybridMambaMixer
+from megatron_hybrid.model.parts import SharedRowsLinear, store_by_parts
 
 
 @dataclass
@@ -64,18 +59,27 @@ class PassThrough(nn.Module):
 
 
 class AttentionBranch(SelfAttention):
-    """Upstream's self-attention between the fused projections, with values of their own width."""
+    """Upstream's self-attention between the fused projections, with values of their own number and width."""
 
-    def __init__(self, config: TransformerConfig, sizes: IntraSizes, core_attention: Any, **kwargs: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        design: IntraDesign,
+        core_attention: Any,
+        pg_collection: ProcessGroupCollection,
+        **kwargs: Any,
+    ):
+        tp = pg_collection.tp.size()
         config = copy.copy(config)
-        config.num_attention_heads = sizes.num_attention_heads
-        config.num_query_groups = sizes.num_query_groups
-        config.kv_channels = sizes.qk_head_dim
+        config.num_attention_heads = design.num_attention_heads
+        config.num_query_groups = max(design.num_query_groups, tp)  # a rank that has less than one shares it
+        config.kv_channels = design.qk_head_dim
         submodules = SelfAttentionSubmodules(
             linear_qkv=PassThrough, core_attention=core_attention, linear_proj=PassThrough
         )
-        super().__init__(config, submodules, attn_mask_type=AttnMaskType.causal, **kwargs)
-        self.val_hidden_size = sizes.value_head_dim
+        super().__init__(config, submodules, attn_mask_type=AttnMaskType.causal, pg_collection=pg_collection, **kwargs)
+        self.val_hidden_size = design.value_head_dim
+        self.core_attention.window, self.core_attention.sinks = design.window, design.sinks
 
     def get_query_key_value_tensors(
         self,
@@ -84,81 +88,25 @@ class AttentionBranch(SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, (q k v)_local] to q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv], local heads."""
+        """[s, b, (q k v)_local] to q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv], local heads.
+
+        Where each query head has values of its own, the keys are repeated for them: g = n.
+        """
         n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
-        q, k, v = hidden_states.split([n * d, g * d, g * dv], -1)
-        return tuple(t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
+        q, k, v = hidden_states.tensor_split([n * d, (n + g) * d], -1)
+        q, k, v = (t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
+        return q, k.repeat_interleave(v.shape[2] // g, 2) if v.shape[2] != g else k, v
 
 
 class MambaBranch(HybridMambaMixer):
-    """Upstream's Mamba-2 mixer between the fused projections, its output normalised head by head.
+    """Upstream's Mamba-2 mixer between the fused projections: gated in its kernel, normalised by the fusion."""
 
-    Upstream normalises over ``d_inner / ngroups`` channels. Here a group is a head, in both branches: such
-    groups do not depend on how many ranks share the layer.
-    """
-
-    def __init__(self, config: TransformerConfig, sizes: IntraSizes, **kwargs: Any):
+    def __init__(self, config: TransformerConfig, design: IntraDesign, **kwargs: Any):
         config = copy.copy(config)
-        config.mamba_num_heads = sizes.ssm_dim // config.mamba_head_dim
+        config.mamba_num_heads, config.mamba_head_dim = design.ssm_heads, design.ssm_head_dim
         submodules = MambaMixerSubmodules(in_proj=PassThrough, out_proj=PassThrough)
-        super().__init__(config, submodules, d_model=config.hidden_size, **kwargs)
-        self.norm.group_size = self.headdim
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Upstream's (core/ssm/mamba_mixer.py:1354) without the input projection, which this branch lacks."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        result = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(own, 0),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        groups = self.ngroups_local_tp * self.d_state
-        for name in ("conv1d_weight", "conv1d_bias"):
-            result[prefix + name].key = prefix + name.replace("_", ".")
-            result[prefix + name] = _split_tensor_factory(
-                result[prefix + name], [self.d_inner_local_tp, groups, groups], ["x", "B", "C"], 0
-            )
-        result.update(
-            sharded_state_dict_default(self.norm, f"{prefix}norm.", sharded_offsets, metadata, tp_group=self.tp_group)
-        )
-        return result
-
-
-class HeadRMSNorm(nn.Module):
-    """RMSNorm over each head of the attention branch, with one weight for each channel.
-
-    The weight is split over the tensor-parallel ranks with the heads.
-    """
-
-    def __init__(self, num_heads_local: int, head_dim: int, eps: float, dtype: torch.dtype, tp_group: Any):
-        super().__init__()
-        self.head_dim, self.eps, self.tp_group = head_dim, eps, tp_group
-        self.weight = nn.Parameter(
-            torch.ones(num_heads_local * head_dim, dtype=dtype, device=torch.cuda.current_device())
-        )
-        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[s, b, (n dv)_local] to the same shape."""
-        heads = x.unflatten(-1, (-1, self.head_dim))
-        return nn.functional.rms_norm(heads, (self.head_dim,), eps=self.eps).flatten(-2) * self.weight
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
+        super().__init__(config, submodules, d_model=config.hidden_size, rmsnorm=False, **kwargs)
 
 
 class IntraHybrid(MegatronModule):
@@ -166,11 +114,12 @@ class IntraHybrid(MegatronModule):
 
     Two mixers of their own would cost two all-gathers and two reduce-scatters under sequence parallelism and
     four matrix products; fused, it is one, one and two. It stands in the self-attention slot of a
-    ``TransformerLayer``.
+    ``TransformerLayer``. On CUDA the branches run on two streams.
 
     Args:
-        sizes: Global widths.
-        rope: Rotary positions of the attention branch, or None.
+        design: Axes and global widths.
+        rope: Rotary positions of the attention branches, or None.
+        depths: For each layer of the model, the mixers in front of it.
         a_init_range: Range of the uniform distribution that -A starts from.
         recompute: Parts to recompute in the backward pass: "intra" (all between the projections) or "ssm".
     """
@@ -181,8 +130,9 @@ class IntraHybrid(MegatronModule):
         submodules: IntraSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        sizes: IntraSizes,
+        design: IntraDesign,
         rope: RoPE | None = None,
+        depths: tuple[int, ...] = (0,),
         a_init_range: tuple[float, float] = (1.0, 16.0),
         recompute: tuple[str, ...] = (),
         cp_comm_type: str | None = None,
@@ -190,45 +140,48 @@ class IntraHybrid(MegatronModule):
         name: str | None = None,
     ):
         super().__init__(config)
-        self.tp_group = pg_collection.tp
-        branch = {"layer_number": layer_number, "pg_collection": pg_collection, "pp_layer_offset": pp_layer_offset}
-        self.attention = AttentionBranch(config, sizes, submodules.core_attention, **branch)
-        self.mamba = MambaBranch(config, sizes, A_init_range=a_init_range, recompute="ssm" in recompute, **branch)
+        self.design, self.layer_number, self.tp_group = design, layer_number, pg_collection.tp
         self.recompute = "intra" in recompute
-        self.rotary = rope.build(sizes.qk_head_dim, config, pg_collection.cp) if rope else None
-
-        n, g = self.attention.num_attention_heads_per_partition, self.attention.num_query_groups_per_partition
-        states = self.mamba.ngroups_local_tp * self.mamba.d_state
-        self.attention_norm = HeadRMSNorm(
-            n, sizes.value_head_dim, config.layernorm_epsilon, config.params_dtype, self.tp_group
-        )
-        self.in_parts = {
-            "q": n * sizes.qk_head_dim,
-            "k": g * sizes.qk_head_dim,
-            "v": g * sizes.value_head_dim,
-            "z": self.mamba.d_inner_local_tp,
-            "x": self.mamba.d_inner_local_tp,
-            "B": states,
-            "C": states,
-            "dt": self.mamba.nheads_local_tp,
+        shared = {
+            "config": config,
+            "design": design,
+            "layer_number": layer_number,
+            "pg_collection": pg_collection,
+            "pp_layer_offset": pp_layer_offset,
         }
-        self.out_parts = {"attention": n * sizes.value_head_dim, "mamba": self.mamba.d_inner_local_tp}
-        self.attention_width = sum(self.in_parts[part] for part in "qkv")
+        make: dict[str, Callable[[], nn.Module]] = {
+            "attention": lambda: AttentionBranch(core_attention=submodules.core_attention, **shared),
+            "mamba": lambda: MambaBranch(A_init_range=a_init_range, recompute="ssm" in recompute, **shared),
+        }
+        for branch, kind in zip(design.names, design.branches, strict=True):
+            self.add_module(branch, make[kind]())
+        has_attention = "attention" in design.branches
+        self.rotary = rope.build(design.qk_head_dim, config, pg_collection.cp) if rope and has_attention else None
+        depth = depths[min(layer_number, len(depths)) - 1]
+        self.fusion = IntraFusion(config, design, depth, self.tp_group)
+        self.overlaps = design.overlap and torch.cuda.is_available()
+
         tp = self.tp_group.size()
+        self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
+        self.out_parts = {part: width // tp for part, width in design.out_parts.items()}
+        self._build_projections(submodules, name)
+
+    def _build_projections(self, submodules: IntraSubmodules, name: str | None) -> None:
+        config, tp = self.config, self.tp_group.size()
         shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        in_proj = getattr(submodules.in_proj, "module", submodules.in_proj)
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
             tp * sum(self.in_parts.values()),
             **shared,
+            **({"parts": self.design.in_parts} if in_proj is SharedRowsLinear else {}),
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
             tp_comm_buffer_name="fc1",
             name=f"{name}.in_proj" if name else None,
         )
-        # upstream's resharding of live models reads the sizes of packed parts from here
-        self.in_proj.weight.partition_sizes = list(self.in_parts.values())
         self.out_proj = build_module(
             submodules.out_proj,
             tp * sum(self.out_parts.values()),
@@ -240,6 +193,9 @@ class IntraHybrid(MegatronModule):
             tp_comm_buffer_name="fc2",
             name=f"{name}.out_proj" if name else None,
         )
+        # upstream's resharding of live models reads the sizes of packed parts from here
+        if in_proj is not SharedRowsLinear:
+            self.in_proj.weight.partition_sizes = list(self.in_parts.values())
         self.out_proj.weight.partition_sizes = list(self.out_parts.values())
 
     def forward(
@@ -260,25 +216,45 @@ class IntraHybrid(MegatronModule):
         The model's rotary table is ignored: the layer has its own.
 
         Raises:
-            ValueError: Inference or packed sequences are asked for, which this layer does not have yet.
+            ValueError: Inference is asked for, for which this layer has no cache yet.
         """
-        if inference_context is not None or packed_seq_params is not None:
-            raise ValueError("P layers have no inference cache and no packed sequences yet: train unpacked.")
-        angles = rotary_table(self.rotary, hidden_states, self.config, None, None)
+        if inference_context is not None:
+            raise ValueError("P layers have no inference cache yet: run the model on whole sequences.")
+        angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         if self.recompute and self.training:
-            branches = tensor_parallel.checkpoint(self._branches, False, projected, angles)
+            # packed_seq_params is no tensor, and checkpoint keeps tensors alone
+            run = lambda x, angles: self._between(x, angles, packed_seq_params)  # noqa: E731
+            fused = tensor_parallel.checkpoint(run, False, projected, angles)
         else:
-            branches = self._branches(projected, angles)
-        return self.out_proj(branches)
+            fused = self._between(projected, angles, packed_seq_params)
+        return self.out_proj(fused)
 
-    def _branches(self, projected: Tensor, angles: Tensor | None) -> Tensor:
+    def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
         """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
-        width = projected.shape[-1]
-        qkv, zxbcdt = projected.split([self.attention_width, width - self.attention_width], -1)
-        attended, _ = self.attention(qkv, None, rotary_pos_emb=angles)
-        scanned, _ = self.mamba(zxbcdt)
-        return torch.cat([self.attention_norm(attended), scanned], -1)
+        parts = dict(zip(self.in_parts, projected.split(list(self.in_parts.values()), -1), strict=True))
+
+        def run(branch: int) -> Tensor:
+            module = getattr(self, self.design.names[branch])
+            x = self._inputs(projected, parts, self.design.branch_parts(branch))
+            if self.design.branches[branch] == "attention":
+                return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
+            return module(x, packed_seq_params=packed_seq_params)[0]
+
+        if self.overlaps:
+            first, second = side_by_side(run, [projected] if angles is None else [projected, angles])
+        else:
+            second, first = run(1), run(0)  # the order in which two streams draw random numbers
+        return self.fusion(first, second, parts.get("gate"))
+
+    def _inputs(self, projected: Tensor, parts: dict[str, Tensor], names: list[str]) -> Tensor:
+        """The parts that a branch reads, without a copy where they lie next to each other."""
+        order = list(self.in_parts)
+        start = order.index(names[0])
+        if order[start : start + len(names)] == names:
+            offset = sum(list(self.in_parts.values())[:start])
+            return projected.narrow(-1, offset, sum(self.in_parts[name] for name in names))
+        return torch.cat([parts[name] for name in names], -1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""
@@ -290,9 +266,30 @@ class IntraHybrid(MegatronModule):
                     module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
                 )
             )
-        for name, parts, dim in (("in_proj", self.in_parts, 0), ("out_proj", self.out_parts, 1)):
-            key = f"{prefix}{name}.weight"
-            factory = _split_tensor_factory(result[key], list(parts.values()), list(parts), dim)
-            # upstream's factory puts the parts together along the first dimension whatever it split
-            result[key] = replace(factory, merge_fn=partial(torch.cat, dim=dim))
+        if not isinstance(self.in_proj, SharedRowsLinear):  # which does it itself
+            store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
+        store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
+
+
+def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``run(0)`` on the current CUDA stream and ``run(1)`` on another one, both of which read ``sources``.
+
+    The backward pass needs no more: autograd runs each node on the stream of its forward pass and waits where a
+    gradient changes streams. Memory that crosses streams is marked, so that it is not reused while it is read.
+    """
+    main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        second = run(1)
+    first = run(0)
+    main.wait_stream(side)
+    for source in sources:
+        source.record_stream(side)
+    second.record_stream(main)
+    return first, second
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

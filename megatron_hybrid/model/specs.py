@@ -1,7 +1,7 @@
 """The layers of each symbol, for Transformer Engine and for plain torch."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,12 +31,13 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_hybrid.intra_design import IntraDesign
 from megatron_hybrid.model.attention import HybridSelfAttention, RoPE, TorchCoreAttention
 from megatron_hybrid.model.experts import GroupedExperts
 from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
-from megatron_hybrid.model.intra_sizes import IntraSizes
 from megatron_hybrid.model.mamba import HybridMambaMixer
 from megatron_hybrid.model.norm import RMSNorm, StandaloneRMSNorm
+from megatron_hybrid.model.parts import SharedRowsLinear
 from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
 
 
@@ -49,9 +50,14 @@ class LayerOptions:
     swa_rope: RoPE | None
     swa_window: int
     swa_sinks: int
-    intra: IntraSizes | None
+    intra: IntraDesign | None
     """None: the model has no P layers."""
+    mixer_depths: tuple[int, ...]
+    """For each layer, the mixers in front of it."""
     mamba_a_init_range: tuple[float, float]
+    tensor_parallel_size: int = 1
+    shares_mamba_groups: bool = False
+    """Tensor-parallel ranks have less than a group of B and C each."""
     recompute: tuple[str, ...] = ()
 
 
@@ -67,8 +73,14 @@ class _Parts:
     """Column-parallel linear behind input_norm."""
     column: Any
     row: Any
+    norm_before_linear: Any
+    """Norm in front of a linear that does not do it."""
     core_attention: Any
     moe: Any
+
+    def with_shared_rows(self) -> "_Parts":
+        """For mixers of whose input projection ranks share some rows: Transformer Engine's linears cannot do that."""
+        return replace(self, input_norm=self.norm_before_linear, normed_column=SharedRowsLinear)
 
     def stored_as(self, norm: str, linear: str) -> dict[str, str]:
         """Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears."""
@@ -91,14 +103,17 @@ def hybrid_stack_spec(backend: str, options: LayerOptions, num_experts: int | No
     parts = _te_parts(num_experts) if backend == "te" else _torch_parts(num_experts)
     sliding = {"rope": options.swa_rope, "window": options.swa_window, "sinks": options.swa_sinks}
     layers = {
-        "M": _mamba_layer(parts, options),
+        "M": _mamba_layer(parts.with_shared_rows() if options.shares_mamba_groups else parts, options),
         "*": _mixer_layer(parts, "linear_qkv", _attention(parts, parts.core_attention, rope=options.rope)),
         "W": _mixer_layer(parts, "linear_qkv", _attention(parts, TorchCoreAttention, **sliding)),
         "G": _mixer_layer(parts, "in_proj", _gated_delta_net(parts)),
         "-": _dense_layer(parts),
     }
     if options.intra:
-        layers["P"] = _mixer_layer(parts, "in_proj", _intra(parts, options, options.intra))
+        tp = options.tensor_parallel_size
+        shares = any(part.is_shared(tp) for part in options.intra.in_parts)
+        intra_parts = parts.with_shared_rows() if shares else parts
+        layers["P"] = _mixer_layer(intra_parts, "in_proj", _intra(intra_parts, options, options.intra))
     if parts.moe is not None:
         layers["E"] = _experts_layer(parts)
     unavailable = {} if parts.moe is not None else {"E": "--num-experts is not set"}
@@ -129,12 +144,13 @@ def _attention(parts: _Parts, core: Any, **params: Any) -> ModuleSpec:
     )
 
 
-def _intra(parts: _Parts, options: LayerOptions, sizes: IntraSizes) -> ModuleSpec:
+def _intra(parts: _Parts, options: LayerOptions, design: IntraDesign) -> ModuleSpec:
     return ModuleSpec(
         module=IntraHybrid,
         params={
-            "sizes": sizes,
+            "design": design,
             "rope": options.rope,
+            "depths": options.mixer_depths,
             "a_init_range": options.mamba_a_init_range,
             "recompute": options.recompute,
         },
@@ -228,6 +244,7 @@ def _torch_parts(num_experts: int | None) -> _Parts:
     return _Parts(
         norm=StandaloneRMSNorm,
         input_norm=RMSNorm,
+        norm_before_linear=RMSNorm,
         normed_column=ColumnParallelLinear,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
@@ -248,6 +265,7 @@ def _te_parts(num_experts: int | None) -> _Parts:
     return _Parts(
         norm=TENorm,
         input_norm=IdentityOp,
+        norm_before_linear=TENorm,
         normed_column=TELayerNormColumnParallelLinear,
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,
