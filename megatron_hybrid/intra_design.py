@@ -232,7 +232,7 @@ def design(args: Any) -> IntraDesign:
     ssm_dim = get("intra_ssm_dim", hidden)
     tied = axes["value"] == "shared" and branches == ("attention", "mamba")
     result = IntraDesign(
-        branches=branches,  # type: ignore[arg-type]
+        branches=branches,
         **axes,
         num_attention_heads=get("intra_num_attention_heads", max(1, heads // 2)),
         num_query_groups=get("intra_num_query_groups", max(1, grouped // 2)),
@@ -269,6 +269,11 @@ def check_axes(d: IntraDesign) -> None:
             "--intra-norm fused --intra-output separate: the fused norm stands between the fusion and the output "
             "projection, and separate projections come before the fusion. Use --intra-output joint or "
             "--intra-norm group."
+        )
+    if d.norm == "fused" and d.fusion == "concat" and d.scale not in ("none", "vector"):
+        raise ValueError(
+            f"--intra-norm fused --intra-fusion concat --intra-scale {d.scale}: the norm of each concatenated branch "
+            "takes a common factor of its channels away again. Use --intra-norm group, or --intra-scale none or vector."
         )
     if d.scale == "interpolate" and d.fusion == "diff":
         raise ValueError(

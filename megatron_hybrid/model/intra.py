@@ -105,6 +105,7 @@ class MambaBranch(HybridMambaMixer):
     def __init__(self, config: TransformerConfig, design: IntraDesign, **kwargs: Any):
         config = copy.copy(config)
         config.mamba_num_heads, config.mamba_head_dim = design.ssm_heads, design.ssm_head_dim
+        config.mamba_num_groups, config.mamba_state_dim = design.ssm_groups, design.state_dim
         submodules = MambaMixerSubmodules(in_proj=PassThrough, out_proj=PassThrough)
         super().__init__(config, submodules, d_model=config.hidden_size, rmsnorm=False, **kwargs)
 

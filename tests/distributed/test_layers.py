@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hybrid.kernels.ssd import ssd_recurrence
 from tests.distributed import single
+from tests.distributed.intra_formula import rotate
 
 RTOL = 1e-5
 EPS = 1e-5  # --norm-epsilon, Megatron's default; the study's too
@@ -167,15 +167,6 @@ def test_the_judge_of_attention_sees_the_scaling_of_positions(layer):
 # Formulas ----------------------------------------------------------------------------------------
 
 
-def rotate(t: Tensor, base: float) -> Tensor:
-    """[s, b, n, d]: pairs (i, i + d/2) turned by position * base^(-2i/d); angles in fp32, as all models have them."""
-    length, half = t.shape[0], t.shape[-1] // 2
-    turns = torch.arange(length)[:, None].float() / base ** (torch.arange(half).float() / half)
-    cos, sin = turns.cos().to(t.dtype)[:, None, None], turns.sin().to(t.dtype)[:, None, None]
-    a, b = t[..., :half], t[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv] to [s, b, n, dv] under the mask ``seen`` [s, s]."""
     share = q.shape[2] // k.shape[2]
@@ -208,81 +199,18 @@ def test_window_layer_is_llamas_where_the_window_is_wide(layer, length):
     judge.agrees(llama_attention(judge, {"rope_type": "default", "rope_theta": 10000.0}))
 
 
-def intra_layer(
-    judge: Judge, sizes: dict[str, int], groups: int, base: float | None, gate_first: bool = True
-) -> Tensor:
-    """The intra-layer hybrid written out (Bae et al., arXiv:2510.04800, section 3; the module's own formula)."""
-    n, g, d, dv, inner = (sizes[name] for name in ("n", "g", "d", "dv", "inner"))
-    prefix = "self_attention."
-    states, heads = groups * STATE, inner // HEAD
-    x = rms_norm(judge.x, judge.weight("input_layernorm.weight"))
-    projected = x @ judge.weight(prefix + "in_proj.weight").T
-    q, k, v, z, xbc, dt = projected.split([n * d, g * d, g * dv, inner, inner + 2 * states, heads], -1)
-
-    q, k, v = (t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
-    if base:
-        q, k = rotate(q, base), rotate(k, base)
-    attended = dense_attention(q, k, v, causal(len(x)))
-    attended = rms_norm(attended, judge.weight(prefix + "attention_norm.weight").view(n, dv)).flatten(-2)
-
-    kernel, bias = judge.weight(prefix + "mamba.conv1d_weight"), judge.weight(prefix + "mamba.conv1d_bias")
-    padded = F.pad(xbc.permute(1, 2, 0), (kernel.shape[-1] - 1, 0))
-    xbc = F.silu(F.conv1d(padded, kernel, bias, groups=len(kernel))).transpose(1, 2)
-    u, B, C = xbc.split([inner, states, states], -1)
-    scanned = ssd_recurrence(
-        u.unflatten(-1, (heads, HEAD)),
-        dt.transpose(0, 1),
-        -judge.weight(prefix + "mamba.A_log").exp(),
-        B.unflatten(-1, (groups, STATE)),
-        C.unflatten(-1, (groups, STATE)),
-        D=judge.weight(prefix + "mamba.D"),
-        dt_bias=judge.weight(prefix + "mamba.dt_bias"),
-        dt_softplus=True,
-    ).transpose(0, 1)
-    z = F.silu(z).unflatten(-1, (heads, HEAD))
-    weight = judge.weight(prefix + "mamba.norm.weight").view(heads, HEAD)
-    scanned = rms_norm(scanned * z, weight, 1e-5) if gate_first else rms_norm(scanned, weight, 1e-5) * z
-
-    branches = torch.cat([attended, scanned.flatten(-2)], -1)
-    return judge.x + branches @ judge.weight(prefix + "out_proj.weight").T
-
-
-NOPE = "--position-embedding-type none"
-INTRA = {
-    # full-width values beside half-width queries, as in the study
-    "study": ("", {"n": 4, "g": 2, "d": 4, "dv": 8, "inner": 32}, 2),
-    "one-ssm-group": ("--mamba-num-groups 1", {"n": 4, "g": 2, "d": 4, "dv": 8, "inner": 32}, 1),
-    "uneven": (
-        "--intra-num-attention-heads 3 --intra-num-query-groups 1 --intra-qk-dim 36 --intra-value-dim 30 "
-        "--intra-ssm-dim 48",
-        {"n": 3, "g": 1, "d": 12, "dv": 10, "inner": 48},
-        2,
-    ),
-}
-
-
-# Not one token alone: the norm takes the scale away that D and dt_bias then are, and leaves gradients of rounding.
-@pytest.mark.parametrize("length", [2, 32, 45])
-@pytest.mark.parametrize("case", INTRA)
-def test_intra_layer_is_its_formula(layer, case, length):
-    flags, sizes, groups = INTRA[case]
-    judge = Judge(layer("P", f"{flags} {NOPE}", length))
-    judge.agrees(intra_layer(judge, sizes, groups, base=None))
-
-
-def test_intra_layer_turns_its_narrow_queries_by_the_models_positions(layer):
-    flags, sizes, groups = INTRA["study"]
-    # A scaling by 1 is none: the judge then needs no table of Llama-3's
-    judge = Judge(layer("P", f"{flags} --rope-scaling-factor 1", 32))
-    judge.agrees(intra_layer(judge, sizes, groups, base=500000))
-
-
 def test_a_judge_can_say_no(layer):
-    """The order of gate and norm in the Mamba branch is told apart by every tensor behind it."""
-    flags, sizes, groups = INTRA["study"]
-    judge = Judge(layer("P", f"{flags} {NOPE}"))
-    errors = judge.errors(intra_layer(judge, sizes, groups, base=None, gate_first=False))
-    for name in ("y", "dx", "self_attention.mamba.norm.weight", "self_attention.in_proj.weight"):
+    """A window that is one key too wide is seen by the output and by the gradients."""
+    judge = Judge(layer("W", "--swa-window 9 --swa-sinks 3"))
+    normed = rms_norm(judge.x, judge.weight("input_layernorm.weight"))
+    q, k, v = (
+        (normed @ w.T).unflatten(-1, (-1, WIDTH)) for w in separate(judge.weight("self_attention.linear_qkv.weight"))
+    )
+    i, j = torch.arange(32)[:, None], torch.arange(32)[None, :]
+    seen = (j <= i) & ((i - j < 10) | (j < 3))
+    out = dense_attention(rotate(q, 10000), rotate(k, 10000), v, seen).flatten(-2)
+    errors = judge.errors(judge.x + out @ judge.weight("self_attention.linear_proj.weight").T)
+    for name in ("y", "dx", "self_attention.linear_qkv.weight"):
         assert errors[name] > 1e-3, name
 
 
