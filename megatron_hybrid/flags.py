@@ -20,6 +20,8 @@ class Command:
 
     pattern: pattern.Pattern
     recipe: str | None
+    """The one that is run: the preset's where the recipe has a row for each (see :func:`recipes.recipe`)."""
+
     device: str
     """As the user said: auto, cpu or cuda."""
     print_config: bool
@@ -36,22 +38,22 @@ def resolve(argv: list[str]) -> Command:
             flag with a value that it cannot have; the text says what to change.
     """
     first = _known(argv)
-    if first.recipe:
-        rest = recipes.merge(recipes.recipe(first.recipe).flags, _without_ours(argv))
-    else:
-        rest = _without_ours(argv)
+    rest = _without_ours(argv)
+    recipe = recipes.recipe(first.recipe, first.intra_preset) if first.recipe else None
+    if recipe:
+        rest = recipes.merge(recipe.flags, rest)
     known = _known(rest)
     resolved = _pattern(known)
     vpp = known.num_virtual_stages_per_pipeline_rank
     pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
     text = str(resolved)
     rest = _without(rest, "--hybrid-layer-pattern")
-    if first.recipe:
-        rest = ["--recipe", first.recipe, *rest]
+    if recipe:
+        rest = ["--recipe", recipe.name, *rest]
     return Command(
         argv=[*rest, f"--hybrid-layer-pattern={text}"],
         pattern=resolved,
-        recipe=first.recipe,
+        recipe=recipe.name if recipe else None,
         device=known.device,
         print_config=first.print_config,
     )
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     defaults = HybridConfig()
     parser.add_argument("--recipe")
+    parser.add_argument("--intra-preset")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
     parser.add_argument("--hybrid-layer-pattern")

@@ -10,7 +10,11 @@ trapezoidal schedule (25% warm-up, 20% linear decay). Ours, where the study's fi
 - 22 blocks for the 3B inter-layer hybrid, the number nearest the Transformer's parameters;
 - query/key widths of the intra-layer hybrid at 100M, 350M and 3B (72, 48 and 96 per head);
 - AdamW's betas (0.9, 0.95), weight decay (0.1) and gradient clipping (1.0);
-- how often a run logs, validates and saves (every 10, 1000 and 1000 iterations; 2 million tokens each).
+- how often a run logs, validates and saves (every 10, 1000 and 1000 iterations; 2 million tokens each);
+- widths of the designs in Table 18 other than the study's own, see :mod:`megatron_hybrid.intra_recipes`.
+
+Tensor parallelism: at 1B, the study's 18 SSM heads of 128 in ``P`` layers allow 1 and 2 ranks.
+``--intra-ssm-head-dim 144`` makes 16 heads of the same width, for up to 16 ranks; that head size is ours.
 
 This module imports neither torch nor Megatron.
 """
@@ -18,6 +22,9 @@ This module imports neither torch nor Megatron.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron_hybrid import intra_recipes
+from megatron_hybrid.intra_design import AXES, PRESETS
 
 Value = str | int | float | bool | list[str] | list[float]
 Flags = dict[str, Value]
@@ -35,6 +42,8 @@ class Recipe:
     """Flag name with its dashes to value; True is a flag without a value."""
     source: str
     """Where its sizes come from."""
+    group: str
+    """Heading that it is listed under."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def _blocks(scale: _Scale, architecture: str, ratio: str) -> int:
     return getattr(scale, f"{architecture}_blocks")
 
 
-def _paper(size: str, architecture: str, ratio: str, name: str, moe: bool = False) -> Recipe:
+def _paper(size: str, architecture: str, ratio: str, name: str, group: str, moe: bool = False) -> Recipe:
     scale = _SCALES[size]
     mixers, placement, words = _ARCHITECTURES[architecture]
     blocks = _blocks(scale, architecture, ratio)
@@ -202,7 +211,7 @@ def _paper(size: str, architecture: str, ratio: str, name: str, moe: bool = Fals
     experts = ", 8 experts and a shared one" if moe else ""
     summary = f"{size.upper()} {words}{shape}, {blocks} blocks{experts}"
     tables = "Table 8" + (", Table 4" if moe else ", Table 9" if size == "1b" else "")
-    return Recipe(name, summary, flags, f"{PAPER}, {tables}")
+    return Recipe(name, summary, flags, f"{PAPER}, {tables}", group)
 
 
 def _demo() -> Recipe:
@@ -241,7 +250,13 @@ def _demo() -> Recipe:
         **_ENGINE,
     }
     summary = "CPU demo: M, *, P, - and E layers in under a million parameters, 2 processes"
-    return Recipe("demo", summary, flags, "ours")
+    return Recipe("demo", summary, flags, "ours", "Demo")
+
+
+def _row(base: Recipe, row: intra_recipes.Row, group: str) -> Recipe:
+    """A row of the study's design space: a recipe with some flags changed."""
+    summary = f"1B P:M {base.flags['--block-ratio']}, {row.words}"
+    return Recipe(f"paper-1b-intra-{row.name}", summary, {**base.flags, **row.flags}, f"{PAPER}, {row.source}", group)
 
 
 def _all() -> dict[str, Recipe]:
@@ -249,18 +264,28 @@ def _all() -> dict[str, Recipe]:
     for size in _SCALES:
         for architecture in _ARCHITECTURES:
             ratio = {"llama": "1:0", "mamba": "0:1"}.get(architecture, "1:5")
-            found.append(_paper(size, architecture, ratio, f"paper-{size}-{architecture}"))
+            name = f"paper-{size}-{architecture}"
+            found.append(_paper(size, architecture, ratio, name, f"{size.upper()} (Table 8)"))
     for architecture, ratios in _RATIOS.items():
         for ratio in ratios:
             name = f"paper-1b-{architecture}-{ratio.replace(':', '-')}"
-            found.append(_paper("1b", architecture, ratio, name))
+            found.append(_paper("1b", architecture, ratio, name, "1B, other ratios (Table 9)"))
     for architecture, ratio in (
         ("llama", "1:0"),
         ("mamba", "0:1"),
         ("inter", "1:5"),
         ("intra", "1:5"),
     ):
-        found.append(_paper("1b", architecture, ratio, f"paper-1b-{architecture}-moe", moe=True))
+        name = f"paper-1b-{architecture}-moe"
+        found.append(_paper("1b", architecture, ratio, name, "1B, mixtures of experts (Table 4)", moe=True))
+    known = {r.name: r for r in found}
+    all_p = known["paper-1b-intra-1-0"]
+    names = "norm-scale-fusion-value-output, or a preset"
+    found += [_row(all_p, row, f"1B, designs of P (Table 18): {names}") for row in intra_recipes.table_18()]
+    found += [_row(all_p, row, "1B, widths of P (Table 20)") for row in intra_recipes.table_20()]
+    for ratio, row in intra_recipes.table_21():
+        base = known["paper-1b-intra" if ratio == "1:5" else f"paper-1b-intra-{ratio.replace(':', '-')}"]
+        found.append(_row(base, row, "1B, placements of P (Table 21)"))
     return {r.name: r for r in found}
 
 
@@ -272,8 +297,11 @@ def recipes() -> list[Recipe]:
     return list(_RECIPES.values())
 
 
-def recipe(name: str) -> Recipe:
+def recipe(name: str, preset: str | None = None) -> Recipe:
     """The recipe of that name (``paper-1b-intra-1-5`` is ``paper-1b-intra``, and so on).
+
+    With one of ``--intra-preset``'s designs, ``paper-1b-intra`` and ``paper-1b-intra-1-0`` stand for that design's row
+    of Table 18, with its blocks and widths. Other recipes keep theirs, and the preset changes the axes alone.
 
     Raises:
         ValueError: for an unknown name, with the names that are close to it.
@@ -281,6 +309,8 @@ def recipe(name: str) -> Recipe:
     known = name.lower()
     if known.endswith("-1-5") and known[:-4].endswith(tuple(_RATIOS)):
         known = known[:-4]
+    if known in ("paper-1b-intra", "paper-1b-intra-1-0") and preset in PRESETS and preset != "paper":
+        known = f"paper-1b-intra-{preset}"
     if known in _RECIPES:
         return _RECIPES[known]
     close = difflib.get_close_matches(known, _RECIPES, n=4, cutoff=0.5)
@@ -330,6 +360,7 @@ _ROPE_FLAGS = (
     "--rope-scaling-factor",
     "--swa-rotary-base",
 )
+_AXIS_FLAGS = tuple(f"--intra-{axis}" for axis in AXES)
 
 # A user's flag on the left takes the recipe's flags on the right away.
 _CONFLICTS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
@@ -337,6 +368,7 @@ _CONFLICTS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (_BLOCK_FLAGS, _PATTERN_FLAGS),
     (_ITER_FLAGS, _SAMPLE_FLAGS),
     (_SAMPLE_FLAGS, _ITER_FLAGS),
+    (("--intra-preset",), _AXIS_FLAGS),
     *[(group, group) for group in (
         ("--lr-warmup-iters", "--lr-warmup-samples", "--lr-warmup-fraction"),
         ("--bf16", "--fp16"),
@@ -351,10 +383,10 @@ def merge(recipe_flags: Mapping[str, Value], user_argv: list[str]) -> list[str]:
 
     A user's flag takes the same flag of the recipe away, and those that conflict with it: a
     pattern takes the block flags, ``--train-samples`` takes the lengths in iterations,
-    ``--position-embedding-type none`` takes the RoPE flags, ``--ffn dense`` those of the experts.
-    ``--no-NAME`` takes a valueless flag ``--NAME`` of the recipe away and is spent by that
-    (``--no-bf16``). A user's training length without a decay length keeps the recipe's share of
-    decay.
+    ``--intra-preset`` takes the axes of ``P``, ``--position-embedding-type none`` takes the RoPE
+    flags, ``--ffn dense`` those of the experts. ``--no-NAME`` takes a valueless flag ``--NAME`` of
+    the recipe away and is spent by that (``--no-bf16``). A user's training length without a decay
+    length keeps the recipe's share of decay.
     """
     user = _read(user_argv)
     kept = {flag: value for flag, value in recipe_flags.items() if flag not in user}

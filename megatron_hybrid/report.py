@@ -1,17 +1,21 @@
 """What a run is, in words and in figures."""
 
+import itertools
 from argparse import Namespace
 from typing import Any
 
-from megatron_hybrid import costs, pattern, recipes
+from megatron_hybrid import costs, intra_design, pattern, recipes
 from megatron_hybrid.flags import Command
 
 
 def list_recipes() -> str:
-    """One line for each recipe."""
-    named = recipes.recipes()
-    width = max(len(r.name) for r in named)
-    return "\n".join(f"{r.name:{width}}  {r.summary}" for r in named)
+    """A heading for each group and an indented line for each recipe."""
+    blocks = []
+    for heading, group in itertools.groupby(recipes.recipes(), key=lambda r: r.group):
+        named = list(group)
+        width = max(len(r.name) for r in named)
+        blocks.append("\n".join([heading, *(f"  {r.name:{width}}  {r.summary}" for r in named)]))
+    return "\n\n".join(blocks)
 
 
 def figures(args: Namespace) -> dict[str, Any]:
@@ -40,7 +44,8 @@ def figures(args: Namespace) -> dict[str, Any]:
 
 def announce(args: Namespace, command: Command, notes: list[str]) -> str:
     """The lines that a run starts with."""
-    lines = [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
+    lines = [f"recipe   {_recipe(command.recipe)}"] if command.recipe else []
+    lines += [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
     if args.device == "cpu":
         asked = "asked for" if command.device == "cpu" else "no CUDA device"
         lines.append(f"device   CPU engine ({asked}): Megatron's own training loop over gloo, no GPU")
@@ -56,9 +61,10 @@ def describe(args: Namespace, command: Command, found: dict[str, Any]) -> str:
     unknown = "without embeddings: the vocabulary is known with a tokenizer or --vocab-size"
     counts = {symbol: n for symbol, n in command.pattern.counts().items() if n}
     rows = {
-        "recipe": args.recipe or "none",
+        "recipe": _recipe(command.recipe) if command.recipe else "none",
         "pattern": args.hybrid_layer_pattern,
         "layers": ", ".join(f"{n} {pattern.LAYERS[s].name} ({s})" for s, n in counts.items()),
+        **(intra_rows(intra_design.design(args)) if "P" in counts else {}),
         "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active"
         + (f", {embedding:,} in embeddings)" if known else f"; {unknown})"),
         "training FLOPs per token": f"{flops:.3e}" if known else "not known without the vocabulary",
@@ -72,6 +78,30 @@ def describe(args: Namespace, command: Command, found: dict[str, Any]) -> str:
     width = max(map(len, rows))
     table = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
     return f"{table}\n\nflags\n  " + "\n  ".join(_pairs(command.argv))
+
+
+def _recipe(name: str) -> str:
+    """The recipe that is run, which a preset may have chosen, and where its sizes come from."""
+    return f"{name} ({recipes.recipe(name).source})"
+
+
+def intra_rows(d: intra_design.IntraDesign) -> dict[str, str]:
+    """What the P layers are: their axes and, for each kind of branch, its widths."""
+    values = {axis: getattr(d, axis) for axis in intra_design.AXES} | {"branches": ",".join(d.branches)}
+    preset = next((name for name, axes in intra_design.PRESETS.items() if axes == values), "no preset's")
+    rows = {"P design": f"{preset}: " + ", ".join(f"{axis} {value}" for axis, value in values.items())}
+    if "attention" in d.branches:
+        window = f", window {d.window} with {d.sinks} sinks" if d.window else ""
+        rows["P attention"] = (
+            f"{d.num_attention_heads} heads, queries {d.qk_dim} ({d.qk_head_dim} a head), {d.num_query_groups} key "
+            f"heads, output {d.value_dim} ({d.value_head_dim} a head) of {d.value_heads} value heads{window}"
+        )
+    if "mamba" in d.branches:
+        rows["P Mamba"] = (
+            f"inner width {d.ssm_dim}, {d.ssm_heads} heads of {d.ssm_head_dim}, state {d.state_dim}, "
+            f"groups of B and C: {d.ssm_groups}"
+        )
+    return rows
 
 
 def _pairs(argv: list[str]) -> list[str]:
