@@ -224,11 +224,12 @@ def check_tokenizer(args: Namespace) -> None:
         raise ValueError(f"--tokenizer-type {kind}: there is no file --tokenizer-model {model}.")
 
 
-def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
-    """The layer pattern of a folder's checkpoint of iteration ``step`` or else its newest; None if there is none.
+def stored_checkpoint(load: str | None, step: int | None = None) -> tuple[str, Namespace | None] | None:
+    """A folder's checkpoint of iteration ``step`` or else its newest; None if there is none.
 
-    It stands in the arguments that upstream stores with each checkpoint
-    (training/checkpointing.py, ``generate_state_dict``).
+    Returns:
+        The checkpoint's own folder, and the arguments that upstream stores with each checkpoint
+        (training/checkpointing.py, ``generate_state_dict``).
     """
     from megatron.core import dist_checkpointing
     from megatron.training.checkpointing import get_checkpoint_name, read_metadata
@@ -241,8 +242,13 @@ def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
         return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
-        saved = dist_checkpointing.load_common_state_dict(folder).get("args")
-    return getattr(saved, "hybrid_layer_pattern", None)
+        return folder, dist_checkpointing.load_common_state_dict(folder).get("args")
+
+
+def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
+    """The layer pattern of a folder's checkpoint of iteration ``step`` or else its newest; None if there is none."""
+    found = stored_checkpoint(load, step)
+    return getattr(found[1], "hybrid_layer_pattern", None) if found else None
 
 
 def check_checkpoint(args: Namespace) -> None:

@@ -38,6 +38,9 @@ NO_REACH = {
     "check_data": "of flags, which parse() would miss",
     "check_tokenizer": "of flags, which parse() would miss",
     "check_checkpoint": "calls checkpoint_pattern",
+    "checkpoint_pattern": "calls stored_checkpoint",
+    "open_checkpoint": "calls stored_checkpoint",
+    "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
 }
 
