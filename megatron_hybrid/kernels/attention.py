@@ -1,12 +1,14 @@
-"""Causal softmax attention, full or with a sliding window and sinks, with V as wide as it likes."""
+"""Causal softmax attention, full or with a sliding window and sinks, inside documents, with V as wide as it likes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def attention(
@@ -18,14 +20,19 @@ def attention(
     sinks: int = 0,
     offset: int = 0,
     dropout: float = 0.0,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries at positions ``offset, offset + 1, ...`` to keys at ``0, 1, ...``.
 
     A query at position i sees the keys j <= i; with a window, only those with i - j < window or j < sinks
-    (Bae et al., arXiv:2510.04800, section 2: the window of the study is 512 with 64 sinks).
+    (Bae et al., arXiv:2510.04800, section 2: the window of the study is 512 with 64 sinks). With documents it sees
+    only keys of its own, and the sinks are the first keys of each document: every document is attended to as if it
+    stood alone.
 
-    On CUDA no [q, k] matrix is stored: full attention goes to torch's fused kernels, a window to FlexAttention, which
-    has no dropout. On CPU a window is a boolean mask. Gradients flow to q, k and v.
+    On CUDA no [q, k] matrix is stored: full attention goes to torch's fused kernels, windows and documents to
+    FlexAttention, which has no dropout. On CPU these are a boolean mask. The masks of a ``documents`` tensor are
+    made once and live as long as it does, so that all layers of a micro-batch share them. Gradients flow to q, k
+    and v.
 
     Args:
         q: [b, h, sq, d], any floating dtype.
@@ -33,48 +40,81 @@ def attention(
         v: [b, hk, sk, dv].
         scale: Factor of the scores.
         window: Keys that a query sees, itself included.
-        sinks: First keys of the sequence that every query sees beside its window.
+        sinks: First keys of the sequence (or document) that every query (of it) sees beside its window.
         offset: Position of the first query; keys beyond the last query are never read.
         dropout: Probability of dropping an attention weight.
+        documents: [b, at least offset + sq], any integer dtype: the document of each key, and of the query at the
+            same position. Tokens of one document stand together.
 
     Returns:
         [b, h, sq, dv] in q's dtype.
 
     Raises:
-        ValueError: Dropout with a window on CUDA.
+        ValueError: Dropout with a window or documents on CUDA, or documents of another shape.
     """
     sq, end = q.shape[2], offset + q.shape[2]
     k, v = k[:, :, :end], v[:, :, :end]
     if window is not None and window >= end:
         window = None  # every key is inside every window
-    if window is None:
+    if documents is None and window is None:
         return _full(q, k, v, scale, dropout)
+    if documents is not None and (documents.shape[0] != q.shape[0] or documents.shape[1] < end):
+        raise ValueError(
+            f"documents is {list(documents.shape)}; {q.shape[0]} samples whose queries end at {end} need "
+            f"[{q.shape[0]}, at least {end}]"
+        )
     if q.is_cuda:
         if dropout:
-            raise ValueError("Sliding windows have no attention dropout on CUDA: set --attention-dropout 0.")
-        return _flex_window(q, k, v, scale, window, sinks, offset)
-    mask = visible(sq, end, window, sinks, offset, q.device)
+            raise ValueError(
+                "Sliding windows and packed documents have no attention dropout on CUDA: set --attention-dropout 0."
+            )
+        return _flex(q, k, v, scale, window, sinks, offset, documents)
+    rule = sq, end, window, sinks, offset
+    mask = _of_documents(documents, rule, lambda ids: visible(*rule, q.device, ids))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)
 
 
-def visible(sq: int, sk: int, window: int | None, sinks: int, offset: int, device: torch.device) -> Tensor:
-    """The boolean mask [sq, sk] of which keys each query sees; True means seen."""
+def visible(
+    sq: int,
+    sk: int,
+    window: int | None,
+    sinks: int,
+    offset: int,
+    device: torch.device,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """The boolean mask of which keys each query sees, [sq, sk] or with documents [b, 1, sq, sk]; True means seen."""
     i = torch.arange(offset, offset + sq, device=device)[:, None]
     j = torch.arange(sk, device=device)[None, :]
-    seen = j <= i
+    start = 0 if documents is None else document_starts(documents)[:, None, offset : offset + sq, None]
+    seen = (j <= i) & (j >= start)
     if window is not None:
-        seen &= (i - j < window) | (j < sinks)
+        seen = seen & ((i - j < window) | (j - start < sinks))
     return seen
 
 
+def document_starts(documents: Tensor) -> Tensor:
+    """Document ids [b, s] to the position of the first token of each token's document; int32 [b, s]."""
+    i = torch.arange(documents.shape[1], device=documents.device, dtype=torch.int32).expand_as(documents)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return torch.where(starts, i, 0).cummax(1).values
+
+
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, sinks: int = 0, offset: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    offset: int = 0,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """:func:`attention` written out, in the inputs' dtype; stores the scores [b, h, sq, sk]."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = scale * q @ k.transpose(-1, -2)
-    mask = visible(q.shape[2], k.shape[2], window, sinks, offset, q.device)
+    mask = visible(q.shape[2], k.shape[2], window, sinks, offset, q.device, documents)
     return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v
 
 
@@ -97,27 +137,94 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tens
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=True)
 
 
-@functools.lru_cache(maxsize=16)
-def _window_blocks(sq: int, sk: int, window: int, sinks: int, offset: int, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+_masks = WeakTensorKeyDictionary()
+"""Document ids to their masks, by the rule that each was made for."""
+
+
+def _of_documents(documents: Tensor | None, rule: tuple, make: Callable[[Tensor | None], Any]) -> Any:
+    """``make(documents)``, remembered with the tensor where there is one."""
+    if documents is None:
+        return make(None)
+    known = _masks.setdefault(documents, {})
+    rule = (documents._version, *rule)
+    if rule not in known:
+        known[rule] = make(documents.clone())  # a mask that held the tensor itself would keep it alive
+    return known[rule]
+
+
+def _blocks(
+    sq: int, sk: int, window: int | None, sinks: int, offset: int, device: torch.device, documents: Tensor | None
+) -> Any:
+    """FlexAttention's form of :func:`visible`: which blocks of queries and keys have any entry, and which have all.
+
+    It is worked out from the first and last position of each block. ``create_block_mask`` looks at every entry, and
+    its compilation, without which it stores them all, takes minutes at some lengths.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = 128
+    i0 = torch.arange(offset, offset + sq, size, device=device)[:, None]
+    j0 = torch.arange(0, sk, size, device=device)[None, :]
+    i1, j1 = (i0 + size - 1).clamp(max=offset + sq - 1), (j0 + size - 1).clamp(max=sk - 1)
+    ids = torch.zeros(1, sk, device=device) if documents is None else documents
+    starts = document_starts(ids)
+    first, last = starts[:, i0], starts[:, i1]  # where the documents of a block's first and last query begin
+    some = (j0 <= i1) & (j1 >= (first if window is None else first.clamp(min=i0 - window + 1)))
+    every = (j1 <= i0) & (j0 >= last) & (i1 - i0 == size - 1) & (j1 - j0 == size - 1)
+    if window is not None:
+        some = some | ((j0 <= i1) & (j0 - first < sinks) & (j1 >= first) & (sinks > 0))
+        every = every & ((i1 - j0 < window) | (j1 - last < sinks))
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         i = i + offset
-        return (j <= i) & ((i - j < window) | (j < sinks))
+        start = 0 if documents is None else starts[b, i]
+        if window is None:
+            return (j <= i) & (j >= start)
+        return (j <= i) & (j >= start) & ((i - j < window) | (j - start < sinks))
 
-    # uncompiled it would store the whole [sq, sk] mask, several times over, to find the blocks
-    return create_block_mask(seen, None, None, sq, sk, device=device, _compile=True)
+    parts: list[Tensor] = []
+    for blocks in (some & ~every, every):
+        blocks = blocks[:, None]  # all heads see alike
+        parts += blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=size, mask_mod=seen, seq_lengths=(sq, sk))
+
+
+_window_blocks = functools.lru_cache(maxsize=16)(_blocks)
 
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex_attention() -> Any:
+    """FlexAttention, compiled for each shape, window and offset that it meets.
+
+    Uncompiled it stores the scores, and torch silently takes it so after eight compilations of one function: window
+    and full layers, head sizes, and two chunks under context parallelism soon make more.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
-def _flex_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks: int, offset: int) -> Tensor:
-    blocks = _window_blocks(q.shape[2], k.shape[2], window, sinks, offset, str(q.device))
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: int,
+    offset: int,
+    documents: Tensor | None,
+) -> Tensor:
+    rule = q.shape[2], k.shape[2], window, sinks, offset, q.device
+    if documents is None:
+        blocks = _window_blocks(*rule, None)
+    else:
+        blocks = _of_documents(documents, rule, lambda ids: _blocks(*rule, ids))
     return _compiled_flex_attention()(
         q.contiguous(),
         k.contiguous(),
@@ -125,4 +232,5 @@ def _flex_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sin
         block_mask=blocks,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options={"BACKEND": "TRITON"},  # its kernel for short sequences takes not all shapes
     )

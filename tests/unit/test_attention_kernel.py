@@ -4,11 +4,19 @@ Errors are relative to the largest entry of the float64 tensor; both sides get t
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_hybrid.kernels.attention import attention, attention_reference, visible
+from megatron_hybrid.kernels.attention import (
+    _blocks,
+    _masks,
+    attention,
+    attention_reference,
+    document_starts,
+    visible,
+)
 
 # fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add
 # like a random walk to about 1e-6; a factor of five for the unlucky one. A wrong mask entry shows at 1e-2 or more.
@@ -46,7 +54,12 @@ def assert_close(found, expected):
         assert error <= TOLERANCE[got.dtype], f"{name}: relative error {error:.1e}"
 
 
-def looped(q, k, v, scale, window, sinks, offset):
+def make_documents(*lengths):
+    """Ids of documents of these lengths, one list of lengths for each sample; int32 [b, s]."""
+    return torch.tensor([[i for i, n in enumerate(sample) for _ in range(n)] for sample in lengths], dtype=torch.int32)
+
+
+def looped(q, k, v, scale, window, sinks, offset, documents=None):
     """Attention by its definition: every query, every key, every channel on its own; [b, h, sq, dv] as lists."""
     b, h, sq, d = q.shape
     group = h // k.shape[1]
@@ -57,8 +70,9 @@ def looped(q, k, v, scale, window, sinks, offset):
             for row in range(sq):
                 i = offset + row
                 weights = {}
-                for j in range(i + 1):
-                    if window is None or i - j < window or j < sinks:
+                start = documents[sample].tolist().index(documents[sample, i]) if documents is not None else 0
+                for j in range(start, i + 1):
+                    if window is None or i - j < window or j - start < sinks:
                         score = sum(a * c for a, c in zip(q[sample, head, row].tolist(), keys[j], strict=True))
                         weights[j] = math.exp(scale * score)
                 total = sum(weights.values())
@@ -73,6 +87,16 @@ def test_both_forms_equal_attention_by_its_definition(window, sinks):
     expected = looped(q, k, v, 0.4, window, sinks, offset=5)
     for form in (attention, attention_reference):
         assert torch.allclose(form(q, k, v, 0.4, window, sinks, 5), expected, rtol=0, atol=1e-13), form.__name__
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (3, 2), (1, 0), (2, 20)])
+def test_both_forms_equal_attention_inside_documents_by_its_definition(window, sinks):
+    q, k, v = make_inputs(9, 15, (4, 2, 3, 5), torch.float64)
+    documents = make_documents([1, 6, 4, 4], [8, 7])
+    expected = looped(q, k, v, 0.4, window, sinks, 5, documents)
+    for form in (attention, attention_reference):
+        found = form(q, k, v, 0.4, window, sinks, 5, documents=documents)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-13), form.__name__
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (4, 0), (4, 2), (4, 30), (50, 2)])
@@ -138,3 +162,98 @@ def test_what_lies_behind_the_last_query_may_be_anything():
     out = attention(q, k, v, 0.35, 4, 2, offset=5)
     k[:, :, 15:], v[:, :, 15:] = float("nan"), float("inf")
     assert torch.equal(attention(q, k, v, 0.35, 4, 2, offset=5), out)
+
+
+# Documents -------------------------------------------------------------------------------------------
+
+DOCUMENTS = make_documents([1, 17, 64, 48], [130])
+"""Shorter and longer than the windows, at odd places; and one that fills its sample."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize(("sq", "offset"), [(130, 0), (33, 0), (45, 60)])
+def test_output_and_all_gradients_inside_documents(sq, offset, window, sinks, heads, dtype):
+    q, k, v = make_inputs(130, 130, heads, dtype)
+    inputs = [q[:, :, offset : offset + sq], k, v]
+    settings = window, sinks, offset
+    expected = output_and_gradients(
+        partial(attention_reference, documents=DOCUMENTS), inputs, *settings, dtype=torch.float64
+    )
+    assert_close(output_and_gradients(partial(attention, documents=DOCUMENTS), inputs, *settings), expected)
+
+
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+def test_a_document_is_attended_to_as_if_it_stood_alone(window, sinks):
+    q, k, v = (t[:1] for t in make_inputs(130, 130, (4, 2, 16, 16), torch.float64))
+    packed = attention(q, k, v, 0.25, window, sinks, documents=DOCUMENTS[:1])
+    alone = [
+        attention(*parts, 0.25, window, sinks)
+        for parts in zip(*(t.split([1, 17, 64, 48], 2) for t in (q, k, v)), strict=True)
+    ]
+    assert torch.allclose(packed, torch.cat(alone, 2), rtol=0, atol=1e-13)
+
+
+def test_document_starts():
+    assert document_starts(make_documents([1, 3, 2], [6])).tolist() == [[0, 1, 1, 1, 4, 4], [0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("window", "sinks"), [(None, 0), (1, 0), (100, 0), (128, 64), (129, 1), (300, 200), (257, 128), (1, 300)]
+)
+@pytest.mark.parametrize(("sq", "offset"), [(1000, 0), (130, 60), (512, 256), (1, 999)])
+def test_blocks_are_those_that_hold_the_entries(sq, offset, window, sinks, packed):
+    """The CUDA kernel's mask: a block that is left out hides no visible key, a full one shows no hidden key."""
+    sk, size = offset + sq, 128
+    documents = make_documents([1, 127, 128, 3, 400, 341], [1000]) if packed else None
+    mask = visible(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
+    mask = mask if packed else mask[None, None]
+    found = _blocks(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
+    tail = (0, -sk % size, 0, -sq % size)
+    tiles = torch.nn.functional.pad(mask, tail).unfold(2, size, size).unfold(3, size, size).float().mean((-1, -2))
+    partial_, full = (
+        (torch.zeros(i.shape).scatter_(-1, i.long(), (torch.arange(i.shape[-1]) < n[..., None]).float()))
+        for n, i in (
+            (found.kv_num_blocks, found.kv_indices),
+            (found.full_kv_num_blocks, found.full_kv_indices),
+        )
+    )
+    assert torch.equal((partial_ + full) > 0, tiles > 0)
+    assert (tiles[full > 0] == 1).all()
+    if window is None or not sinks:
+        assert torch.equal(full > 0, tiles == 1)
+    rows, columns = torch.arange(sq)[:, None], torch.arange(sk)[None, :]
+    for sample in range(len(mask)):
+        assert torch.equal(found.mask_mod(sample, 0, rows, columns), mask[sample, 0])
+
+
+def test_documents_that_change_in_place_are_seen():
+    """Masks are remembered for each tensor of ids."""
+    q, k, v = make_inputs(8, 8, (2, 2, 8, 8))
+    documents = make_documents([4, 4], [4, 4])
+    before = attention(q, k, v, 0.35, documents=documents)
+    assert torch.equal(attention(q, k, v, 0.35, documents=documents), before)
+    documents[:, 2:] = 1
+    changed = attention(q, k, v, 0.35, documents=documents)
+    assert torch.equal(changed, attention(q, k, v, 0.35, documents=make_documents([2, 6], [2, 6])))
+    assert not torch.equal(changed, before)
+
+
+def test_masks_live_as_long_as_their_documents():
+    q, k, v = make_inputs(8, 8, (2, 2, 8, 8))
+    documents = make_documents([4, 4], [4, 4])
+    attention(q, k, v, 0.35, documents=documents)
+    attention(q, k, v, 0.35, 3, 1, documents=documents)
+    assert len(_masks[documents]) == 2
+    with_it = len(_masks)
+    del documents
+    assert len(_masks) == with_it - 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7)])
+def test_documents_of_another_shape_are_refused(shape):
+    q, k, v = make_inputs(8, 8, (2, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"need \[2, at least 8\]"):
+        attention(q, k, v, 0.35, documents=torch.zeros(shape, dtype=torch.int32))

@@ -62,15 +62,54 @@ def test_attention_of_a_later_chunk_of_the_sequence():
         )
 
 
+def make_documents(length, batch=2):
+    """Ids of documents of all lengths up to a few hundred, ending anywhere; int32 [b, s]."""
+    ends = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)) < 0.01
+    return (ends.cumsum(1) - ends.int()).int()
+
+
+@pytest.mark.parametrize("length", [63, 500])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (100, 16)])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (64, 128), (72, 128), (128, 64), (40, 40)])
+@pytest.mark.parametrize("offset", [0, 21])
+def test_attention_inside_documents(length, window, sinks, d, dv, offset):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 8, length - offset, d), (2, 2, length, d), (2, 2, length, dv)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    ids = make_documents(length)
+    on_cuda = ids.cuda()
+    compare(
+        lambda q, k, v: attention(q, k, v, d**-0.5, window, sinks, offset, documents=on_cuda),
+        lambda q, k, v: attention_reference(q, k, v, d**-0.5, window, sinks, offset, documents=ids),
+        inputs,
+        torch.bfloat16,
+    )
+
+
+def test_new_documents_compile_nothing():
+    """Block masks are made for each micro-batch: the kernels behind them must serve all."""
+    q, k, v = (torch.randn(2, h, 512, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+
+    def run(seed):
+        ids = make_documents(512).cuda() + (torch.arange(512, device="cuda") > 100 * seed)
+        for window in (None, 100):
+            attention(q, k, v, 0.125, window, 16, documents=ids)
+
+    run(1)
+    run(2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(3)
+
+
 def test_attention_does_not_store_the_scores():
     length = 16384
     q = torch.randn(1, 8, length, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k = torch.randn(1, 2, length, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     v = torch.randn(1, 2, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for window in (None, 512):
+    for window, documents in ((None, None), (512, None), (None, make_documents(length, 1).cuda())):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attention(q, k, v, 72**-0.5, window, 64).sum().backward()
+        attention(q, k, v, 72**-0.5, window, 64, documents=documents).sum().backward()
         scores = 8 * length * length * 2
         assert torch.cuda.max_memory_allocated() - before < scores / 8
 
