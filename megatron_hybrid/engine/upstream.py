@@ -2,11 +2,14 @@
 
 Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs. On CUDA
 with Transformer Engine and mamba_ssm these remain: :func:`register_symbols`, :func:`skip_helper_compilation` and
-:func:`build_mtp_from_our_stack`, without which hybrids do not start; :func:`load_optimizers_of_other_expert_layouts`
-and :func:`save_optimizer_buckets_in_place`, which only make checkpoints load and be right; and
-:func:`use_torch_gated_delta_rule` where flash-linear-attention is missing.
+:func:`build_mtp_from_our_stack`, without which hybrids do not start; :func:`sum_shared_gradients`, without which what
+ranks share is trained wrong; :func:`load_optimizers_of_other_expert_layouts` and :func:`save_optimizer_buckets_in_place`,
+which only make checkpoints load and be right; and :func:`use_torch_gated_delta_rule` where flash-linear-attention is
+missing.
 """
 
+import copy
+import importlib
 import importlib.util
 from typing import Any
 
@@ -33,6 +36,8 @@ def prepare(device: str, stack: type) -> list[str]:
     build_mtp_from_our_stack(stack)
     load_optimizers_of_other_expert_layouts()
     save_optimizer_buckets_in_place()
+    shift_tokens_inside_documents()
+    sum_shared_gradients()
     if kernels.ssm_backend(device) == "torch":
         use_torch_mamba_kernels()
         notes.append("Mamba-2 kernels: plain PyTorch (mamba_ssm is not in use)")
@@ -83,6 +88,58 @@ def build_mtp_from_our_stack(stack: type) -> None:
     from megatron.core.models.hybrid import hybrid_block
 
     hybrid_block.HybridStack = stack
+
+
+def sum_shared_gradients() -> None:
+    """Sums gradients of marked parameters over tensor-parallel ranks (core/distributed/finalize_model_grads.py:416).
+
+    A parameter with ``sequence_parallel`` set is the same on all ranks, each of which sees a share of its gradient.
+    Upstream sums it under sequence parallelism alone, where norms are such; rows and scales that ranks of a hybrid
+    layer have in common (model/parts.py, ``shared_by_ranks``) are such without it, too. Upstream's own parameters set
+    the mark from the configuration, so that nothing else changes.
+    """
+    # the package's attribute of this name is the function
+    module: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    upstreams = module._allreduce_non_tensor_model_parallel_grads
+    if upstreams.__module__ != module.__name__:
+        return
+
+    def reduce_marked(model: list, config: Any, tp_group: Any = None) -> None:
+        if not config.sequence_parallel:
+            config = copy.copy(config)
+            config.sequence_parallel = True
+        upstreams(model, config, tp_group)
+
+    module._allreduce_non_tensor_model_parallel_grads = reduce_marked
+
+
+def shift_tokens_inside_documents() -> None:
+    """Lets prediction heads look ahead inside packed documents (core/transformer/multi_token_prediction.py:238).
+
+    Upstream shifts the tokens, labels and loss masks of a head document by document, where they are given as lengths
+    (``thd``). Here they are given as the ids of whole samples: all is shifted, and what comes from the next document
+    is zero, as upstream has it.
+    """
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    by_lengths = mtp._roll_tensor_packed_seq
+    if hasattr(by_lengths, "wrapped"):
+        return
+
+    def roll(tensor: Any, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None) -> tuple[Any, Any]:
+        if packed_seq_params.qkv_format == "thd":
+            return by_lengths(tensor, shifts, dims, packed_seq_params, cp_group)
+        shifted, _ = mtp.roll_tensor(tensor, shifts, dims, cp_group)
+        ids = packed_seq_params.seq_idx
+        last = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (0, 1), value=True)
+        if cp_group is not None and cp_group.size() > 1:
+            chunks, rank = last.chunk(2 * cp_group.size(), 1), cp_group.rank()
+            last = torch.cat([chunks[rank], chunks[-1 - rank]], 1)
+        shifted = shifted.masked_fill(last, 0)
+        return shifted, shifted.sum()
+
+    roll.wrapped = by_lengths  # type: ignore[attr-defined]
+    mtp._roll_tensor_packed_seq = roll
 
 
 def use_torch_mamba_kernels() -> None:

@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_hybrid.intra_design import IntraDesign
 from megatron_hybrid.model.norm import SplitVector, group_rms_normalise
+from megatron_hybrid.model.parts import shared_by_ranks
 
 
 def lambda_init(depth: int) -> float:
@@ -45,11 +45,11 @@ class IntraFusion(MegatronModule):
         if design.scale == "vector":
             self.scales = self._vectors("scale", branches)
         elif design.scale == "scalar":
-            self.scalars = nn.Parameter(self._fp32(2).fill_(1.0))
+            self.scalars = shared_by_ranks(nn.Parameter(self._fp32(2).fill_(1.0)))
         elif design.scale == "diff-lambda":
             self.lambda_init = lambda_init(depth)
             # lambda_q1, lambda_k1, lambda_q2, lambda_k2: the same on all tensor-parallel ranks
-            self.lambdas = nn.Parameter(self._fp32(4, design.lambda_dim).normal_(0, 0.1))
+            self.lambdas = shared_by_ranks(nn.Parameter(self._fp32(4, design.lambda_dim).normal_(0, 0.1)))
         self.interpolates = design.scale == "interpolate"
         # no buffer: models in bf16 turn theirs into bf16, which cannot count
         self.alpha_sum = self._fp32(2).zero_()
@@ -86,7 +86,7 @@ class IntraFusion(MegatronModule):
 
     def differential_lambda(self) -> Tensor:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, a scalar (Ye et al., arXiv:2410.05258, equation 2)."""
-        q1, k1, q2, k2 = copy_to_tensor_model_parallel_region(self.lambdas, group=self.tp_group).float().unbind()
+        q1, k1, q2, k2 = self.lambdas.float().unbind()
         return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
 
     def mean_alpha(self) -> tuple[float, float]:
@@ -104,7 +104,7 @@ class IntraFusion(MegatronModule):
         if self.design.scale == "vector":
             scales = [scale.weight for scale in self.scales]
         elif self.design.scale == "scalar":
-            scales = list(copy_to_tensor_model_parallel_region(self.scalars, group=self.tp_group).unbind())
+            scales = list(self.scalars.unbind())
         elif self.design.scale == "diff-lambda":
             scales = [None, self.differential_lambda()]
         return [s if r is None else r if s is None else r * s for r, s in zip(result, scales, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -20,7 +21,23 @@ from torch import Tensor, nn
 
 from megatron_hybrid.intra_design import Part
 from megatron_hybrid.model.norm import SpanningRMSNorm
-from megatron_hybrid.model.parts import SharedRowsLinear, store_by_parts
+from megatron_hybrid.model.parts import SharedRowsLinear, shared_by_ranks, store_by_parts
+
+
+class SampleContextParallel(MambaContextParallel):
+    """Splits samples over the ranks in zigzag, whatever documents they hold.
+
+    Upstream takes any ``packed_seq_params`` for documents that Transformer Engine split over the ranks one by one
+    (core/ssm/mamba_context_parallel.py:360). The scan has whole samples of its heads, and the ids are all it needs.
+    """
+
+    def pre_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """[s / cp, b, channels] to [s, b, channels / cp] in the order of the sequence."""
+        return super().pre_conv_ssm(input_)
+
+    def post_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """The way back."""
+        return super().post_conv_ssm(input_)
 
 
 class HybridMambaMixer(MambaMixer):
@@ -52,6 +69,7 @@ class HybridMambaMixer(MambaMixer):
             config = copy.copy(config)
             config.mamba_num_groups = tp  # as upstream sees it: one group for each rank
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
+        self.cp.__class__ = SampleContextParallel
         self.recompute = recompute
         self.total_groups = groups
         self.shares_groups = groups < tp
@@ -66,7 +84,8 @@ class HybridMambaMixer(MambaMixer):
         bias = torch.empty(channels, dtype=config.params_dtype, device=torch.cuda.current_device())
         for t in (weight, bias):  # upstream's distribution, from the random stream that the ranks have in common
             nn.init.uniform_(t, -1 / math.sqrt(width), 1 / math.sqrt(width))
-        self.conv1d_shared_weight, self.conv1d_shared_bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.conv1d_shared_weight = shared_by_ranks(nn.Parameter(weight))
+        self.conv1d_shared_bias = shared_by_ranks(nn.Parameter(bias))
         for name in ("conv1d_weight", "conv1d_bias"):
             own = nn.Parameter(getattr(self, name).detach()[:inner].clone())
             tensor_parallel.set_tensor_model_parallel_attributes(own, True, 0, 1)
@@ -88,7 +107,6 @@ class HybridMambaMixer(MambaMixer):
 
     def _with_shared_channels(self, own: Tensor, shared: Tensor) -> Tensor:
         """This rank's channels of the convolution: x, and B and C of its group."""
-        shared = tensor_parallel.copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
         group = self.tp_group.rank() * self.total_groups // self.tp_group.size()
         B, C = shared.unflatten(0, (2, self.total_groups, self.d_state))[:, group]
         return torch.cat([own, B, C])

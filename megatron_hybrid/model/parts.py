@@ -8,7 +8,6 @@ import torch
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
@@ -18,15 +17,23 @@ from torch import Tensor, nn
 from megatron_hybrid.intra_design import Part
 
 
+def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:
+    """Marks a parameter that is the same on all tensor-parallel ranks while each sees a share of its gradient.
+
+    The shares are summed once a step, with and without sequence parallelism (engine/upstream.py,
+    ``sum_shared_gradients``). As a parameter that is not split it counts once in the gradient norm
+    (core/tensor_parallel/layers.py:95).
+    """
+    parameter.sequence_parallel = True
+    return parameter
+
+
 class SharedRowsLinear(ColumnParallelLinear):
     """Column-parallel linear without bias of which some parts are shared by several ranks.
 
     What has fewer units than ranks (B and C of few groups, few key heads, a gate for each token) cannot be split. Such
     rows are a parameter of their own, the same on every rank, of which a rank uses its units. Both parameters go
-    through one matrix product and one gather of the input. The gradient of the shared rows is summed over the ranks in
-    the backward pass, with and without sequence parallelism: what upstream does after it (core/distributed/
-    finalize_model_grads.py) goes by the parameter's name, or by sequence parallelism. As a parameter that is not split
-    it counts once in the gradient norm (core/tensor_parallel/layers.py:95).
+    through one matrix product and one gather of the input.
 
     Args:
         input_size: h.
@@ -70,7 +77,7 @@ class SharedRowsLinear(ColumnParallelLinear):
             return nn.Parameter(torch.empty(rows, input_size, dtype=config.params_dtype, device=device))
 
         self.weight = empty(sum(p.local_rows(self.tp) for p in self.split_parts))
-        self.shared_rows = empty(sum(p.rows for p in self.shared_parts))
+        self.shared_rows = shared_by_ranks(empty(sum(p.rows for p in self.shared_parts)))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork():
@@ -80,8 +87,7 @@ class SharedRowsLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """[s, b, h] (s local under sequence parallelism) to ([s, b, local rows of all parts], None)."""
         split = iter(self.weight.split([p.local_rows(self.tp) for p in self.split_parts]))
-        reduced = copy_to_tensor_model_parallel_region(self.shared_rows, group=self.tp_group)
-        shared = iter(reduced.split([p.rows for p in self.shared_parts]))
+        shared = iter(self.shared_rows.split([p.rows for p in self.shared_parts]))
         pieces = []
         for part in self.parts:
             if part.is_shared(self.tp):

@@ -76,7 +76,13 @@ def test_every_point_is_its_formula(ranks, branches, value):
 
 
 PAPER = IntraDesign(
-    **dict(zip(AXES, (CHOICES["branches"][0], "group", "none", "diff", "separate", "separate"))), **TINY
+    branches=("attention", "mamba"),
+    norm="group",
+    scale="none",
+    fusion="diff",
+    value="separate",
+    output="separate",
+    **TINY,
 )
 HYMBA = replace(PAPER, scale="vector", fusion="add", output="joint")
 SHARED = replace(HYMBA, value="shared", norm="fused", scale="gate")

@@ -59,11 +59,45 @@ CONTRACTS = [
         ),
     ),
     _C(
+        "shift_tokens_inside_documents",
+        MTP,
+        "_roll_tensor_packed_seq",
+        "tensor shifts dims packed_seq_params cp_group",
+        ("cu_seqlens = packed_seq_params.cu_seqlens_q\n", "rolled_seq[..., shifts:] = 0"),
+        lacks=("seq_idx",),
+    ),
+    _C(
+        "shift_tokens_inside_documents",
+        MTP,
+        "roll_tensor",
+        "tensor shifts dims cp_group packed_seq_params",
+        (
+            "if packed_seq_params is not None:\n",
+            "return _roll_tensor_packed_seq(tensor, shifts, dims, packed_seq_params, cp_group)",
+        ),
+    ),
+    _C(
         "build_mtp_from_our_stack",
         "core/models/hybrid/hybrid_block.py",
         "HybridStack.__init__",
         "self config submodules pre_process layer_type_list pp_layer_offset post_layer_norm post_process device dtype "
         "pg_collection is_mtp_layer name",
+    ),
+    _C(
+        "sum_shared_gradients",
+        "core/distributed/finalize_model_grads.py",
+        "_allreduce_non_tensor_model_parallel_grads",
+        "model config tp_group",
+        (
+            "(config.sequence_parallel and getattr(param, 'sequence_parallel', False)) or (config.qk_layernorm",
+            "params_sum.append(param)",
+        ),
+    ),
+    _C(
+        "sum_shared_gradients",
+        "core/distributed/finalize_model_grads.py",
+        "finalize_model_grads",
+        holds=("_allreduce_non_tensor_model_parallel_grads(model, config, tp_group)",),
     ),
     _C(
         "use_torch_mamba_kernels",
@@ -240,6 +274,12 @@ CONTRACTS = [
         "core/utils.py",
         "get_batch_on_this_cp_rank",
         "batch is_hybrid_cp cp_group hybrid_cp_group_func use_per_sequence_balancing",
+    ),
+    _C(
+        "document_ids",
+        "core/datasets/gpt_dataset.py",
+        "_get_ltor_masks_and_position_ids",
+        holds=("position_ids[data == eod_token]", "attention_mask[0, (i + 1):, :(i + 1)] = 0"),
     ),
     _C("next_batch", MTP, "mtp_on_this_rank", "layout mtp_num_layers ignore_virtual vp_stage"),
     _C(
