@@ -3,9 +3,9 @@
 Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs. On CUDA
 with Transformer Engine and mamba_ssm these remain: :func:`register_symbols`, :func:`skip_helper_compilation` and
 :func:`build_mtp_from_our_stack`, without which hybrids do not start; :func:`sum_shared_gradients`, without which what
-ranks share is trained wrong; :func:`load_optimizers_of_other_expert_layouts` and :func:`save_optimizer_buckets_in_place`,
-which only make checkpoints load and be right; and :func:`use_torch_gated_delta_rule` where flash-linear-attention is
-missing.
+ranks share is trained wrong; :func:`load_optimizers_of_other_expert_layouts` and
+:func:`save_optimizer_buckets_in_place`, which only make checkpoints load and be right; and
+:func:`use_torch_gated_delta_rule` where flash-linear-attention is missing.
 """
 
 import copy
