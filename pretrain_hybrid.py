@@ -102,6 +102,12 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     args = get_args()
+    tokenizer = build_tokenizer(args)
+    if args.reset_attention_mask and (tokenizer.eod is None or tokenizer.eod < 0):
+        raise ValueError(
+            "--reset-attention-mask finds documents by their last token, and the tokenizer has no end-of-document "
+            "token: use one that has, or drop it."
+        )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -119,8 +125,8 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=False,
+        tokenizer=tokenizer,
+        reset_position_ids=False,  # and no attention mask: documents are told apart in next_batch
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
@@ -132,19 +138,34 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
 
 
 def reads_data(vp_stage: int | None) -> bool:
-    """Whether this rank loads samples: the first rank of each tensor-parallel group, at both pipeline ends."""
+    """Whether this rank loads samples: the first rank of each tensor-parallel group, at both pipeline ends.
+
+    With packed documents that is every stage: a stage in the middle takes the boundaries from the tokens.
+    """
     from megatron.core import mpu
+    from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+    stage_reads = is_first_or_last_pipeline_stage(vp_stage) or get_args().reset_attention_mask
+    return stage_reads and mpu.get_tensor_model_parallel_rank() == 0
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """One micro-batch: per-token losses [b, s], and the function that reduces them."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
     from megatron_hybrid.engine.training import next_batch
 
     batch = next_batch(data_iterator, model)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    documents = batch["documents"]
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=None if documents is None else PackedSeqParams(qkv_format="sbhd", seq_idx=documents),
+    )
     return losses, partial(loss, batch["loss_mask"])
 
 

@@ -136,7 +136,8 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
 
     Returns:
         tokens, labels, position_ids (int64 [b, s / cp]) and loss_mask (float32 [b, s / cp]); None where this
-        pipeline stage does not use them.
+        pipeline stage does not use them. And documents: under ``--reset-attention-mask`` :func:`document_ids` of the
+        whole sequence (int32 [b, s]) on every rank of every stage, else None.
     """
     import torch
     from megatron.core import mpu
@@ -146,21 +147,31 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
         get_batch_on_this_cp_rank,
         get_batch_on_this_tp_rank,
     )
-    from megatron.training.global_vars import get_args
+    from megatron.training.global_vars import get_args, get_tokenizer
 
     args = get_args()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     names = ("tokens", "labels", "loss_mask", "position_ids")
-    if not (first or last):
-        return dict.fromkeys(names)
+    if not (first or last or args.reset_attention_mask):
+        return dict.fromkeys((*names, "documents"))
     batch: dict[str, Any] = {}
+    device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        device = torch.cuda.current_device()
         batch = {name: sample[name].to(device, non_blocking=True) for name in names}
         batch["attention_mask"] = batch["cu_seqlens"] = None
+    documents = None
+    if args.reset_attention_mask:
+        if batch:
+            documents = document_ids(batch["tokens"], get_tokenizer().eod)
+        else:
+            documents = torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int32, device=device)
+        group = mpu.get_tensor_model_parallel_group()
+        torch.distributed.broadcast(documents, mpu.get_tensor_model_parallel_src_rank(), group)
+    if not (first or last):
+        return {**dict.fromkeys(names), "documents": documents}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
@@ -179,7 +190,23 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
         is_pipeline_last_stage=last,
     )
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {name: batch[name] for name in names}
+    return {**{name: batch[name] for name in names}, "documents": documents}
+
+
+def document_ids(tokens: Any, eod: int) -> Any:
+    """Which document of its sample each token belongs to, counted from 0.
+
+    A document ends with its EOD token, as upstream's data sets have it (core/datasets/gpt_dataset.py:816).
+
+    Args:
+        tokens: Token ids [b, s].
+        eod: The tokenizer's id of the end of a document.
+
+    Returns:
+        int32 [b, s].
+    """
+    ends = (tokens == eod).int()
+    return (ends.cumsum(1) - ends).int()
 
 
 def check_loss(loss: Any) -> None:

@@ -51,7 +51,7 @@ class HybridSelfAttention(SelfAttention):
     Args:
         rope: Rotary positions of this layer, or None for none (NoPE).
         window: Keys that a query sees, itself included; None for all before it.
-        sinks: First keys of the sequence that every query sees beside its window.
+        sinks: First keys of the sequence (of each packed document) that every query sees beside its window.
 
     The others are upstream's (core/transformer/attention.py:1644).
     """
@@ -103,8 +103,9 @@ def rotary_table(
     """The angles [s, 1, 1, d] for this rank's tokens, s counted after the sequence-parallel gather."""
     if rotary is None:
         return None
-    length = rotary.get_rotary_seq_len(inference_context, None, hidden_states, config, packed_seq_params)
     packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+    lengths = packed_seq_params if packed else None  # upstream asks any that it is given for its longest document
+    length = rotary.get_rotary_seq_len(inference_context, None, hidden_states, config, lengths)
     return rotary(length, packed_seq=packed)
 
 
@@ -114,7 +115,8 @@ class TorchCoreAttention(MegatronModule):
     Upstream's ``DotProductAttention`` stores the scores, and has neither context parallelism nor values wider
     than queries. Under context parallelism each rank holds two zigzag chunks of the sequence
     (core/utils.py, ``get_batch_on_this_cp_rank``): K and V are gathered from all ranks, and each chunk of
-    queries attends to its prefix of them.
+    queries attends to its prefix of them. Packed documents are told apart by ``PackedSeqParams.seq_idx`` [b, s], the
+    ids of the whole sequence's tokens on every rank.
 
     The arguments are those of core/transformer/attention.py's ``CoreAttentionBuilder``.
     """
@@ -150,12 +152,15 @@ class TorchCoreAttention(MegatronModule):
         """Local heads: query [s, b, n, d], key [s, b, g, d], value [s, b, g, dv] to [s, b, n * dv].
 
         Raises:
-            ValueError: A mask, a bias or packed sequences are asked for, which this core does not have.
+            ValueError: A mask, a bias or documents as a list of lengths are asked for, which this core does not have.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("The torch attention core is causal alone: it takes no attention masks and no biases.")
+        documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
+        if packed_seq_params is not None and (packed_seq_params.qkv_format != "sbhd" or documents is None):
             raise ValueError(
-                "The torch attention core is causal alone: attention masks, biases and packed sequences "
-                "are not implemented. Drop --reset-attention-mask / --create-attention-mask-in-dataloader."
+                f"The torch attention core takes packed documents as qkv_format sbhd with seq_idx, not as "
+                f"{packed_seq_params.qkv_format} with cu_seqlens."
             )
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
@@ -168,7 +173,7 @@ class TorchCoreAttention(MegatronModule):
             # does; under sequence parallelism the whole stack runs on the rank's own random stream already.
             own_stream = dropout > 0 and not self.config.sequence_parallel
             with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
-                return attention(q, k, v, scale, self.window, self.sinks, offset, dropout)
+                return attention(q, k, v, scale, self.window, self.sinks, offset, dropout, documents)
 
         if cp == 1:
             out = attend(q, k.shape[2] - length)  # queries are the last keys: also true with a cache

@@ -34,4 +34,5 @@ def layer_options(args: Namespace) -> LayerOptions:
         shares_mamba_groups=args.mamba_num_groups < args.tensor_model_parallel_size,
         mamba_a_init_range=tuple(args.mamba_a_init_range),
         recompute=tuple(args.hybrid_recompute),
+        packed=args.reset_attention_mask,
     )

@@ -116,10 +116,7 @@ def check_positions(args: Namespace) -> None:
 def check_unsupported(args: Namespace) -> None:
     """Flags of upstream that our layers would ignore, or that need what is not installed."""
     refused = {
-        "reset_position_ids": "position ids do not reach the layers' RoPE",
-        "reset_attention_mask": "the layers are causal over the whole sample; packed documents are not there yet",
-        "dataloader_inter_document_masking": "packed documents are not there yet",
-        "sft": "fine-tuning packs documents, which is not there yet",
+        "sft": "fine-tuning's data sets are not there yet",
         "fim_data": "the data set has no fill-in-the-middle",
         "hybrid_context_parallel": "samples are split over all context-parallel ranks alike",
         "multi_latent_attention": "the symbols * and W are ordinary grouped-query attention",
@@ -130,6 +127,7 @@ def check_unsupported(args: Namespace) -> None:
     for name, reason in refused.items():
         if getattr(args, name, False):
             raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
+    check_packing(args)
     if args.layernorm_zero_centered_gamma and (args.backend == "torch" or "P" in args.hybrid_layer_pattern):
         raise ValueError(
             "--apply-layernorm-1p is not supported by the torch layers and P layers: their norms are plain."
@@ -152,6 +150,32 @@ def check_unsupported(args: Namespace) -> None:
         raise ValueError(
             f"--normalization {args.normalization}: hybrid layers use RMSNorm; add --normalization RMSNorm."
         )
+
+
+def check_packing(args: Namespace) -> None:
+    """Packed documents that are kept apart: what the layers can, and what they cannot."""
+    if args.dataloader_inter_document_masking:
+        raise ValueError(
+            "--dataloader-inter-document-masking is not supported: document boundaries are found by the "
+            "end-of-document token. Use --reset-attention-mask."
+        )
+    if not args.reset_attention_mask:
+        if args.reset_position_ids:
+            raise ValueError(
+                "--reset-position-ids alone changes nothing: RoPE sees how far tokens are apart, not where a document "
+                "begins. Add --reset-attention-mask, which keeps packed documents apart, or drop it."
+            )
+        return
+    dropped_on_cuda = args.device == "cuda" and args.attention_dropout
+    refused = (
+        ("G" in args.hybrid_layer_pattern, "G layers", "their kernel carries its state over boundaries: take M layers"),
+        (args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers take no boundaries: drop it"),
+        (not args.use_mamba_mem_eff_path, "--disable-mamba-mem-eff-path", "that path takes no boundaries: drop it"),
+        (dropped_on_cuda, "--attention-dropout", "the fused kernel has none: set it to 0"),
+    )
+    for wrong, what, why in refused:
+        if wrong:
+            raise ValueError(f"--reset-attention-mask does not go together with {what}: {why}.")
 
 
 def check_attention(args: Namespace) -> None:

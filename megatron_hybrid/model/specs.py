@@ -59,6 +59,8 @@ class LayerOptions:
     shares_mamba_groups: bool = False
     """Tensor-parallel ranks have less than a group of B and C each."""
     recompute: tuple[str, ...] = ()
+    packed: bool = False
+    """Packed documents are kept apart: attention needs a core that takes their ids."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ def hybrid_stack_spec(backend: str, options: LayerOptions, num_experts: int | No
         raise ValueError(f"Unknown backend {backend!r}: choose te or torch.")
     parts = _te_parts(num_experts) if backend == "te" else _torch_parts(num_experts)
     sliding = {"rope": options.swa_rope, "window": options.swa_window, "sinks": options.swa_sinks}
+    core = TorchCoreAttention if options.packed else parts.core_attention
     layers = {
         "M": _mamba_layer(parts.with_shared_rows() if options.shares_mamba_groups else parts, options),
-        "*": _mixer_layer(parts, "linear_qkv", _attention(parts, parts.core_attention, rope=options.rope)),
+        "*": _mixer_layer(parts, "linear_qkv", _attention(parts, core, rope=options.rope)),
         "W": _mixer_layer(parts, "linear_qkv", _attention(parts, TorchCoreAttention, **sliding)),
         "G": _mixer_layer(parts, "in_proj", _gated_delta_net(parts)),
         "-": _dense_layer(parts),

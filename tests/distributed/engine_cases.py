@@ -5,7 +5,7 @@ import io
 import json
 from typing import Any
 
-from tests.distributed.training import MOE, SIZES, STEPS, Run, forget
+from tests.distributed.training import EOD, MOE, SIZES, STEPS, Run, forget
 
 
 def main() -> None:
@@ -326,19 +326,23 @@ def on_meta(pattern: str) -> dict[str, Any]:
     }
 
 
-def batch(pattern: str, flags: str) -> dict[str, Any]:
-    """What next_batch gives this rank of one sample: tokens t, labels t + 1, a mask that is 0 at each third token."""
-    import torch
-    from megatron.core import mpu
+def batch(pattern: str, flags: str, eod_at: tuple[int, ...] = ()) -> dict[str, Any]:
+    """What next_batch gives this rank of one sample: tokens t, labels t + 1, a mask that is 0 at each third token.
 
+    Documents end at the positions ``eod_at``.
+    """
+    import torch
+
+    import pretrain_hybrid
     from megatron_hybrid.engine.training import next_batch
 
     run = Run(pattern, flags)
     length = run.args.seq_length
     tokens = torch.arange(length)[None]
+    tokens[:, list(eod_at)] = EOD
     mask = (tokens % 3 != 0).float()
     sample = {"tokens": tokens, "labels": tokens + 1, "loss_mask": mask, "position_ids": tokens.clone()}
-    reads = mpu.get_tensor_model_parallel_rank() == 0
+    reads = pretrain_hybrid.reads_data(None)
     found = next_batch(iter([sample]) if reads else None, run.model[0])
     return {name: value if value is None else value.tolist() for name, value in found.items()}
 

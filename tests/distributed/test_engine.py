@@ -238,6 +238,7 @@ def _samples(tokens: list[int]) -> dict[str, list]:
         "labels": [[t + 1 for t in tokens]],
         "loss_mask": [[float(t % 3 != 0) for t in tokens]],
         "position_ids": [tokens],
+        "documents": None,
     }
 
 
@@ -257,6 +258,21 @@ def test_pipeline_stages_get_what_they_use(ranks):
     first, last = ranks(2).run(cases.batch, pattern="M-|M-", flags="--pipeline-model-parallel-size 2")
     assert first == {**whole, "labels": None, "loss_mask": None}
     assert last == {**whole, "tokens": None, "position_ids": None}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--pipeline-model-parallel-size 4",
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+    ],
+)
+def test_every_rank_of_every_stage_gets_the_documents_of_whole_samples(ranks, flags):
+    pattern = "M-|M-|M-|M-" if "size 4" in flags else "M-"
+    found = ranks(4).run(cases.batch, pattern=pattern, flags=f"{flags} --reset-attention-mask", eod_at=(4, 5, 31))
+    assert [batch["documents"] for batch in found] == [[[0] * 5 + [1] + [2] * 26]] * 4
+    if "size 4" in flags:
+        assert all(batch["tokens"] is batch["labels"] is None for batch in found[1:3])
 
 
 # The command line, in a process that has imported Megatron already -----------------------------------
@@ -284,8 +300,11 @@ REFUSED = [
     ("*- --rotary-seq-len-interpolation-factor 2", ["--use-rope-scaling"]),
     ("*- --position-embedding-type none", ["--use-rope-scaling", "no RoPE"]),
     ("*- --no-rope-freq 4", ["--no-rope-freq"]),
-    ("*- --reset-attention-mask", ["--reset-attention-mask", "Drop it"]),
-    ("*- --reset-position-ids", ["--reset-position-ids", "Drop it"]),
+    ("G- --reset-attention-mask", ["--reset-attention-mask", "G layers", "M layers"]),
+    ("M- --reset-attention-mask --disable-mamba-mem-eff-path", ["--disable-mamba-mem-eff-path", "drop it"]),
+    ("*- --reset-position-ids", ["--reset-position-ids", "Add --reset-attention-mask"]),
+    ("*- --dataloader-inter-document-masking", ["--dataloader-inter-document-masking", "Use --reset-attention-mask"]),
+    ("*- --sft", ["--sft", "Drop it"]),
     ("*- --qk-layernorm", ["--qk-layernorm", "Drop it"]),
     ("*- --window-size 8,0", ["--window-size", "--swa-window"]),
     ("*- --softmax-type learnable", ["--softmax-type learnable", "Drop it"]),

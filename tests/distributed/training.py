@@ -12,6 +12,8 @@ SIZES = """--hidden-size 32 --num-attention-heads 4 --group-query-attention --nu
 --intra-value-dim 32 --intra-ssm-dim 32 --mamba-a-init-range 0.01 2.0 --hidden-dropout 0
 --attention-dropout 0 --init-method-std 0.1 --linear-num-key-heads 4 --linear-num-value-heads 4
 --linear-key-head-dim 8 --linear-value-head-dim 8"""
+EOD = 63
+"""Of the NullTokenizer with a vocabulary of 64."""
 MOE = """--num-experts 4 --moe-router-topk 1 --moe-ffn-hidden-size 24 --moe-shared-expert-intermediate-size 24
 --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3
 --moe-router-load-balancing-type none --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall"""
@@ -37,7 +39,8 @@ class Run:
 
         forget()
         moe = MOE if "E" in pattern else ""
-        argv = f"{SIZES} {moe} {STEPS} {flags}".split() + ["--hybrid-layer-pattern", pattern]
+        sizes = SIZES.replace("--use-rope-scaling", "") if "--position-embedding-type none" in flags else SIZES
+        argv = f"{sizes} {moe} {STEPS} {flags}".split() + ["--hybrid-layer-pattern", pattern]
         self.args = arguments.parse(command_line.resolve(argv).argv, "cpu")
         initialize_megatron()
         self.forward_step = pretrain_hybrid.forward_step
@@ -118,6 +121,8 @@ class Run:
         generator = torch.Generator().manual_seed(1000 + self.iteration)
         size, length = self.args.global_batch_size, self.args.seq_length
         tokens = torch.randint(0, 64, (size, length + 1), generator=generator)
+        if self.args.reset_attention_mask:  # documents of about seven tokens
+            tokens[torch.rand(tokens.shape, generator=generator) < 0.15] = EOD
         micro = self.args.micro_batch_size
         for start in range(rank * micro, size, dp * micro):
             part = tokens[start : start + micro]
@@ -134,11 +139,13 @@ def forget() -> None:
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import global_vars
 
     global_vars.destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
+    MTPLossLoggingHelper.tracker = {}
     mpu.destroy_model_parallel()
 
 
@@ -152,6 +159,62 @@ def losses(pattern: str, load: str, flags: str, steps: int = 3) -> list[tuple[fl
     """Loss and gradient norm of the first steps from saved weights."""
     run = Run(pattern, f"--load {load} --no-load-optim --no-load-rng --finetune {flags}")
     return [run.step() for _ in range(steps)]
+
+
+def logits(pattern: str, flags: str, samples: list[tuple[list[int], list[int]]]) -> list[dict[str, list]]:
+    """One model on samples of any lengths, on one rank.
+
+    Args:
+        samples: Tokens and labels.
+
+    Returns:
+        For each sample ``losses`` [s], ``logits`` [heads, s, vocabulary] (the model's, then those of its prediction
+        heads), and ``gradient`` [s, h], the sum of losses by the embedded tokens.
+    """
+    import torch
+    from megatron.core.utils import unwrap_model
+
+    run = Run(pattern, f"--no-save-optim {flags}")
+    model = unwrap_model(run.model[0]).train()
+    results = []
+    for tokens, labels in samples:
+        heads: list[Any] = []  # copies: upstream's loss works in place
+        embedded: list[Any] = []
+        hooks = [
+            model.output_layer.register_forward_hook(lambda _m, _i, out, heads=heads: heads.append(out[0].clone())),
+            model.embedding.register_forward_hook(lambda _m, _i, out, to=embedded: to.append(out)),
+        ]
+        length = len(tokens)
+        sample = {
+            "tokens": torch.tensor([tokens]),
+            "labels": torch.tensor([labels]),
+            "loss_mask": torch.ones(1, length),
+            "position_ids": torch.arange(length)[None],
+        }
+        losses, _ = run.forward_step(iter([sample]), run.model[0])
+        for hook in hooks:
+            hook.remove()
+        embedded[0].retain_grad()
+        losses.sum().backward()
+        ordered = [heads[-1], *heads[:-1]]  # upstream computes the prediction heads' first
+        found = {"losses": losses[0], "logits": torch.stack([h[:, 0] for h in ordered])}
+        found["gradient"] = embedded[0].grad[:, 0]
+        results.append({name: value.tolist() for name, value in found.items()})
+    return results
+
+
+def look_ahead(tokens: list[list[int]], documents: list[list[int]]) -> tuple[list[list[int]], int]:
+    """This context-parallel rank's tokens of two, each replaced by the next of its document; and their sum."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    group = torch.distributed.group.WORLD
+    chunks = torch.tensor(tokens).chunk(4, 1)
+    own = torch.cat([chunks[group.rank()], chunks[3 - group.rank()]], 1)
+    packed = PackedSeqParams(qkv_format="sbhd", seq_idx=torch.tensor(documents, dtype=torch.int32))
+    shifted, total = roll_tensor(own, cp_group=group, packed_seq_params=packed)
+    return shifted.tolist(), int(total)
 
 
 def continued(pattern: str, flags: str, load: str, save: str = "", steps: int = 2) -> dict[str, Any]:

@@ -279,7 +279,7 @@ CONTRACTS = [
         "document_ids",
         "core/datasets/gpt_dataset.py",
         "_get_ltor_masks_and_position_ids",
-        holds=("position_ids[data == eod_token]", "attention_mask[0, (i + 1):, :(i + 1)] = 0"),
+        holds=("position_ids[data == eod_token]", "attention_mask[0, i + 1:, :i + 1] = 0"),
     ),
     _C("next_batch", MTP, "mtp_on_this_rank", "layout mtp_num_layers ignore_virtual vp_stage"),
     _C(
