@@ -120,8 +120,9 @@ def attention_reference(
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
     d, dv = q.shape[-1], v.shape[-1]
-    if q.is_cuda and d != dv:
-        # torch's fused kernels that share key heads want equal head sizes: zeros change no score, and are cut off
+    if d != dv:
+        # torch's fused kernels want equal head sizes, and without them stores the scores: zeros change no score, and
+        # are cut off (tools/benchmark_attention.py compares the ways)
         width = max(d, dv)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
         if dv < width:
