@@ -78,11 +78,15 @@ def train(args: Namespace, config: Any, counted: dict[str, Any]) -> None:
 
     from megatron_hybrid import costs, pattern
     from megatron_hybrid.engine import training
+    from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
     training.count_flops_with(partial(costs.training_flops, layers, sizes))
+    interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
+    training.write_metrics(
+        Path(args.save) / "metrics.jsonl" if args.save else None, mean_alphas if interpolates else None
+    )
     if args.save:
-        training.write_metrics(Path(args.save) / "metrics.jsonl")
         training.write_run(Path(args.save) / "run.json", args, counted)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     pretrain(

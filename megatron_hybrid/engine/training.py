@@ -28,7 +28,7 @@ def count_flops_with(flops: Callable[[int], float]) -> None:
     training.num_floating_point_operations = num_floating_point_operations
 
 
-def write_metrics(path: Path) -> None:
+def write_metrics(path: Path | None, measure: Callable[[list], dict[str, Any]] | None = None) -> None:
     """Appends a JSON line for each training step and each validation to ``path``.
 
     Wraps ``training_log`` (training/training.py:2568), which every rank calls at each step with that step's
@@ -37,10 +37,15 @@ def write_metrics(path: Path) -> None:
 
     Records: iteration, loss, learning_rate, grad_norm, samples, tokens (all so far), seconds (of this step, None
     for the first one of a process), tokens_per_second, skipped; or iteration, validation_loss, validation (name).
+
+    Args:
+        path: The file; None writes none.
+        measure: Called by every rank at each ``--log-interval`` with the model's chunks on this rank. What it returns
+            joins the record and is printed.
     """
     from megatron.training import training
-    from megatron.training.global_vars import get_args
-    from megatron.training.utils import is_last_rank
+    from megatron.training.global_vars import get_args, get_tensorboard_writer
+    from megatron.training.utils import is_last_rank, print_rank_last
 
     log, evaluate_and_print, evaluate, save = (
         training.training_log,
@@ -49,12 +54,26 @@ def write_metrics(path: Path) -> None:
         training.save_checkpoint_and_time,
     )
     clock: dict[str, float] = {}
+    train, chunks = training.train, []
 
     def append(record: dict[str, Any]) -> None:
-        if is_last_rank():
+        if path and is_last_rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    def train_model(forward_step: Any, model: list, *args: Any, **kwargs: Any) -> Any:
+        chunks[:] = model
+        return train(forward_step, model, *args, **kwargs)
+
+    def measured(iteration: int) -> dict[str, Any]:
+        found = measure(chunks) if measure and iteration % get_args().log_interval == 0 else {}
+        for name, values in found.items():
+            print_rank_last(f" {name}: " + " | ".join(f"{key} {value:.4f}" for key, value in values.items()))
+            if writer := get_tensorboard_writer():
+                for key, value in values.items():
+                    writer.add_scalar(f"{name}/{key}", value, iteration)
+        return found
 
     def training_log(
         loss_dict: dict, total: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
@@ -77,6 +96,7 @@ def write_metrics(path: Path) -> None:
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds if seconds else None,
                 "skipped": bool(skipped),
+                **measured(iteration),
             }
         )
         result = log(loss_dict, total, learning_rate, iteration, *args, **kwargs)
@@ -108,6 +128,7 @@ def write_metrics(path: Path) -> None:
         clock.pop("last", None)  # the next step's time would contain the save
         return save(*args, **kwargs)
 
+    training.train = train_model
     training.training_log = training_log
     training.save_checkpoint_and_time = save_checkpoint_and_time
     training.evaluate_and_print_results = evaluate_and_print_results

@@ -9,11 +9,35 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from megatron_hybrid.intra_design import IntraDesign
 from megatron_hybrid.model.norm import SplitVector, group_rms_normalise
 from megatron_hybrid.model.parts import shared_by_ranks
+
+
+def mean_alphas(chunks: list) -> dict[str, Any]:
+    """The mean weight of the second branch in each interpolating layer, over all tokens since the last call.
+
+    Args:
+        chunks: The model's parts on this rank; every rank must call.
+
+    Returns:
+        ``{"intra_alpha": {layer number: mean}}``, the same on all ranks.
+    """
+    decoders = [get_attr_wrapped_model(chunk, "decoder") for chunk in chunks]
+    mixers = [getattr(layer, "self_attention", None) for decoder in decoders for layer in decoder.layers]
+    layers = {
+        m.layer_number: m.fusion.mean_alpha() for m in mixers if isinstance(getattr(m, "fusion", None), IntraFusion)
+    }
+    last = torch.tensor(max(layers, default=0), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX)
+    sums = torch.zeros(int(last) + 1, 2, device=torch.cuda.current_device())
+    for number, (total, count) in layers.items():
+        sums[number, 0], sums[number, 1] = total, count
+    torch.distributed.all_reduce(sums)
+    return {"intra_alpha": {str(n): total / count for n, (total, count) in enumerate(sums.tolist()) if count}}
 
 
 def lambda_init(depth: int) -> float:

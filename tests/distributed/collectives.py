@@ -37,6 +37,19 @@ def of_one_layer(symbol: str, flags: str) -> dict[str, int]:
     return found
 
 
+def alphas(pattern: str, flags: str, load: str) -> dict[str, float]:
+    """The logged mean weight of the second branch, after two steps from saved weights."""
+    from megatron_hybrid.model.fusion import mean_alphas
+    from tests.distributed.training import Run
+
+    run = Run(pattern, f"--load {load} --no-load-optim --no-load-rng --finetune {flags}")
+    for _ in range(2):
+        run.step()
+    found = mean_alphas(run.model)["intra_alpha"]
+    assert mean_alphas(run.model)["intra_alpha"] == {}  # counted once
+    return found
+
+
 def shared_parameters(pattern: str, flags: str, steps: int) -> dict[str, Any]:
     """Parameters that ranks have in common, after some steps."""
     from tests.distributed.training import Run

@@ -113,6 +113,18 @@ def test_shared_rows_are_equal_on_all_ranks_after_steps(ranks, reference):
         assert all(torch.equal(rank[name], value) for name, value in by_rank[0].items())
 
 
+@pytest.mark.parametrize("recompute", ["", "--hybrid-recompute intra"])
+def test_mean_alpha_is_that_of_all_tokens_and_layers(ranks, reference, recompute):
+    where, _ = reference("interpolate")
+    flags = f"{MODELS['interpolate']} {DP} {recompute}"
+    (expected,) = ranks(1).run(collectives.alphas, pattern="P-P-", flags=flags, load=where)
+    assert set(expected) == {"1", "3"} and all(0.2 < value < 0.8 for value in expected.values())
+    assert expected["1"] != expected["3"]
+    for layout in (("P-|P-", PP2), ("P-P-", f"{TP2} {SP}"), ("P-P-", CP2), ("P-P-", "")):
+        for found in ranks(2).run(collectives.alphas, pattern=layout[0], flags=f"{flags} {layout[1]}", load=where):
+            assert found == pytest.approx(expected, rel=RTOL), layout
+
+
 # Communication -----------------------------------------------------------------------------------
 
 

@@ -46,9 +46,9 @@ def output_and_gradients(function, inputs, *settings, dtype=None):
 
 
 def assert_close(found, expected):
-    # A lone query's weight is 1 whatever q and k are: dq and dk are zero, but as a difference of two sums over the value
-    # channels, each of order one to five (torch's fused CPU kernel subtracts them in fp32), times q or k.
-    # So errors are never counted against less than 1.
+    # A lone query's weight is 1 whatever q and k are: dq and dk are zero, but as a difference of two sums over the
+    # value channels, each of order one to five (torch's fused CPU kernel subtracts them in fp32), times q or k. So
+    # errors are never counted against less than 1.
     for name, want in expected.items():
         got = found[name]
         error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1.0)
