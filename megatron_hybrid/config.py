@@ -41,7 +41,7 @@ class HybridConfig:
     """W layers: tokens that a query sees, itself included, beside the sinks."""
 
     swa_sinks: int = 64
-    """W layers: first tokens of the sequence that every query sees."""
+    """W layers: first tokens of the sequence, or of each packed document, that every query sees."""
 
     swa_rotary_base: int = 10000
     """W layers: RoPE base. W layers never use RoPE scaling."""
@@ -110,7 +110,8 @@ class IntraConfig:
     """P layers: keys that a query of an attention branch sees, itself included. Default: all before it."""
 
     intra_sinks: int = 0
-    """P layers: first tokens of the sequence that every query sees beside --intra-window."""
+    """P layers: first tokens of the sequence, or of each packed document, that every query sees beside
+    --intra-window."""
 
     intra_overlap: bool = True
     """P layers: run both branches one after the other on CUDA, instead of on two streams."""

@@ -160,7 +160,6 @@ class IntraHybrid(MegatronModule):
         self.rotary = rope.build(design.qk_head_dim, config, pg_collection.cp) if rope and has_attention else None
         depth = depths[min(layer_number, len(depths)) - 1]
         self.fusion = IntraFusion(config, design, depth, self.tp_group)
-        self.overlaps = design.overlap and torch.cuda.is_available()
 
         tp = self.tp_group.size()
         self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
@@ -242,7 +241,7 @@ class IntraHybrid(MegatronModule):
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
 
-        if self.overlaps:
+        if self.design.overlap and projected.is_cuda:
             first, second = side_by_side(run, [projected] if angles is None else [projected, angles])
         else:
             second, first = run(1), run(0)  # the order in which two streams draw random numbers

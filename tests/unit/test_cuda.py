@@ -1,5 +1,7 @@
 """The torch backend's CUDA paths against float64 on the CPU. Skipped without a CUDA device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -174,3 +176,89 @@ def test_experts_that_grouped_products_do_not_take_are_looped_over(process_group
     grouped, errors = expert_pairs.errors(counts, "cuda", **settings)
     assert not grouped
     assert set(errors.values()) == {0.0}  # upstream's operations, on the same numbers
+
+
+# P layers on two streams ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def intra_layer():
+    """``intra_layer(overlap, recompute, **axes)``: a P mixer in bf16 on one process, always of the same weights."""
+    from megatron.core import mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_hybrid.engine import upstream
+    from megatron_hybrid.intra_design import design
+    from megatron_hybrid.model.attention import RoPE
+    from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
+    from megatron_hybrid.model.stack import HybridLayerStack
+
+    upstream.prepare("cuda", HybridLayerStack)
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+
+    def make(overlap=True, recompute=(), **axes):
+        model_parallel_cuda_manual_seed(1)
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 512, "num_attention_heads": 8, "mamba_head_dim": 64, "mamba_num_groups": 1}
+        flags = SimpleNamespace(**sizes, intra_overlap=overlap, **axes)
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=512,
+            num_attention_heads=8,
+            params_dtype=torch.bfloat16,
+            bf16=True,
+            layernorm_epsilon=1e-5,
+            gradient_accumulation_fusion=False,
+        )
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        parts = IntraSubmodules(ColumnParallelLinear, RowParallelLinear)
+        layer = IntraHybrid(config, parts, 1, groups, design(flags), RoPE(), recompute=recompute)
+        return layer.bfloat16().train()
+
+    yield make
+    mpu.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def gradients_of(layer, steps=3):
+    """Output, and gradients of the input and of all weights, of the last of several steps: a race shows in time."""
+    torch.manual_seed(2)
+    x = torch.randn(1024, 1, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    for _ in range(steps):
+        for leaf in leaves:
+            leaf.grad = None
+        y, _ = layer(x)
+        y.backward(y.detach())
+    return [y, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("recompute", [(), ("intra",), ("ssm",)])
+@pytest.mark.parametrize("preset", ["paper", "diff-transformer", "diff-mamba"])
+def test_two_streams_change_no_bit(intra_layer, preset, recompute):
+    """All kernels of the torch backend add in a fixed order in deterministic mode, so that nothing may differ."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        both = [gradients_of(intra_layer(overlap, recompute, intra_preset=preset)) for overlap in (True, False)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    assert all(torch.isfinite(t).all() for t in both[0])
+
+
+def test_a_layer_on_two_streams_is_captured_in_a_cuda_graph(intra_layer):
+    layer, plain = intra_layer(), intra_layer()
+    x = torch.randn(256, 1, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(lambda t: layer(t)[0], (x,))
+    for _ in range(2):
+        inputs = torch.randn_like(x).requires_grad_()
+        same = inputs.detach().clone().requires_grad_()
+        y, wanted = graphed(inputs), plain(same)[0]
+        y.backward(wanted.detach())
+        wanted.backward(wanted.detach())
+        assert torch.equal(y, wanted)
+        torch.testing.assert_close(inputs.grad, same.grad)
