@@ -8,10 +8,10 @@ PATTERN='M-P-|MEW-'  # | is the boundary of the two pipeline stages
 PATH=$PATH:$(dirname "$0")/../.venv/bin
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# The two ranks of a stage also share its experts out. Each needs whole Mamba groups, so there are two.
+# The two ranks of a stage also share its experts out, and the one group of B and C.
 torchrun --standalone --nproc_per_node 4 "$(dirname "$0")/../pretrain_hybrid.py" --recipe demo --device cpu \
     --hybrid-layer-pattern "$PATTERN" --pipeline-model-parallel-size 2 \
-    --tensor-model-parallel-size 2 --sequence-parallel --mamba-num-groups 2 \
+    --tensor-model-parallel-size 2 --sequence-parallel \
     --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 \
     --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 \
     --train-iters 20 --log-interval 5 --eval-interval 20 --eval-iters 1 "$@"

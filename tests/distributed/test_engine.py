@@ -361,7 +361,12 @@ def test_what_a_run_needs_is_named(ranks, line, words):
     ("pattern", "flags", "words"),
     [
         ("M-*-", "--tensor-model-parallel-size 2 --num-attention-heads 1 --num-query-groups 1", ["multiple of"]),
-        ("M-", "--tensor-model-parallel-size 2 --mamba-num-groups 1", ["--mamba-num-groups 1", "multiple of 2"]),
+        ("M-", "--tensor-model-parallel-size 2 --mamba-num-groups 3 --mamba-num-heads 6", ["is 3", "must divide"]),
+        (
+            "P-",
+            "--tensor-model-parallel-size 2 --intra-ssm-dim 24 --mamba-num-groups 1",
+            ["heads of P layers", "is 3", "multiple of"],
+        ),
         ("ME", f"--tensor-model-parallel-size 2 {MOE}", ["--sequence-parallel"]),
         ("M-", "--context-parallel-size 2 --mamba-num-heads 5 --mamba-num-groups 1", ["5 Mamba heads"]),
         ("G-", "--context-parallel-size 2 --linear-num-key-heads 1", ["--linear-num-key-heads is 1", "context"]),

@@ -1,6 +1,7 @@
 """Parameters of models that are really built (without memory) against costs.py and against the published counts."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from megatron_hybrid.recipes import recipes
 from tests.distributed import single
+from tests.distributed.test_design_space import ALLOWED
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/paper_costs.json").read_text())
 ONE_PROCESS = {"demo": "--expert-model-parallel-size 1 --vocab-size 2000"}
@@ -53,7 +55,7 @@ def test_recipe_has_the_published_size(built, name, table, printed):
 def random_model(seed: int) -> list[str]:
     """Flags of a random pattern of all layers with sizes that divide where they must and are odd elsewhere."""
     draw = random.Random(seed)
-    pattern = "".join(draw.choices("M*WP-EG", k=draw.randint(1, 9)))
+    pattern = "".join(draw.choices("M*WPP-EG", k=draw.randint(1, 9)))
     if draw.random() < 0.3:
         pattern += "/" + draw.choice(["M-", "*E", "M"])
     groups, share, width = draw.randint(1, 3), draw.randint(1, 3), 2 * draw.randint(1, 7)
@@ -91,6 +93,12 @@ def random_model(seed: int) -> list[str]:
         flags |= {"moe-router-score-function": "sigmoid"}
         flags |= {"moe-ffn-hidden-size": draw.randint(3, 33)} if draw.random() < 0.7 else {}
         flags |= {"moe-shared-expert-intermediate-size": draw.randint(3, 33)} if draw.random() < 0.5 else {}
+    if "P" in pattern:
+        point = draw.choice(ALLOWED)
+        flags |= {f"intra-{axis}": value for axis, value in point.items()}
+        flags["intra-branches"] = ",".join(point["branches"])
+        # joint outputs and shared values want branches of one width
+        flags["intra-value-dim"] = flags["intra-ssm-dim"] = math.lcm(intra_heads, states * head) * draw.randint(1, 3)
     argv = [f"--{name}={value}" for name, value in flags.items()] + [f"--{name}" for name in switches]
     argv += ["--normalization=RMSNorm", "--position-embedding-type=rope"]
     return [*argv, "--micro-batch-size=1", "--train-iters=1", "--lr=1e-3", f"--hybrid-layer-pattern={pattern}"]

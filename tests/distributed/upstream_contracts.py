@@ -89,7 +89,7 @@ CONTRACTS = [
         "_allreduce_non_tensor_model_parallel_grads",
         "model config tp_group",
         (
-            "(config.sequence_parallel and getattr(param, 'sequence_parallel', False)) or (config.qk_layernorm",
+            "config.sequence_parallel and getattr(param, 'sequence_parallel', False) or (config.qk_layernorm",
             "params_sum.append(param)",
         ),
     ),
