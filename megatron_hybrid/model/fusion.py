@@ -72,8 +72,8 @@ class IntraFusion(MegatronModule):
             self.scalars = shared_by_ranks(nn.Parameter(self._fp32(2).fill_(1.0)))
         elif design.scale == "diff-lambda":
             self.lambda_init = lambda_init(depth)
-            # lambda_q1, lambda_k1, lambda_q2, lambda_k2: the same on all tensor-parallel ranks
-            self.lambdas = shared_by_ranks(nn.Parameter(self._fp32(4, design.lambda_dim).normal_(0, 0.1)))
+            # q1, k1, q2, k2 in one vector: Megatron decays what has two dimensions
+            self.lambdas = shared_by_ranks(nn.Parameter(self._fp32(4 * design.lambda_dim).normal_(0, 0.1)))
         self.interpolates = design.scale == "interpolate"
         # no buffer: models in bf16 turn theirs into bf16, which cannot count
         self.alpha_sum = self._fp32(2).zero_()
@@ -110,7 +110,7 @@ class IntraFusion(MegatronModule):
 
     def differential_lambda(self) -> Tensor:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, a scalar (Ye et al., arXiv:2410.05258, equation 2)."""
-        q1, k1, q2, k2 = self.lambdas.float().unbind()
+        q1, k1, q2, k2 = self.lambdas.float().chunk(4)
         return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
 
     def mean_alpha(self) -> tuple[float, float]:

@@ -75,14 +75,12 @@ class _Parts:
     """Column-parallel linear behind input_norm."""
     column: Any
     row: Any
-    norm_before_linear: Any
-    """Norm in front of a linear that does not do it."""
     core_attention: Any
     moe: Any
 
     def with_shared_rows(self) -> "_Parts":
         """For mixers of whose input projection ranks share some rows: Transformer Engine's linears cannot do that."""
-        return replace(self, input_norm=self.norm_before_linear, normed_column=SharedRowsLinear)
+        return replace(self, input_norm=RMSNorm, normed_column=SharedRowsLinear)
 
     def stored_as(self, norm: str, linear: str) -> dict[str, str]:
         """Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears."""
@@ -247,7 +245,6 @@ def _torch_parts(num_experts: int | None) -> _Parts:
     return _Parts(
         norm=StandaloneRMSNorm,
         input_norm=RMSNorm,
-        norm_before_linear=RMSNorm,
         normed_column=ColumnParallelLinear,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
@@ -268,7 +265,6 @@ def _te_parts(num_experts: int | None) -> _Parts:
     return _Parts(
         norm=TENorm,
         input_norm=IdentityOp,
-        norm_before_linear=TENorm,
         normed_column=TELayerNormColumnParallelLinear,
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,

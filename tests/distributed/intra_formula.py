@@ -68,7 +68,7 @@ def scales(d: IntraDesign, w: dict[str, Tensor], parts: dict[str, Tensor], lambd
         alpha = torch.sigmoid(parts["gate"])
         return [1 - alpha, alpha]
     if d.scale == "diff-lambda":
-        q1, k1, q2, k2 = w["fusion.lambdas"]
+        q1, k1, q2, k2 = w["fusion.lambdas"].chunk(4)
         return [1, torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + lambda_init]
     return [1, 1]
 

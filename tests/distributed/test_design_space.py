@@ -202,7 +202,7 @@ def test_diff_transformer_preset_is_the_published_formula(ranks):
         x = torch.tensor(ours["x"], dtype=torch.float64)[:, 0]
         parts = _parts(design, ours)
         q1, k1, q2, k2, v = (x @ parts[n].double().T for n in ("q1", "k1", "q2", "k2", "v"))
-        a, b, c, e = w["fusion.lambdas"]
+        a, b, c, e = w["fusion.lambdas"].chunk(4)
         start = 0.8 - 0.6 * np.exp(-0.3 * (layer - 1))
         lam = torch.exp((a * b).sum()) - torch.exp((c * e).sum()) + start
         mask = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1)
