@@ -108,7 +108,7 @@ def error_of(way: Callable, args: argparse.Namespace, device: str, dtype: torch.
     dy = torch.randn(args.batch, args.heads, 256, args.value_dim, device=device, dtype=dtype)
     got = forward_backward(way, tensors, dy)
     scale = args.qk_dim**-0.5
-    wanted = forward_backward(lambda *t: attention_reference(*t, scale), exact, dy.double())
+    wanted = forward_backward(lambda q, k, v: attention_reference(q, k, v, scale), exact, dy.double())
     return max(float((g.double() - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True))
 
 

@@ -54,7 +54,8 @@ def write_metrics(path: Path | None, measure: Callable[[list], dict[str, Any]] |
         training.save_checkpoint_and_time,
     )
     clock: dict[str, float] = {}
-    train, chunks = training.train, []
+    train = training.train
+    chunks: list = []
 
     def append(record: dict[str, Any]) -> None:
         if path and is_last_rank():

@@ -27,10 +27,11 @@ def mean_alphas(chunks: list) -> dict[str, Any]:
         ``{"intra_alpha": {layer number: mean}}``, the same on all ranks.
     """
     decoders = [get_attr_wrapped_model(chunk, "decoder") for chunk in chunks]
-    mixers = [getattr(layer, "self_attention", None) for decoder in decoders for layer in decoder.layers]
-    layers = {
-        m.layer_number: m.fusion.mean_alpha() for m in mixers if isinstance(getattr(m, "fusion", None), IntraFusion)
-    }
+    layers = {}
+    for mixer in (getattr(layer, "self_attention", None) for decoder in decoders for layer in decoder.layers):
+        fusion = getattr(mixer, "fusion", None)
+        if isinstance(fusion, IntraFusion):
+            layers[mixer.layer_number] = fusion.mean_alpha()  # type: ignore[union-attr]
     last = torch.tensor(max(layers, default=0), device=torch.cuda.current_device())
     torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX)
     sums = torch.zeros(int(last) + 1, 2, device=torch.cuda.current_device())
