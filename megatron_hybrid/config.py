@@ -64,8 +64,10 @@ class IntraConfig:
     intra_preset: Literal["paper", "hymba", "falcon-h1", "diff-transformer", "diff-mamba"] = "paper"
     """P layers: the design whose axes are the defaults of the flags below."""
 
-    intra_branches: Literal["attention,mamba", "attention,attention", "mamba,mamba"] | None = None
-    """P layers: the two mixers, first and second."""
+    intra_branches: Literal["attention,mamba", "attention,attention", "mamba,mamba"] | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "FIRST,SECOND"}}
+    )
+    """P layers: the two mixers: attention,mamba or attention,attention or mamba,mamba."""
 
     intra_norm: Literal["none", "group", "fused"] | None = None
     """P layers: RMSNorm of each branch's output (group), of their fusion (fused), or none."""

@@ -245,11 +245,21 @@ def design(args: Any) -> IntraDesign:
         norm_groups=get("intra_norm_groups"),
         window=get("intra_window"),
         sinks=get("intra_sinks", 0),
-        overlap=get("intra_overlap", True),
+        overlap=get("intra_overlap", True) and _may_overlap(branches, get("overlap_param_gather", False)),
     )
     check_axes(result)
     check_widths(result)
     return result
+
+
+def _may_overlap(branches: tuple[str, ...], gathers_parameters: bool) -> bool:
+    """Whether the branches may run on two streams.
+
+    Two attentions fill the device one by one, and would share masks that one of them is still making. Under
+    ``--overlap-param-gather`` the first branch to need a bucket of parameters waits for it on its own stream: two
+    Mamba branches may need the same one.
+    """
+    return branches == ("attention", "mamba") or branches == ("mamba", "mamba") and not gathers_parameters
 
 
 def check_axes(d: IntraDesign) -> None:
@@ -314,7 +324,9 @@ def check_widths(d: IntraDesign) -> None:
             f"--intra-output joint with --intra-fusion {d.fusion} takes both branches through one matrix: they must be "
             f"equally wide, and are {d.width(0)} (--intra-value-dim) and {d.width(1)} (--intra-ssm-dim)."
         )
-    if d.norm_groups is not None and d.norm != "none":
+    if d.norm_groups is not None and d.norm == "none":
+        raise ValueError(f"--intra-norm-groups {d.norm_groups} with --intra-norm none: there is no norm. Drop one.")
+    if d.norm_groups is not None:
         for i, name in enumerate(d.names):
             _divides(d.width(i), f"the width of the {name} branch", d.norm_groups, "--intra-norm-groups")
 

@@ -39,7 +39,7 @@ LAYERS: dict[str, Layer] = {
         Layer("M", "Mamba-2", "mixer", False, "upstream"),
         Layer("*", "attention", "mixer", True, "upstream"),
         Layer("W", "sliding-window attention with sinks", "mixer", True, "ours"),
-        Layer("P", "intra-layer hybrid of attention and Mamba-2", "mixer", True, "ours"),
+        Layer("P", "intra-layer hybrid of two mixers", "mixer", True, "ours"),
         Layer("G", "gated delta net", "mixer", False, "upstream"),
         Layer("-", "dense FFN", "ffn", False, "upstream"),
         Layer("E", "mixture-of-experts FFN", "ffn", False, "upstream"),

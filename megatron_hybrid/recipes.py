@@ -300,8 +300,9 @@ def recipes() -> list[Recipe]:
 def recipe(name: str, preset: str | None = None) -> Recipe:
     """The recipe of that name (``paper-1b-intra-1-5`` is ``paper-1b-intra``, and so on).
 
-    With one of ``--intra-preset``'s designs, ``paper-1b-intra`` and ``paper-1b-intra-1-0`` stand for that design's row
-    of Table 18, with its blocks and widths. Other recipes keep theirs, and the preset changes the axes alone.
+    With ``--intra-preset``, ``paper-1b-intra`` and ``paper-1b-intra-1-0`` stand for that design's row of Table 18, with
+    its blocks and widths: a sweep over presets then compares what the study compares. Other recipes keep theirs, and
+    the preset changes the axes alone.
 
     Raises:
         ValueError: for an unknown name, with the names that are close to it.
@@ -309,8 +310,8 @@ def recipe(name: str, preset: str | None = None) -> Recipe:
     known = name.lower()
     if known.endswith("-1-5") and known[:-4].endswith(tuple(_RATIOS)):
         known = known[:-4]
-    if known in ("paper-1b-intra", "paper-1b-intra-1-0") and preset in PRESETS and preset != "paper":
-        known = f"paper-1b-intra-{preset}"
+    if name.lower() in ("paper-1b-intra", "paper-1b-intra-1-0") and preset in PRESETS:
+        known = f"paper-1b-intra-{'paper-final' if preset == 'paper' else preset}"
     if known in _RECIPES:
         return _RECIPES[known]
     close = difflib.get_close_matches(known, _RECIPES, n=4, cutoff=0.5)

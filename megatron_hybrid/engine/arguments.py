@@ -11,11 +11,13 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.engine.upstream import has_module, register_symbols
+from megatron_hybrid.intra_design import IntraDesign, design
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
@@ -252,19 +254,38 @@ def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
 
 
 def check_checkpoint(args: Namespace) -> None:
-    """Refuses to load a checkpoint of other layers; stage boundaries may differ.
+    """Refuses to load a checkpoint of other layers, or of P layers of another design; stage boundaries may differ.
 
     Raises:
-        ValueError: With both patterns.
+        ValueError: With both patterns, or both designs.
     """
     for folder, step in ((args.load, args.ckpt_step), (args.pretrained_checkpoint, None)):
-        saved = checkpoint_pattern(folder, step)
-        if saved is None or saved.replace("|", "") == args.hybrid_layer_pattern.replace("|", ""):
+        found = stored_checkpoint(folder, step)
+        saved = getattr(found[1], "hybrid_layer_pattern", None) if found else None
+        if found is None or saved is None:
             continue
+        if saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+            raise ValueError(
+                f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
+                f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
+                "recipe, or give another --load."
+            )
+        if "P" in saved:
+            _check_designs(design(found[1]), design(args), str(folder))
+
+
+def _check_designs(saved: IntraDesign, asked: IntraDesign, folder: str) -> None:
+    """Some designs have each other's weights: loading would give another function without a word."""
+    free = ("overlap", "window", "sinks")  # how it runs, and what a longer context may change
+    differ = [
+        f"{field.name.replace('_', '-')} {getattr(saved, field.name)}, not {getattr(asked, field.name)}"
+        for field in fields(saved)
+        if field.name not in free and getattr(saved, field.name) != getattr(asked, field.name)
+    ]
+    if differ:
         raise ValueError(
-            f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
-            f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
-            "recipe, or give another --load."
+            f"The P layers of the checkpoint in {folder} are of another design than this run's: {'; '.join(differ)}. "
+            "Give its --intra-* (and --mamba-*) flags, or another --load."
         )
 
 

@@ -70,6 +70,8 @@ def write_metrics(path: Path | None, measure: Callable[[list], dict[str, Any]] |
     def measured(iteration: int) -> dict[str, Any]:
         found = measure(chunks) if measure and iteration % get_args().log_interval == 0 else {}
         for name, values in found.items():
+            if not values:
+                continue
             print_rank_last(f" {name}: " + " | ".join(f"{key} {value:.4f}" for key, value in values.items()))
             if writer := get_tensorboard_writer():
                 for key, value in values.items():

@@ -26,6 +26,12 @@ def check(args: Namespace) -> None:
             f"--swa-window {args.swa_window} --swa-sinks {args.swa_sinks}: a query sees at least itself (window 1) "
             "and no fewer than 0 sinks."
         )
+    windowed = counts["W"] or counts["P"] and args.intra_window is not None
+    if windowed and args.device == "cuda" and args.attention_dropout:
+        raise ValueError(
+            f"--attention-dropout {args.attention_dropout} with sliding windows on CUDA: their fused kernel has none. "
+            "Set it to 0."
+        )
     if counts["M"] or counts["P"]:
         low, high = args.mamba_a_init_range
         if not 0 < low <= high:
@@ -59,7 +65,15 @@ def check_sizes(args: Namespace) -> None:
         if getattr(args, name) is None:
             raise ValueError(f"{_flag(name)} is not given: a run without --recipe needs it.")
     parallel = [f"{kind}_parallel_size" for kind in ("tensor_model", "context", "expert_model", "expert_tensor")]
-    for name in ("hidden_size", "num_attention_heads", "seq_length", "mamba_head_dim", "mamba_num_groups", *parallel):
+    for name in (
+        "hidden_size",
+        "num_attention_heads",
+        "seq_length",
+        "mamba_head_dim",
+        "mamba_num_groups",
+        "mamba_state_dim",
+        *parallel,
+    ):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"{_flag(name)} is {value} and must be at least 1.")
@@ -128,7 +142,9 @@ def check_unsupported(args: Namespace) -> None:
         if getattr(args, name, False):
             raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
     check_packing(args)
-    if args.layernorm_zero_centered_gamma and (args.backend == "torch" or "P" in args.hybrid_layer_pattern):
+    shared_groups = args.mamba_num_groups < _tp(args) and "M" in args.hybrid_layer_pattern
+    own_norms = args.backend == "torch" or "P" in args.hybrid_layer_pattern or shared_groups
+    if args.layernorm_zero_centered_gamma and own_norms:
         raise ValueError(
             "--apply-layernorm-1p is not supported by the torch layers and P layers: their norms are plain."
         )
@@ -200,6 +216,11 @@ def check_mamba(args: Namespace, heads: int, heads_flag: str) -> None:
     _divides(heads, heads_flag, tp, "--tensor-model-parallel-size")
     _divides(heads, heads_flag, groups, "--mamba-num-groups")
     _shares(groups, "--mamba-num-groups", tp)
+    if not args.use_mamba_mem_eff_path and (groups < tp or "P" in args.hybrid_layer_pattern):
+        raise ValueError(
+            "--disable-mamba-mem-eff-path does not go together with P layers, nor with fewer --mamba-num-groups than "
+            "--tensor-model-parallel-size: Megatron's other path takes neither. Drop it."
+        )
     if (heads // tp) % cp:
         raise ValueError(
             f"{heads // tp} Mamba heads per tensor-parallel rank do not divide over --context-parallel-size {cp}."

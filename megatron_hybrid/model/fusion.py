@@ -106,7 +106,7 @@ class IntraFusion(MegatronModule):
         if d.norm == "fused":
             groups = [d.groups(i) for i in range(len(parts))]
             parts = group_rms_normalise(parts, groups, self.eps, self.tp_group)
-            parts = [x * self._after(norm.weight) for x, norm in zip(parts, self.norms, strict=True)]
+            parts = [x * self._after(norm()) for x, norm in zip(parts, self.norms, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def differential_lambda(self) -> Tensor:
@@ -124,10 +124,10 @@ class IntraFusion(MegatronModule):
         """What multiplies each branch alike for all tokens: the norm's weight and the scale in one."""
         result: list[Tensor | None] = [None, None]
         if self.design.norm == "group":
-            result = [norm.weight for norm in self.norms]
+            result = [norm() for norm in self.norms]
         scales: list[Tensor | None] = [None, None]
         if self.design.scale == "vector":
-            scales = [scale.weight for scale in self.scales]
+            scales = [scale() for scale in self.scales]
         elif self.design.scale == "scalar":
             scales = list(self.scalars.unbind())
         elif self.design.scale == "diff-lambda":

@@ -94,7 +94,7 @@ class AttentionBranch(SelfAttention):
         """
         n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
-        q, k, v = hidden_states.tensor_split([n * d, (n + g) * d], -1)
+        q, k, v = hidden_states.split([n * d, g * d, hidden_states.shape[-1] - (n + g) * d], -1)
         q, k, v = (t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
         return q, k.repeat_interleave(v.shape[2] // g, 2) if v.shape[2] != g else k, v
 
@@ -164,6 +164,7 @@ class IntraHybrid(MegatronModule):
         tp = self.tp_group.size()
         self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
         self.out_parts = {part: width // tp for part, width in design.out_parts.items()}
+        self.chunks = read_together(list(self.in_parts), [design.branch_parts(0), design.branch_parts(1)])
         self._build_projections(submodules, name)
 
     def _build_projections(self, submodules: IntraSubmodules, name: str | None) -> None:
@@ -232,29 +233,25 @@ class IntraHybrid(MegatronModule):
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
         """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
-        parts = dict(zip(self.in_parts, projected.split(list(self.in_parts.values()), -1), strict=True))
+        widths = [sum(self.in_parts[name] for name in chunk) for chunk in self.chunks]
+        pieces = dict(zip(self.chunks, projected.split(widths, -1), strict=True))
 
         def run(branch: int) -> Tensor:
             module = getattr(self, self.design.names[branch])
-            x = self._inputs(projected, parts, self.design.branch_parts(branch))
+            # by their order in the branch, in which a value shared with the other branch may lie elsewhere
+            names = self.design.branch_parts(branch)
+            own = sorted((c for c in pieces if c[0] in names), key=lambda c: names.index(c[0]))
+            x = pieces[own[0]] if len(own) == 1 else torch.cat([pieces[c] for c in own], -1)
             if self.design.branches[branch] == "attention":
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
 
         if self.design.overlap and projected.is_cuda:
-            first, second = side_by_side(run, [projected] if angles is None else [projected, angles])
+            documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
+            first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
         else:
             second, first = run(1), run(0)  # the order in which two streams draw random numbers
-        return self.fusion(first, second, parts.get("gate"))
-
-    def _inputs(self, projected: Tensor, parts: dict[str, Tensor], names: list[str]) -> Tensor:
-        """The parts that a branch reads, without a copy where they lie next to each other."""
-        order = list(self.in_parts)
-        start = order.index(names[0])
-        if order[start : start + len(names)] == names:
-            offset = sum(list(self.in_parts.values())[:start])
-            return projected.narrow(-1, offset, sum(self.in_parts[name] for name in names))
-        return torch.cat([parts[name] for name in names], -1)
+        return self.fusion(first, second, pieces.get(("gate",)))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""
@@ -270,6 +267,20 @@ class IntraHybrid(MegatronModule):
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
+
+
+def read_together(parts: list[str], branches: list[list[str]]) -> list[tuple[str, ...]]:
+    """Neighbouring parts that the same branches read, in pieces: a split into few of them costs little to go back."""
+    chunks: list[tuple[str, ...]] = []
+    readers = None
+    for part in parts:
+        now = [part in names for names in branches]
+        if now == readers:
+            chunks[-1] += (part,)
+        else:
+            chunks.append((part,))
+        readers = now
+    return chunks
 
 
 def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,19 @@ class HybridMambaMixer(MambaMixer):
         if self.rmsnorm:
             self.norm = SpanningRMSNorm(inner, self.total_groups, 1e-5, config.params_dtype, self.tp_group)
 
+    def forward(self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any) -> Any:
+        """[s, b, h] to ([s, b, h], None), s local under sequence parallelism (core/ssm/mamba_mixer.py:463).
+
+        Raises:
+            ValueError: Inference on ranks that share groups.
+        """
+        if inference_context is not None and self.shares_groups:
+            raise ValueError(
+                "Inference caches need whole groups of B and C on each tensor-parallel rank: run on at most "
+                f"{self.total_groups} of them (--mamba-num-groups)."
+            )
+        return super().forward(hidden_states, inference_context, **kwargs)
+
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
         """[s, b, (z x B C dt)_local] to [s, b, d_inner_local] (core/ssm/mamba_mixer.py:727)."""
         if not (self.recompute and self.training):

@@ -90,13 +90,20 @@ def group_rms_normalise(xs: list[Tensor], groups: list[int], eps: float, tp_grou
 
 
 class SplitVector(nn.Module):
-    """A learned vector over channels that are split over the tensor-parallel ranks, starting at one."""
+    """A learned vector over channels that are split over the tensor-parallel ranks, starting at one.
+
+    It is read by a call: that is when Megatron waits for parameters that it gathers in the background.
+    """
 
     def __init__(self, width_local: int, dtype: torch.dtype, tp_group: Any):
         super().__init__()
         self.tp_group = tp_group
         self.weight = nn.Parameter(torch.ones(width_local, dtype=dtype, device=torch.cuda.current_device()))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, *unused: Any) -> Tensor:
+        """[width_local]."""
+        return self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         metadata = ensure_metadata_has_dp_cp_group(metadata)

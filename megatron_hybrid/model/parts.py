@@ -33,7 +33,8 @@ class SharedRowsLinear(ColumnParallelLinear):
 
     What has fewer units than ranks (B and C of few groups, few key heads, a gate for each token) cannot be split. Such
     rows are a parameter of their own, the same on every rank, of which a rank uses its units. Both parameters go
-    through one matrix product and one gather of the input.
+    through one matrix product and one gather of the input, for which the weight is put together in each forward pass:
+    a copy of it that autograd keeps until the backward pass.
 
     Args:
         input_size: h.

@@ -113,8 +113,18 @@ def check_branches(design: IntraDesign, sources: dict[int, tuple[str, Any]]) -> 
         )
 
 
+def _refuse_biases(layer: State) -> None:
+    biases = [name for name in layer if name.endswith(("linear_qkv.bias", "linear_proj.bias", "_proj.bias"))]
+    if biases:
+        raise ValueError(
+            f"The stock layer has {', '.join(biases)}, and P layers have no biases in their projections: its weights "
+            "alone would be another function."
+        )
+
+
 def attention_mixer(layer: State, heads: int, groups: int) -> Mixer:
     """From a layer ``*`` or ``W``, whose ``linear_qkv`` has for each group its queries, its key and its value."""
+    _refuse_biases(layer)
     qkv = layer["self_attention.linear_qkv.weight"]
     per_group = heads // groups
     grouped = qkv.unflatten(0, (groups, per_group + 2, -1))
@@ -129,6 +139,7 @@ def attention_mixer(layer: State, heads: int, groups: int) -> Mixer:
 
 def mamba_mixer(layer: State) -> Mixer:
     """From a layer ``M``, which checkpoints store by the parts that its branch has as well."""
+    _refuse_biases(layer)
     parts = {name: layer[f"mixer.in_proj.weight.{name}"] for name in ("z", "x", "B", "C", "dt")}
     others = ("in_proj.", "out_proj.", "norm.")
     core = {name.removeprefix("mixer."): t for name, t in layer.items() if name.startswith("mixer.")}

@@ -51,10 +51,12 @@ def alphas(pattern: str, flags: str, load: str) -> dict[str, float]:
 
 
 def shared_parameters(pattern: str, flags: str, steps: int) -> dict[str, Any]:
-    """Parameters that ranks have in common, after some steps."""
+    """Parameters that ranks have in common, freshly initialised and after some steps."""
     from tests.distributed.training import Run
 
     run = Run(pattern, flags)
+    marked = {n for chunk in run.model for n, p in chunk.named_parameters() if getattr(p, "sequence_parallel", False)}
+    found = {f"fresh {n}": v for n, v in run.parameters().items() if n.split(".", 1)[1] in marked}
     for _ in range(steps):
         run.step()
-    return {name: value for name, value in run.parameters().items() if "shared_" in name}
+    return found | {n: v for n, v in run.parameters().items() if n.split(".", 1)[1] in marked}

@@ -34,7 +34,7 @@ def formula(
         b = [rms(t, d.groups(i)) * w[f"fusion.{d.names[i]}_norm.weight"] for i, t in enumerate(b)]
     b = [t * s for t, s in zip(b, scales(d, w, parts, start(ours["depth"])), strict=True)]
     W = w["out_proj.weight"]
-    if d.output == "separate":  # what is stored is W_2 for a sum and -W_2 for a difference
+    if d.output == "separate":  # what is stored is W_2 for a sum and -W_2 for a difference: one function of the weights
         W1, W2 = W.split([d.width(0), d.width(1)], 1)
         y = b[0] @ W1.T + b[1] @ W2.T if d.fusion == "add" else b[0] @ W1.T - b[1] @ (-W2).T
     else:

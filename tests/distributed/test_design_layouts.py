@@ -100,17 +100,18 @@ def test_checkpoint_of_two_ranks_loads_on_four(ranks, tmp_path):
         assert result["steps"][0] == pytest.approx(expected["steps"][1], rel=RTOL)
 
 
-def test_shared_rows_are_equal_on_all_ranks_after_steps(ranks, reference):
-    where, _ = reference("one group")
-    flags = f"{ONE_GROUP} {TP4} {SP} {DP} --load {where} --finetune --no-load-optim --no-load-rng"
-    by_rank = ranks(4).run(collectives.shared_parameters, pattern="P-P-", flags=flags, steps=2)
-    assert {name.rsplit(".", 1)[-1] for name in by_rank[0]} == {
-        "shared_rows",
-        "conv1d_shared_weight",
-        "conv1d_shared_bias",
-    }
+@pytest.mark.parametrize("scale", ["diff-lambda", "scalar"])
+def test_what_ranks_have_in_common_is_equal_from_the_start_and_stays_so(ranks, scale):
+    flags = f"{ONE_GROUP} {TP4} {SP} {DP} --intra-scale {scale}"
+    by_rank = ranks(4).run(collectives.shared_parameters, pattern="P-M-", flags=flags, steps=2)
+    ends = {name.rsplit(".", 1)[-1] for name in by_rank[0]}
+    own = "lambdas" if scale == "diff-lambda" else "scalars"
+    assert ends == {"shared_rows", "conv1d_shared_weight", "conv1d_shared_bias", own, "weight"}  # the last is of norms
     for rank in by_rank[1:]:
         assert all(torch.equal(rank[name], value) for name, value in by_rank[0].items())
+    changed = [name for name, value in by_rank[0].items() if not name.startswith("fresh")
+               and not torch.equal(value, by_rank[0][f"fresh {name}"])]  # fmt: skip
+    assert len(changed) == len(by_rank[0]) / 2
 
 
 @pytest.mark.parametrize("recompute", ["", "--hybrid-recompute intra"])
@@ -139,6 +140,9 @@ def test_a_fused_layer_communicates_like_one_attention_layer(ranks):
     assert attention["all_gather"] >= 2  # forward, and backward for the weight's gradient
     for preset in PRESETS:
         assert counted(ranks, "P", f"--intra-preset {preset}") == attention, preset
+    # what ranks share goes through the same gather, and is summed once a step
+    assert counted(ranks, "P", f"{ONE_GROUP} --intra-scale gate") == attention
+    assert counted(ranks, "P", f"{ONE_GROUP} --intra-scale diff-lambda") == attention
     two_mixers = {name: count + counted(ranks, "M", "").get(name, 0) for name, count in attention.items()}
     assert two_mixers["all_gather"] == 2 * attention["all_gather"]
 

@@ -238,7 +238,7 @@ def gradients_of(layer, steps=3):
 
 
 @pytest.mark.parametrize("recompute", [(), ("intra",), ("ssm",)])
-@pytest.mark.parametrize("preset", ["paper", "diff-transformer", "diff-mamba"])
+@pytest.mark.parametrize("preset", ["paper", "hymba", "diff-mamba"])
 def test_two_streams_change_no_bit(intra_layer, preset, recompute):
     """All kernels of the torch backend add in a fixed order in deterministic mode, so that nothing may differ."""
     torch.use_deterministic_algorithms(True)

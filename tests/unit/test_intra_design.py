@@ -94,6 +94,7 @@ def test_ranks_take_whole_units_or_share_one(part, tp, shared, local, starts):
         ({"intra_window": 0}, ["--intra-window 0", "at least itself"]),
         ({"intra_qk_dim": 30}, ["--intra-qk-dim is 30", "--intra-num-attention-heads, which is 4"]),
         ({"intra_ssm_head_dim": 12}, ["--intra-ssm-dim is 64", "which is 12"]),
+        ({"intra_norm": "none", "intra_norm_groups": 2}, ["there is no norm"]),
         ({"intra_norm_groups": 5}, ["attention branch is 64", "--intra-norm-groups, which is 5"]),
         ({"mamba_num_groups": 3}, ["heads of --intra-ssm-dim is 8", "--mamba-num-groups, which is 3"]),
     ],
@@ -103,3 +104,13 @@ def test_what_makes_no_sense_is_refused_with_the_reason(flags, words):
         of(**flags)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_checkpoint_of_another_design_is_refused_by_name():
+    """These two have the same weights, key by key and shape by shape."""
+    from megatron_hybrid.engine.arguments import _check_designs
+
+    saved = of(intra_preset="hymba")
+    _check_designs(saved, of(intra_preset="hymba", intra_window=9, intra_overlap=False), "runs/a")
+    with pytest.raises(ValueError, match=r"runs/a .*fusion add, not diff"):
+        _check_designs(saved, of(intra_preset="hymba", intra_fusion="diff"), "runs/a")
