@@ -11,11 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from megatron_hybrid import flags
+from megatron_hybrid import flags, recipes
+from megatron_hybrid.costs import Sizes, model_parameters
+from megatron_hybrid.intra_design import PRESETS
+from megatron_hybrid.pattern import parse
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -70,7 +74,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def test_each_script_is_valid_short_and_says_how_to_call_it():
-    assert {str(s.relative_to(EXAMPLES)) for s in SCRIPTS} == {*TRAINING, "laptop_parallel.sh"}
+    assert {str(s.relative_to(EXAMPLES)) for s in SCRIPTS} == {*TRAINING, "laptop_parallel.sh", "design_space.sh"}
     for script in SCRIPTS:
         checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
         assert (checked.returncode, checked.stderr) == (0, "")
@@ -142,6 +146,72 @@ def test_megatron_takes_the_flags_of_every_example(environment, tmp_path):
         "16 processes: tensor 1, pipeline 1, context 1, expert 1, data 16",
         "4 processes: tensor 2, pipeline 2, context 1, expert 2, data 1",
     ]
+
+
+# Stands for training: it leaves what a run of the flags that it was given leaves, and its flags.
+RUN = """
+import json, os, pathlib, sys
+given = dict(zip(sys.argv, sys.argv[1:]))
+save, step = pathlib.Path(given["--save"]), int(given["--train-iters"])
+args = {"intra_preset": given["--intra-preset"], "seed": int(given["--seed"])}
+(save / "run.json").write_text(json.dumps({"args": args}))
+(save / "metrics.jsonl").write_text(json.dumps({"iteration": step, "loss": 2.0, "tokens": 64}) + "\\n")
+with open(os.environ["RECORDS"] + "/runs", "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+sys.exit(int(given["--seed"]) == 13)
+"""
+
+
+@pytest.fixture
+def design_space(environment, tmp_path):
+    """Runs the script where the data are made; what it said, and the program's flags of each run that it started."""
+    stub(tmp_path / "bin", "python", f'exec {shlex.quote(sys.executable)} "$@"')
+    stub(tmp_path / "bin", "torchrun", f'exec {shlex.quote(sys.executable)} -c {shlex.quote(RUN)} "$@"')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/corpus_text_document.idx").touch()
+    own = {"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out"), "ITERATIONS": "2"}
+
+    def start(*words: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        (tmp_path / "runs").write_text("")
+        done = run("design_space.sh", *words, cwd=tmp_path, env={**environment, **own, **variables})
+        return done, [split(json.loads(line))[1] for line in (tmp_path / "runs").read_text().splitlines()]
+
+    return start
+
+
+def test_designs_are_compared_at_equal_parameters(design_space):
+    done, started = design_space()
+    assert (done.returncode, done.stderr) == (0, "")
+    designs, counts = [], []
+    for program in started:
+        assert program[:2] == ["--recipe", "demo"]
+        argv = recipes.merge(recipes.recipe("demo").flags, program[2:])
+        # a flag without a value has the next flag here, which is as true as True
+        given = {flag: word for flag, word in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
+        assert "--disable-bias-linear" in given
+        args = Namespace(**{flag[2:].replace("-", "_"): int(w) if w.isdigit() else w for flag, w in given.items()})
+        args.add_bias_linear, args.vocab_size = False, 4096
+        counts.append(model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding)
+        designs.append(given)
+    assert [given["--intra-preset"] for given in designs] == list(PRESETS)
+    assert max(counts) / min(counts) < 1.01 and 0.5e6 < min(counts) < 1.5e6
+    own = {f"--intra-{name}" for name in ("preset", "qk-dim", "value-dim", "ssm-dim", "ssm-head-dim")}
+    shared = [{f: w for f, w in given.items() if f not in own | {"--save", "--load"}} for given in designs]
+    assert all(flags == shared[0] for flags in shared), "the runs differ in more than their P layers"
+
+
+def test_a_comparison_goes_on_where_it_stopped(design_space, tmp_path):
+    done, started = design_space(SEEDS="1 13")
+    assert done.returncode == 1 and "training failed" in done.stderr
+    assert len(started) == 6, "five runs, and the first of the seed that fails"
+    done, started = design_space(SEEDS="1")
+    assert (done.returncode, started) == (0, [])
+    assert done.stdout.count("done before") == 5
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[2:] == list(PRESETS)
+    assert "noise" in done.stdout and (tmp_path / "out/design_space.png").stat().st_size > 1000
+    done, started = design_space("--lr", "1e-3", SEEDS="1")
+    assert (done.returncode, started) == (2, []) and "other flags" in done.stderr
 
 
 def test_the_job_meets_on_the_first_node(environment, tmp_path):

@@ -63,6 +63,7 @@ def test_from_sources_to_data_set(corpus, tmp_path):
         ("train_tokenizer", "--input {tmp}/a --vocab-size 9999 --output {tmp}/m", "vocabulary of 9999"),
         ("preprocess_data", "--input {tmp}/a --tokenizer-model {tmp}/m --output-prefix {tmp}/o", "m does not exist"),
         ("summarize_run", "{tmp}", "metrics.jsonl does not exist"),
+        ("compare_runs", "{tmp}", "metrics.jsonl has no training record"),
     ],
 )
 def test_user_errors_are_one_paragraph(tmp_path, name, arguments, message):
@@ -121,6 +122,41 @@ def test_summary_without_run_json_or_validation(tmp_path):
     metrics = summarize_run.collect(summarize_run.read_records(tmp_path / "metrics.jsonl"))
     text = summarize_run.summary(tmp_path, metrics, summarize_run.read_run_info(tmp_path))
     assert [line.split()[0] for line in text.splitlines()] == ["iterations", "train"]
+
+
+# --- comparison ------------------------------------------------------------------------------------
+
+
+def write_short_run(run_dir, seed, validation_loss):
+    run_dir.mkdir()
+    records = [{"iteration": i, "loss": 5.0 - i, "tokens": 64 * i, "tokens_per_second": 10.0 * i} for i in (1, 2, 3)]
+    records.append({"iteration": 3, "validation_loss": validation_loss, "validation": "validation"})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    info = {"parameters_total": 1500, "parameters_embedding": 300, "args": {"intra_preset": "hymba", "seed": seed}}
+    (run_dir / "run.json").write_text(json.dumps(info))
+
+
+def test_runs_with_one_value_of_a_flag_are_one_row(tmp_path):
+    for seed, loss in ((1, 3.25), (2, 3.75)):
+        write_short_run(tmp_path / f"seed{seed}", seed, loss)
+    write_run(tmp_path / "other")  # no flags, no parameters of embeddings
+    runs = [tmp_path / "seed1", tmp_path / "seed2"]
+    done = tool("compare_runs", *runs, "--by", "intra-preset", "--plot", tmp_path / "losses.png")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()[:3]]
+    assert rows[0] == ["intra-preset", "runs", "parameters", "tokens", "train loss", "validation loss", "tokens/s"]
+    ranges = ["3.000 (3.000 to 3.000)", "3.500 (3.250 to 3.750)"]  # 3 is the mean of 4, 3, 2
+    assert rows[2] == ["hymba", "2", "1,200", "192", *ranges, "20"]
+    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
+
+    by_name = tool("compare_runs", runs[0], tmp_path / "other").stdout.splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (by_name[0], *by_name[2:4])] == [
+        ["run", "parameters", "tokens", "train loss", "validation loss", "tokens/s"],
+        ["seed1", "1,200", "192", "3.000", "3.250", "20"],
+        ["other", "", "4,000", "5.125", "3.250", "300"],  # the mean of 8, 6, 4, 2.5
+    ]
+    refused = tool("compare_runs", tmp_path / "other", "--by", "seed")
+    assert refused.returncode == 2 and "--by seed" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 # --- quickstart ------------------------------------------------------------------------------------
