@@ -37,6 +37,8 @@ def main(argv: list[str]) -> None:
         device = arguments.choose_device(command.device)
         args = arguments.parse(command.argv, device, command.print_config)
         arguments.check_checkpoint(args)
+        if args.reset_attention_mask and not command.print_config:
+            arguments.check_end_of_document(args)
         counted = report.figures(args)
         from megatron_hybrid.model.build import model_config
 
@@ -107,11 +109,6 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
 
     args = get_args()
     tokenizer = build_tokenizer(args)
-    if args.reset_attention_mask and (tokenizer.eod is None or tokenizer.eod < 0):
-        raise ValueError(
-            "--reset-attention-mask finds documents by their last token, and the tokenizer has no end-of-document "
-            "token: use one that has, or drop it."
-        )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,

@@ -247,10 +247,21 @@ def stored_checkpoint(load: str | None, step: int | None = None) -> tuple[str, N
         return folder, dist_checkpointing.load_common_state_dict(folder).get("args")
 
 
-def checkpoint_pattern(load: str | None, step: int | None = None) -> str | None:
-    """The layer pattern of a folder's checkpoint of iteration ``step`` or else its newest; None if there is none."""
-    found = stored_checkpoint(load, step)
-    return getattr(found[1], "hybrid_layer_pattern", None) if found else None
+def check_end_of_document(args: Namespace) -> None:
+    """Refuses to keep packed documents apart without a token that ends them.
+
+    Raises:
+        ValueError: With the tokenizer.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it is built again with the data, and says so then
+        eod = getattr(build_tokenizer(args), "eod", None)
+    if eod is None or eod < 0:
+        raise ValueError(
+            "--reset-attention-mask finds documents by their last token, and the tokenizer "
+            f"({args.tokenizer_type}) has no end-of-document token: use one that has, or drop the flag."
+        )
 
 
 def check_checkpoint(args: Namespace) -> None:
