@@ -270,16 +270,15 @@ class IntraHybrid(MegatronModule):
 
 
 def read_together(parts: list[str], branches: list[list[str]]) -> list[tuple[str, ...]]:
-    """Neighbouring parts that the same branches read, in pieces: a split into few of them costs little to go back."""
+    """Parts that the same branches read one after the other, in pieces: going back through few of them costs little."""
     chunks: list[tuple[str, ...]] = []
-    readers = None
     for part in parts:
-        now = [part in names for names in branches]
-        if now == readers:
+        last = chunks[-1][-1] if chunks else None
+        readers = [names for names in branches if part in names or last in names]
+        if last and all(last in names and part in names[names.index(last) + 1 :][:1] for names in readers):
             chunks[-1] += (part,)
         else:
             chunks.append((part,))
-        readers = now
     return chunks
 
 

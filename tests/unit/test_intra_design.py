@@ -114,3 +114,18 @@ def test_a_checkpoint_of_another_design_is_refused_by_name():
     _check_designs(saved, of(intra_preset="hymba", intra_window=9, intra_overlap=False), "runs/a")
     with pytest.raises(ValueError, match=r"runs/a .*fusion add, not diff"):
         _check_designs(saved, of(intra_preset="hymba", intra_fusion="diff"), "runs/a")
+
+
+def test_parts_are_read_in_few_pieces():
+    from megatron_hybrid.model.intra import read_together
+
+    def pieces(**flags):
+        made = of(**flags)
+        return read_together([p.name for p in made.in_parts], [made.branch_parts(0), made.branch_parts(1)])
+
+    assert pieces() == [("q", "k", "v"), ("z", "x", "B", "C", "dt")]
+    assert pieces(intra_scale="gate")[-1] == ("gate",)
+    assert pieces(intra_value="shared") == [("q", "k"), ("z",), ("x",), ("B", "C", "dt")]
+    assert pieces(intra_preset="diff-transformer") == [("q1", "k1"), ("v",), ("q2", "k2")]
+    two = pieces(intra_preset="diff-mamba", intra_value="shared")
+    assert two == [("z1",), ("x",), ("B1", "C1", "dt1"), ("z2",), ("B2", "C2", "dt2")]
