@@ -81,6 +81,7 @@ WAYS: dict[str, Callable] = {
     "ours": ours,
     "padded, flash": padded(SDPBackend.FLASH_ATTENTION),
     "padded, cuDNN": padded(SDPBackend.CUDNN_ATTENTION),
+    "unequal, torch's choice": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     "unequal, flash": unequal(SDPBackend.FLASH_ATTENTION),
     "unequal, cuDNN": unequal(SDPBackend.CUDNN_ATTENTION),
     "unequal, efficient": unequal(SDPBackend.EFFICIENT_ATTENTION),
@@ -164,14 +165,14 @@ def main() -> int:
     )
     rows = measure(args, args.device, dtype)
     print(f"\n{title}, {args.repeats} rounds")
-    print("way                  median ms   min .. max ms    ratio  peak MiB    error")
+    print("way                     median ms   min .. max ms    ratio  peak MiB    error")
     for row in rows:
         if "refused" in row:
-            print(f"{row['name']:20} not run: {row['refused'][:90]}")
+            print(f"{row['name']:23} not run: {row['refused'][:90]}")
             continue
         low, high = min(row["times_ms"]), max(row["times_ms"])
         print(
-            f"{row['name']:20} {row['median_ms']:9.3f} {low:7.3f} .. {high:7.3f} {row['ratio']:6.2f}"
+            f"{row['name']:23} {row['median_ms']:9.3f} {low:7.3f} .. {high:7.3f} {row['ratio']:6.2f}"
             f" {row['peak_mib']:9.1f}  {row['error']:.1e}"
         )
     if args.json:
