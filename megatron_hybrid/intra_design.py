@@ -308,12 +308,14 @@ def check_widths(d: IntraDesign) -> None:
         ValueError: With the values, the rule and the remedy.
     """
     if "attention" in d.branches:
-        _divides(d.num_attention_heads, "--intra-num-attention-heads", d.num_query_groups, "--intra-num-query-groups")
-        _divides(d.qk_dim, "--intra-qk-dim", d.num_attention_heads, "--intra-num-attention-heads")
-        _divides(d.value_dim, "--intra-value-dim", d.num_attention_heads, "--intra-num-attention-heads")
+        check_divides(
+            d.num_attention_heads, "--intra-num-attention-heads", d.num_query_groups, "--intra-num-query-groups"
+        )
+        check_divides(d.qk_dim, "--intra-qk-dim", d.num_attention_heads, "--intra-num-attention-heads")
+        check_divides(d.value_dim, "--intra-value-dim", d.num_attention_heads, "--intra-num-attention-heads")
     if "mamba" in d.branches:
-        _divides(d.ssm_dim, "--intra-ssm-dim", d.ssm_head_dim, "--intra-ssm-head-dim (default: --mamba-head-dim)")
-        _divides(d.ssm_heads, "the heads of --intra-ssm-dim", d.ssm_groups, "--mamba-num-groups")
+        check_divides(d.ssm_dim, "--intra-ssm-dim", d.ssm_head_dim, "--intra-ssm-head-dim (default: --mamba-head-dim)")
+        check_divides(d.ssm_heads, "the heads of --intra-ssm-dim", d.ssm_groups, "--mamba-num-groups")
     if d.shares_value and d.branches == ("attention", "mamba") and d.value_dim != d.ssm_dim:
         raise ValueError(
             f"--intra-value shared: attention reads the Mamba branch's x as its values, so --intra-value-dim "
@@ -328,9 +330,14 @@ def check_widths(d: IntraDesign) -> None:
         raise ValueError(f"--intra-norm-groups {d.norm_groups} with --intra-norm none: there is no norm. Drop one.")
     if d.norm_groups is not None:
         for i, name in enumerate(d.names):
-            _divides(d.width(i), f"the width of the {name} branch", d.norm_groups, "--intra-norm-groups")
+            check_divides(d.width(i), f"the width of the {name} branch", d.norm_groups, "--intra-norm-groups")
 
 
-def _divides(value: int, what: str, by: int, by_what: str) -> None:
+def check_divides(value: int, what: str, by: int, by_what: str) -> None:
+    """Refuses a value that is no positive multiple of another.
+
+    Raises:
+        ValueError: With both values and what they are.
+    """
     if by < 1 or value % by or value < 1:
         raise ValueError(f"{what} is {value} and must be a multiple of {by_what}, which is {by}.")

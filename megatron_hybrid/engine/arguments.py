@@ -242,9 +242,16 @@ def stored_checkpoint(load: str | None, step: int | None = None) -> tuple[str, N
     folder = get_checkpoint_name(load, step or iteration, release, return_base_dir=True)
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return None
+    return folder, stored_arguments(folder)
+
+
+def stored_arguments(folder: str) -> Namespace | None:
+    """The arguments in a checkpoint's own folder; None if it has none."""
+    from megatron.core import dist_checkpointing
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
-        return folder, dist_checkpointing.load_common_state_dict(folder).get("args")
+        return dist_checkpointing.load_common_state_dict(folder).get("args")
 
 
 def check_end_of_document(args: Namespace) -> None:

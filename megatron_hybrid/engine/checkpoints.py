@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,13 +22,11 @@ def open_checkpoint(folder: str) -> tuple[str, Namespace]:
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_hybrid.engine.arguments import stored_checkpoint
+    from megatron_hybrid.engine.arguments import stored_arguments, stored_checkpoint
 
     where, args = stored_checkpoint(folder) or (folder, None)
     if args is None and dist_checkpointing.check_is_distributed_checkpoint(folder):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            args = dist_checkpointing.load_common_state_dict(folder).get("args")
+        args = stored_arguments(folder)
     if args is None:
         raise ValueError(
             f"{folder} has no checkpoint that can be read: give the --save folder of a run, or one of its iter_... "

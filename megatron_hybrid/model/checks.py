@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
-from megatron_hybrid.intra_design import IntraDesign, design
+from megatron_hybrid.intra_design import IntraDesign, check_divides, design
 
 
 def check(args: Namespace) -> None:
@@ -47,9 +47,9 @@ def check(args: Namespace) -> None:
             "the gradient of their output norm over the ranks."
         )
     if counts["G"]:
-        _divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
+        check_divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
         parallel = _tp(args) * args.context_parallel_size
-        _divides(args.linear_num_key_heads, "--linear-num-key-heads", parallel, "tensor x context parallel size")
+        check_divides(args.linear_num_key_heads, "--linear-num-key-heads", parallel, "tensor x context parallel size")
     if counts["E"] and not args.num_experts:
         raise ValueError("The pattern has E layers: give --num-experts (and --moe-router-topk).")
     if counts["E"] and _tp(args) > 1 and not args.sequence_parallel:
@@ -94,7 +94,7 @@ def check_world(args: Namespace) -> None:
                 "torchrun --nproc_per_node, or make the layout smaller."
             )
     if ep > 1 and args.num_experts:
-        _divides(args.num_experts, "--num-experts", ep, "--expert-model-parallel-size")
+        check_divides(args.num_experts, "--num-experts", ep, "--expert-model-parallel-size")
 
 
 def smallest_world(args: Namespace) -> int:
@@ -197,11 +197,11 @@ def check_packing(args: Namespace) -> None:
 def check_attention(args: Namespace) -> None:
     """The heads of * and W layers against each other and against the layout."""
     heads, flag = args.num_attention_heads, "--num-attention-heads"
-    _divides(heads, flag, _tp(args), "--tensor-model-parallel-size")
+    check_divides(heads, flag, _tp(args), "--tensor-model-parallel-size")
     if args.kv_channels is None:
-        _divides(args.hidden_size, "--hidden-size", heads, flag)
+        check_divides(args.hidden_size, "--hidden-size", heads, flag)
     if args.group_query_attention:
-        _divides(heads, flag, args.num_query_groups, "--num-query-groups")
+        check_divides(heads, flag, args.num_query_groups, "--num-query-groups")
     channels = args.kv_channels or args.hidden_size // heads
     if args.position_embedding_type == "rope" and int(channels * args.rotary_percent) % 2:
         raise ValueError(
@@ -213,8 +213,8 @@ def check_attention(args: Namespace) -> None:
 def check_mamba(args: Namespace, heads: int, heads_flag: str) -> None:
     """The divisibility rules of upstream's mixer (core/ssm/mamba_mixer.py:245, mamba_context_parallel.py)."""
     tp, cp, groups = _tp(args), args.context_parallel_size, args.mamba_num_groups
-    _divides(heads, heads_flag, tp, "--tensor-model-parallel-size")
-    _divides(heads, heads_flag, groups, "--mamba-num-groups")
+    check_divides(heads, heads_flag, tp, "--tensor-model-parallel-size")
+    check_divides(heads, heads_flag, groups, "--mamba-num-groups")
     _shares(groups, "--mamba-num-groups", tp)
     if not args.use_mamba_mem_eff_path and (groups < tp or "P" in args.hybrid_layer_pattern):
         raise ValueError(
@@ -237,7 +237,7 @@ def check_intra(args: Namespace, d: IntraDesign) -> None:
     """The branches of P layers against the layout."""
     tp, rotary = _tp(args), args.position_embedding_type == "rope"
     if "attention" in d.branches:
-        _divides(d.num_attention_heads, "--intra-num-attention-heads", tp, "--tensor-model-parallel-size")
+        check_divides(d.num_attention_heads, "--intra-num-attention-heads", tp, "--tensor-model-parallel-size")
         _shares(d.num_query_groups, "--intra-num-query-groups", tp)
         if int(d.qk_head_dim * args.rotary_percent) % 2 and rotary:
             raise ValueError(
@@ -264,11 +264,6 @@ def _flag(name: str) -> str:
 
 def _tp(args: Namespace) -> int:
     return args.tensor_model_parallel_size
-
-
-def _divides(value: int, what: str, by: int, by_what: str) -> None:
-    if by < 1 or value % by or value < 1:
-        raise ValueError(f"{what} is {value} and must be a multiple of {by_what}, which is {by}.")
 
 
 def _shares(units: int, what: str, tp: int) -> None:

@@ -164,7 +164,11 @@ class IntraHybrid(MegatronModule):
         tp = self.tp_group.size()
         self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
         self.out_parts = {part: width // tp for part, width in design.out_parts.items()}
-        self.chunks = read_together(list(self.in_parts), [design.branch_parts(0), design.branch_parts(1)])
+        chunks = read_together(list(self.in_parts), [design.branch_parts(0), design.branch_parts(1)])
+        self.chunk_widths = [sum(self.in_parts[name] for name in chunk) for chunk in chunks]
+        # for each branch its chunks in its own order: a value shared with the other branch may lie elsewhere
+        first_parts = [chunk[0] for chunk in chunks]
+        self.reads = [[first_parts.index(n) for n in design.branch_parts(i) if n in first_parts] for i in (0, 1)]
         self._build_projections(submodules, name)
 
     def _build_projections(self, submodules: IntraSubmodules, name: str | None) -> None:
@@ -233,15 +237,12 @@ class IntraHybrid(MegatronModule):
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
         """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
-        widths = [sum(self.in_parts[name] for name in chunk) for chunk in self.chunks]
-        pieces = dict(zip(self.chunks, projected.split(widths, -1), strict=True))
+        pieces = projected.split(self.chunk_widths, -1)
 
         def run(branch: int) -> Tensor:
             module = getattr(self, self.design.names[branch])
-            # by their order in the branch, in which a value shared with the other branch may lie elsewhere
-            names = self.design.branch_parts(branch)
-            own = sorted((c for c in pieces if c[0] in names), key=lambda c: names.index(c[0]))
-            x = pieces[own[0]] if len(own) == 1 else torch.cat([pieces[c] for c in own], -1)
+            own = [pieces[i] for i in self.reads[branch]]
+            x = own[0] if len(own) == 1 else torch.cat(own, -1)
             if self.design.branches[branch] == "attention":
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
@@ -251,7 +252,7 @@ class IntraHybrid(MegatronModule):
             first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
         else:
             second, first = run(1), run(0)  # the order in which two streams draw random numbers
-        return self.fusion(first, second, pieces.get(("gate",)))
+        return self.fusion(first, second, pieces[-1] if "gate" in self.in_parts else None)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""

@@ -114,7 +114,7 @@ def check_branches(design: IntraDesign, sources: dict[int, tuple[str, Any]]) -> 
 
 
 def _refuse_biases(layer: State) -> None:
-    biases = [name for name in layer if name.endswith(("linear_qkv.bias", "linear_proj.bias", "_proj.bias"))]
+    biases = [name for name in layer if name.endswith(("linear_qkv.bias", "_proj.bias"))]
     if biases:
         raise ValueError(
             f"The stock layer has {', '.join(biases)}, and P layers have no biases in their projections: its weights "

@@ -1,14 +1,12 @@
 """P layers of every preset in every kind of layout: same numbers, same checkpoints, no more communication than said."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.distributed import collectives
 from tests.distributed.test_checkpoints import same
 from tests.distributed.test_parity import CP2, DP, PP2, RTOL, SP, TP2
-from tests.distributed.training import continued, folder, initial_checkpoint, losses, trained
+from tests.distributed.training import continued, folder, losses, trained
 
 TP4 = "--tensor-model-parallel-size 4"
 ONE_GROUP = "--mamba-num-groups 1 --intra-num-query-groups 1"
@@ -42,24 +40,9 @@ CASES += [("one group", "tp2"), ("one group", "tp4-sp"), ("one group", "tp2-sp-c
 CASES += [("gate", "tp2"), ("scalar", "tp2"), ("diff-transformer", "tp2"), ("window", "cp2")]
 
 
-@pytest.fixture(scope="module")
-def reference(ranks, tmp_path_factory):
-    """``reference(model)``: folder of the weights, and one process's losses and norms."""
-    known: dict[str, tuple[str, list]] = {}
-
-    def of(model: str) -> tuple[str, list]:
-        if model not in known:
-            where = folder(Path(tmp_path_factory.mktemp("weights")))
-            ranks(1).run(initial_checkpoint, pattern="P-P-", folder=where, flags=MODELS[model])
-            known[model] = where, ranks(1).run(losses, pattern="P-P-", load=where, flags=MODELS[model])[0]
-        return known[model]
-
-    return of
-
-
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_layout_equals_one_process(ranks, reference, model, layout):
-    where, expected = reference(model)
+    where, expected = reference("P-P-", MODELS[model])
     size, pattern, flags = LAYOUTS[layout]
     for found in ranks(size).run(losses, pattern=pattern, load=where, flags=f"{MODELS[model]} {flags}"):
         for ours, theirs in zip(found, expected, strict=True):
@@ -67,10 +50,9 @@ def test_layout_equals_one_process(ranks, reference, model, layout):
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp4-sp"])
-def test_mamba_layers_run_on_more_ranks_than_they_have_groups(ranks, tmp_path, layout):
-    flags, where = "--mamba-num-groups 1", folder(tmp_path)
-    ranks(1).run(initial_checkpoint, pattern="M-M-", folder=where, flags=flags)
-    (expected,) = ranks(1).run(losses, pattern="M-M-", load=where, flags=flags)
+def test_mamba_layers_run_on_more_ranks_than_they_have_groups(ranks, reference, layout):
+    flags = "--mamba-num-groups 1"
+    where, expected = reference("M-M-", flags)
     size, _, parallel = LAYOUTS[layout]
     for found in ranks(size).run(losses, pattern="M-M-", load=where, flags=f"{flags} {parallel}"):
         for ours, theirs in zip(found, expected, strict=True):
@@ -116,7 +98,7 @@ def test_what_ranks_have_in_common_is_equal_from_the_start_and_stays_so(ranks, s
 
 @pytest.mark.parametrize("recompute", ["", "--hybrid-recompute intra"])
 def test_mean_alpha_is_that_of_all_tokens_and_layers(ranks, reference, recompute):
-    where, _ = reference("interpolate")
+    where, _ = reference("P-P-", MODELS["interpolate"])
     flags = f"{MODELS['interpolate']} {DP} {recompute}"
     (expected,) = ranks(1).run(collectives.alphas, pattern="P-P-", flags=flags, load=where)
     assert set(expected) == {"1", "3"} and all(0.2 < value < 0.8 for value in expected.values())

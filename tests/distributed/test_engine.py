@@ -39,6 +39,7 @@ NO_REACH = {
     "check_end_of_document": "of flags, by Megatron's public build_tokenizer",
     "check_tokenizer": "of flags, which parse() would miss",
     "check_checkpoint": "calls stored_checkpoint",
+    "stored_arguments": "of a checkpoint, by a public function of Megatron",
     "open_checkpoint": "calls stored_checkpoint",
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",

@@ -1,10 +1,8 @@
 """Every parallel layout against one process, from the same weights."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.distributed.training import folder, initial_checkpoint, losses
+from tests.distributed.training import losses
 
 TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 PP2 = "--pipeline-model-parallel-size 2"
@@ -59,21 +57,6 @@ def _layouts(pattern: str) -> list[tuple[str, int, str, str]]:
 
 
 CASES = [(pattern, *row) for pattern in PATTERNS for row in _layouts(pattern)]
-
-
-@pytest.fixture(scope="module")
-def reference(ranks, tmp_path_factory):
-    """``reference(pattern)``: folder of the weights, and the single process's losses and norms."""
-    known: dict[str, tuple[str, list]] = {}
-
-    def of(pattern: str) -> tuple[str, list]:
-        if pattern not in known:
-            where = folder(Path(tmp_path_factory.mktemp("weights")))
-            ranks(1).run(initial_checkpoint, pattern=pattern, folder=where)
-            known[pattern] = where, ranks(1).run(losses, pattern=pattern, load=where, flags="")[0]
-        return known[pattern]
-
-    return of
 
 
 @pytest.mark.parametrize(("pattern", "name", "size", "staged", "flags"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
