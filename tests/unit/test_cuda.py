@@ -183,7 +183,7 @@ def test_experts_that_grouped_products_do_not_take_are_looped_over(process_group
 
 @pytest.fixture(scope="module")
 def intra_layer():
-    """``intra_layer(overlap, recompute, **axes)``: a P mixer in bf16 on one process, always of the same weights."""
+    """``intra_layer(overlap, recompute, dropout, **axes)``: a P mixer in bf16, always of the same weights."""
     from megatron.core import mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -200,7 +200,7 @@ def intra_layer():
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
 
-    def make(overlap=True, recompute=(), **axes):
+    def make(overlap=True, recompute=(), dropout=0.1, **axes):
         model_parallel_cuda_manual_seed(1)
         torch.manual_seed(1)
         sizes = {"hidden_size": 512, "num_attention_heads": 8, "mamba_head_dim": 64, "mamba_num_groups": 1}
@@ -212,6 +212,7 @@ def intra_layer():
             params_dtype=torch.bfloat16,
             bf16=True,
             layernorm_epsilon=1e-5,
+            attention_dropout=dropout,
             gradient_accumulation_fusion=False,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -251,7 +252,7 @@ def test_two_streams_change_no_bit(intra_layer, preset, recompute):
 
 
 def test_a_layer_on_two_streams_is_captured_in_a_cuda_graph(intra_layer):
-    layer, plain = intra_layer(), intra_layer()
+    layer, plain = (intra_layer(dropout=0.0) for _ in range(2))  # a graph's random numbers are not the plain layer's
     x = torch.randn(256, 1, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     graphed = torch.cuda.make_graphed_callables(lambda t: layer(t)[0], (x,))
     for _ in range(2):
