@@ -1,9 +1,9 @@
-"""Tokenize JSON lines into a data set of Megatron: PREFIX_text_document.bin and .idx.
+"""Tokenize a corpus into a data set of Megatron: PREFIX_KEY_document.bin, .idx and a manifest, .json.
 
-    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --append-eod
+    python tools/preprocess_data.py --input corpus/ more/*.jsonl.gz --output-prefix data/corpus \\
+        --tokenizer-model my_tokenizer --append-eod
 
-Training reads it with --data-path data/corpus_text_document.
+Training reads it with --data-path data/corpus_text_document. An interrupted run continues with --resume.
 """
 
 import argparse
@@ -14,51 +14,151 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
 from megatron_hybrid.data import cli
-from megatron_hybrid.data.preprocess import Encoded, Encoding, preprocess
-from megatron_hybrid.data.readers import require_file
-from megatron_hybrid.data.tokenizers import TOKENIZERS
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON-lines files")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="_KEY_document.bin and .idx are appended")
-    parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
-    parser.add_argument(
-        "--tokenizer-type",
-        default="SentencePieceTokenizer",
-        help=f"one of: {', '.join(TOKENIZERS)} (default: SentencePieceTokenizer)",
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
     )
-    parser.add_argument("--tokenizer-model", type=Path, required=True, help="the tokenizer's file")
-    parser.add_argument("--prepend-bos", action="store_true", help="start each document with BOS")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with EOS")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    cli.add_input_flags(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--output-prefix", type=Path, required=True, help="_KEY_document.bin, .idx and .json are appended")
+    out.add_argument("--resume", action="store_true", help="continue an interrupted run, if there is one")
+    out.add_argument("--overwrite", action="store_true", help="replace an earlier output, or an unfinished one")
+    out.add_argument("--shard", default="0/1", metavar="I/N", help="do the I-th of N parts of the input, from 0")
+    out.add_argument("--save-every", type=float, default=10, help="seconds between states on disk (default: 10)")
+    cli.add_tokenizer_flags(parser)
+    doc = parser.add_argument_group("documents")
+    doc.add_argument("--prepend-bos", action="store_true", help="start each document with BOS")
+    doc.add_argument("--append-eod", action="store_true", help="end each document with EOS")
+    doc.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what a bad record does; those that are skipped are listed in PREFIX_KEY_document.skipped.jsonl",
+    )
+    doc.add_argument("--dedup", choices=["exact"], help="keep the first of documents with the same tokens")
+    doc.add_argument("--min-chars", type=int, help="leave out shorter documents")
+    doc.add_argument("--max-chars", type=int, help="leave out longer documents")
+    doc.add_argument("--min-alphanumeric", type=float, help="least share of letters and digits, such as 0.6")
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    work.add_argument(
+        "--tokenizer-engine",
+        choices=["auto", "gigatoken", "tokenizers"],
+        default="auto",
+        help="for Hugging Face tokenizers; auto: gigatoken for byte-level BPE if it gives the same ids",
+    )
+    work.add_argument("--verify-tokens", action="store_true", help="compare gigatoken's ids on everything (slow)")
+    work.add_argument("--tokenizer-memory", type=int, default=1024, help="MB for gigatoken's caches (default: 1024)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    for path in args.input:
-        require_file(path)
-    prefix = args.output_prefix.with_name(f"{args.output_prefix.name}_{args.json_key}_document")
-    encoding = Encoding(args.tokenizer_type, args.tokenizer_model, args.json_key, args.prepend_bos, args.append_eod)
-    size = sum(path.stat().st_size for path in args.input)
-    began = time.perf_counter()
+    from megatron_hybrid.data.encode import Encoding
+    from megatron_hybrid.data.filters import Filters
+    from megatron_hybrid.data.preprocess import Job, Preprocessing
 
-    def show(encoded: Encoded) -> None:
-        bar.update(encoded.read_bytes)
-
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        totals = preprocess(args.input, prefix, encoding, args.workers, show)
-    seconds = time.perf_counter() - began
-    empty = f", {totals.empty:,} empty ones left out" if totals.empty else ""
-    print(
-        f"{prefix}.bin: {totals.documents:,} documents{empty}, {totals.tokens:,} tokens, "
-        f"{totals.read_bytes / seconds / 1e6:.1f} MB/s"
+    encoding = Encoding(
+        cli.tokenizer_spec(args),
+        keys=tuple(args.text_key),
+        text_split=args.text_split,
+        prepend_bos=args.prepend_bos,
+        append_eod=args.append_eod,
+        filters=Filters(args.min_chars, args.max_chars, args.min_alphanumeric),
+        engine=args.tokenizer_engine,
+        verify_tokens=args.verify_tokens,
+        memory_limit=args.tokenizer_memory << 20,
     )
+    job = Job(
+        inputs=tuple(args.input),
+        prefix=args.output_prefix,
+        encoding=encoding,
+        input_format=args.input_format,
+        workers=args.workers,
+        shard=shard(args.shard),
+        skip_faults=args.on_error == "skip",
+        dedup=args.dedup == "exact",
+        resume=args.resume,
+        overwrite=args.overwrite,
+        save_every=args.save_every,
+        command=tuple(sys.argv),
+    )
+    run = Preprocessing(job)
+    for path in run.passed_over[:3]:
+        print(f"passed over, not a known kind of file: {path}")
+    if len(run.passed_over) > 3:
+        print(f"and {len(run.passed_over) - 3:,} more files")
+    began = time.perf_counter()
+    line = run.start()
+    if line:
+        print(line, flush=True)
+    if not run.complete:
+        print(f"{len(run.segments):,} files, {args.workers} threads, {run.engine}", flush=True)
+    try:
+        with Progress(run.bytes_left()) as progress:
+            manifests = run.run(progress.show)
+    except BaseException:
+        if run.resumable:
+            print(f"{run.documents:,} documents are kept; the same command with --resume continues", file=sys.stderr)
+        raise
+    seconds = time.perf_counter() - began
+    for prefix, manifest in zip(run.prefixes, manifests, strict=True):
+        print(summary(prefix, manifest))
+    if run.skipped:
+        print(f"{run.skipped:,} bad records were skipped; {run.report} lists them")
+    if not run.complete:
+        print(f"{seconds:.1f} s, {progress.bytes / seconds / 1e6:.1f} MB/s")
+
+
+def shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        raise ValueError(f"--shard {text}: give I/N, such as 0/4 for the first of four parts.")
+    return int(index), int(count)
+
+
+def summary(prefix: Path, manifest: dict) -> str:
+    encoded = manifest["encoded"]
+    left_out = {"empty": encoded["empty"], **encoded["filtered"], "duplicates": manifest["duplicates"]}
+    notes = "".join(f", {count:,} {name} left out" for name, count in left_out.items() if count)
+    rate = encoded["bytes_per_token"]
+    text = f"{prefix}.bin: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens"
+    return text + (f", {rate:.2f} bytes per token" if rate else "") + notes
+
+
+class Progress:
+    """A bar on a terminal, a line a minute elsewhere: MB/s, tokens/s, time left."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self.bytes = self.tokens = 0
+        self.began = time.perf_counter()
+        self.bar = tqdm(
+            total=total or None,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            mininterval=0.2 if terminal else 60,
+            delay=0 if terminal else 60,
+        )
+
+    def show(self, encoded) -> None:
+        self.bytes += encoded.batch.read_bytes
+        self.tokens += sum(documents.ids.size for documents in encoded.documents)
+        rate = self.tokens / (time.perf_counter() - self.began)
+        self.bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
+        self.bar.update(encoded.batch.read_bytes)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,93 @@
-"""What the command-line tools share."""
+"""What the command-line tools share. Imports nothing heavy: --help has to answer at once."""
 
+import argparse
+import errno
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.tokenizers import TokenizerSpec
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a tool's ``main``; a user's mistake is one paragraph and exit code 2, no traceback."""
+    """Call a tool's ``main``; a user's mistake is one paragraph and exit code 2, no traceback.
+
+    SIGTERM ends a tool as Ctrl-C does, so that it can bring its work to disk.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = " The disk is full, or a limit on files is reached: make room." if full else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what a corpus is."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, globs and folders of JSON lines or plain text (also .gz, .zst) and Parquet; - is standard input",
+    )
+    group.add_argument(
+        "--input-format",
+        choices=["auto", "jsonl", "parquet", "text"],
+        default="auto",
+        help="auto goes by the files' endings; standard input is then JSON lines",
+    )
+    group.add_argument(
+        "--text-key",
+        nargs="+",
+        default=["text"],
+        help="key or column of the text, with dots for nested ones; several make a data set each (default: text)",
+    )
+    group.add_argument(
+        "--text-split",
+        choices=["file", "line"],
+        default="file",
+        help="what a document is in plain text: a whole file (default) or each line",
+    )
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a tokenizer, as Megatron calls them."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-type",
+        help="SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer or ByteTokenizer "
+        "(default: a .model file is the first, a folder or tokenizer.json the second)",
+    )
+    group.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file or folder")
+    group.add_argument("--bos-token", help="Hugging Face: BOS by name (default: as tokenizer_config.json says)")
+    group.add_argument("--eod-token", help="Hugging Face: end of document (default: tokenizer_config.json's eos_token)")
+    group.add_argument("--tiktoken-pattern", default="v2", help="TikTokenizer: v1 or v2 (default: v2)")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, help="TikTokenizer (default: 1000)")
+    group.add_argument("--vocab-size", type=int, default=131072, help="TikTokenizer (default: 131072)")
+
+
+def tokenizer_spec(args: argparse.Namespace) -> "TokenizerSpec":
+    """Return the tokenizer that the flags name; raises ValueError if they name none."""
+    from megatron_hybrid.data.tokenizers import TokenizerSpec, guess_kind
+
+    model = args.tokenizer_model
+    if args.tokenizer_type is None and model is None:
+        raise ValueError("no tokenizer: give --tokenizer-model FILE, or --tokenizer-type ByteTokenizer for bytes.")
+    return TokenizerSpec(
+        args.tokenizer_type or guess_kind(model),
+        model,
+        args.bos_token,
+        args.eod_token,
+        args.tiktoken_pattern,
+        args.tiktoken_num_special_tokens,
+        args.vocab_size,
+    )

@@ -1,4 +1,4 @@
-"""Writer of Megatron's indexed data sets, byte for byte what upstream's builder writes.
+"""Megatron's indexed data sets, byte for byte what upstream's builder writes.
 
 The format is that of megatron/core/datasets/indexed_dataset.py: PREFIX.bin holds the token ids of
 all documents, one after the other; PREFIX.idx holds, little-endian,
@@ -8,22 +8,35 @@ all documents, one after the other; PREFIX.idx holds, little-endian,
     int32[S] tokens of each sequence, int64[S] its byte offset in PREFIX.bin,
     int64[D] first sequence of each document, and S.
 
-Here a document is one sequence, as in upstream's preprocessing.
+Here a document is one sequence, as in upstream's preprocessing of text for GPT; data sets of other tools may have
+several sequences in a document.
 """
 
 import os
 import struct
-from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-
-from megatron_hybrid.data.files import sync_directory, temporary_path
+import xxhash
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_HEADER = struct.Struct("<9sQBQQ")
+_BLOCK = 1 << 20
+"""Entries of an index that are worked on at a time."""
+
+
+def bin_path(prefix: Path) -> Path:
+    """Return PREFIX.bin; not with_suffix, since a prefix may contain dots."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """Return PREFIX.idx."""
+    return prefix.with_name(prefix.name + ".idx")
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -31,31 +44,108 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx under temporary names, and names them at a clean exit.
+class Index(NamedTuple):
+    """What a PREFIX.idx holds; the arrays are maps of the file."""
 
-    Used as a context manager; an exception inside leaves whatever was there before untouched.
-    """
-
-    def __init__(self, prefix: Path, dtype: np.dtype) -> None:
-        if dtype not in DTYPE_CODES:
-            raise ValueError(f"dtype {dtype} of token ids: Megatron reads uint16 or int32 here.")
-        # Not with_suffix: a prefix may contain dots.
-        self.bin_path = prefix.with_name(prefix.name + ".bin")
-        self.idx_path = prefix.with_name(prefix.name + ".idx")
-        self.dtype = dtype
-        self._lengths = array("i")
-        self._stream: BinaryIO | None = None
+    dtype: np.dtype
+    lengths: np.ndarray
+    """Tokens of each sequence, int32 ``[sequences]``."""
+    offsets: np.ndarray
+    """Where each sequence begins in PREFIX.bin, in bytes, int64 ``[sequences]``."""
+    documents: np.ndarray
+    """First sequence of each document, and the number of sequences, int64 ``[documents + 1]``."""
 
     @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return len(self._lengths)
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self.lengths.sum(dtype=np.int64))
 
-    def __enter__(self) -> "IndexedWriter":
-        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = temporary_path(self.bin_path).open("wb")
-        return self
+
+def read_index(prefix: Path) -> Index:
+    """Map PREFIX.idx; raises ValueError if it is missing, cut short or of another format."""
+    path = idx_path(prefix)
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; give the prefix of a .bin/.idx pair, without the ending.")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
+        raise ValueError(f"{path} is not an index of Megatron's data sets (it does not begin with their mark).")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    dtype = next((dtype for dtype, known in DTYPE_CODES.items() if known == code), None)
+    if version != 1 or dtype is None:
+        raise ValueError(f"{path}: version {version}, dtype code {code}; known are version 1 with uint16 or int32 ids.")
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if size < expected:
+        raise ValueError(f"{path} is cut short: {size:,} bytes, but {sequences:,} sequences need {expected:,}.")
+    if size > expected:
+        raise ValueError(f"{path} has {size - expected:,} bytes too many; multimodal data sets are not supported.")
+    content = np.memmap(path, mode="r")
+
+    def part(dtype: Any, count: int, offset: int) -> np.ndarray:
+        return np.frombuffer(content, dtype=dtype, count=count, offset=offset)
+
+    at = _HEADER.size
+    return Index(
+        dtype,
+        part(np.int32, sequences, at),
+        part(np.int64, sequences, at + 4 * sequences),
+        part(np.int64, documents, at + 12 * sequences),
+    )
+
+
+def write_index(stream: BinaryIO, dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray | None = None) -> None:
+    """Write a PREFIX.idx in blocks, so that ``lengths`` may be a map of a large file.
+
+    lengths: tokens of each sequence, int32 ``[sequences]``; documents: first sequence of each document, and the
+    number of sequences, int64; one sequence a document if None.
+    """
+    count = len(lengths)
+    entries = count + 1 if documents is None else len(documents)
+    stream.write(_HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype], count, entries))
+    for block in _blocks(count):
+        stream.write(lengths[block].astype(np.int32, copy=False).tobytes())
+    offset = 0
+    for block in _blocks(count):
+        ends = np.cumsum(lengths[block], dtype=np.int64) * dtype.itemsize + offset
+        stream.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
+        offset = int(ends[-1])
+    for block in _blocks(entries):
+        part = np.arange(block.start, block.stop) if documents is None else documents[block]
+        stream.write(part.astype(np.int64, copy=False).tobytes())
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))
+
+
+class Sizes(NamedTuple):
+    """How far the files of a writer have got."""
+
+    documents: int
+    tokens: int
+
+
+NOTHING = Sizes(0, 0)
+
+
+class IndexedWriter:
+    """Appends documents to FOLDER/NAME.bin and makes NAME.idx of them at the end.
+
+    The files are meant for a folder that is not yet the data set's place. ``sync`` brings them to disk; a later
+    writer at the sizes that it returned goes on as if there had been no other. The length of each document waits in
+    NAME.lengths, so that memory does not grow with the corpus.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, at: Sizes = NOTHING) -> None:
+        """Open the files, cut to ``at``. Raises ValueError if they are shorter, or the dtype is not Megatron's."""
+        if dtype not in DTYPE_CODES:
+            raise ValueError(f"dtype {dtype} of token ids: Megatron reads uint16 or int32 here.")
+        self.prefix, self.dtype = folder / name, dtype
+        self.documents, self.tokens = at
+        self._bin = open_at(bin_path(self.prefix), at.tokens * dtype.itemsize)
+        self._lengths = open_at(self.prefix.with_name(name + ".lengths"), at.documents * 4)
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents.
@@ -63,56 +153,78 @@ class IndexedWriter:
         ids: the token ids of all of them, one after the other, ``[sum(lengths)]``, of the writer's
         dtype; lengths: the tokens of each. Raises ValueError if the two disagree.
         """
-        if self._stream is None:
-            raise ValueError("add() on a writer that is not open; use it inside 'with'.")
         if ids.dtype != self.dtype or ids.size != lengths.sum():
             raise ValueError(
                 f"{ids.size} ids of {ids.dtype} for documents of {lengths.sum()} tokens in all; "
                 f"the writer takes exactly those, as {self.dtype}."
             )
-        self._stream.write(ids.tobytes())
-        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._bin.write(np.ascontiguousarray(ids).data)
+        self._lengths.write(lengths.astype(np.int32).tobytes())
+        self.documents += len(lengths)
+        self.tokens += ids.size
+
+    def sync(self) -> Sizes:
+        """Bring all that was added to disk; returns the sizes to go on from."""
+        for stream in (self._bin, self._lengths):
+            to_disk(stream)
+        return Sizes(self.documents, self.tokens)
+
+    def finish(self, documents: np.ndarray | None = None) -> None:
+        """Write the index and close; ``documents`` as for :func:`write_index`."""
+        if not self._bin.closed:
+            self.sync()
+            self.close()
+        lengths_path = self.prefix.with_name(self.prefix.name + ".lengths")
+        lengths = np.memmap(lengths_path, dtype=np.int32, mode="r") if self.documents else np.empty(0, np.int32)
+        with idx_path(self.prefix).open("wb") as stream:
+            write_index(stream, self.dtype, lengths, documents)
+            to_disk(stream)
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        for stream in (self._bin, self._lengths):
+            stream.close()
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._stream is not None
-        bin_tmp, idx_tmp = temporary_path(self.bin_path), temporary_path(self.idx_path)
-        try:
-            with self._stream:
-                if error is None:
-                    _to_disk(self._stream)
-            if error is not None:
-                return
-            with idx_tmp.open("wb") as stream:
-                self._write_index(stream)
-                _to_disk(stream)
-            # Two names cannot change at once. Without its index a .bin is no data set, so a crash
-            # in between never pairs the new .bin with an old .idx.
-            self.idx_path.unlink(missing_ok=True)
-            bin_tmp.replace(self.bin_path)
-            idx_tmp.replace(self.idx_path)
-            sync_directory(self.bin_path.parent)
-        finally:
-            self._stream = None
-            bin_tmp.unlink(missing_ok=True)
-            idx_tmp.unlink(missing_ok=True)
-
-    def _write_index(self, stream: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        count = len(lengths)
-        offsets = np.zeros(count, dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        stream.write(MAGIC)
-        stream.write(struct.pack("<QBQQ", 1, DTYPE_CODES[self.dtype], count, count + 1))
-        for part in (lengths, offsets, np.arange(count + 1, dtype=np.int64)):
-            stream.write(part.tobytes())
+        self.close()
 
 
-def _to_disk(stream: BinaryIO) -> None:
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file for appending behind its first ``size`` bytes; raises ValueError if it has fewer."""
+    stream = path.open("r+b" if path.exists() else "w+b")
+    if path.stat().st_size < size:
+        stream.close()
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, fewer than the {size:,} that were noted.")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
+
+
+def to_disk(stream: BinaryIO) -> None:
+    """Flush a file and bring it to disk."""
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def checksum(path: Path) -> str:
+    """Return ``xxh3_128:...`` of a file; the tool xxh128sum prints the same digits."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            state.update(piece)
+    return f"xxh3_128:{state.hexdigest()}"
+
+
+def token_blocks(lengths: np.ndarray, most: int = 1 << 22) -> Iterator[tuple[slice, slice]]:
+    """Yield consecutive documents, and their tokens, in blocks of at most ``most`` tokens or of one document."""
+    first = token = 0
+    while first < len(lengths):
+        ends = np.cumsum(lengths[first : first + most // 64], dtype=np.int64)
+        count = max(1, int(np.searchsorted(ends, most, side="right")))
+        yield slice(first, first + count), slice(token, token + int(ends[count - 1]))
+        first, token = first + count, token + int(ends[count - 1])

@@ -1,0 +1,216 @@
+"""From raw batches to texts: parsing, and what is wrong with a document, in words."""
+
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import orjson
+
+from megatron_hybrid.data.batches import read_batches
+from megatron_hybrid.data.parquet import open_parquet
+from megatron_hybrid.data.sources import STANDARD_INPUT, Batch, Segment
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class Fault(NamedTuple):
+    """A record that is no document, or a file that cannot be read any further."""
+
+    path: str
+    record: int
+    """Number of the line or row, from 1; of the last one that was read where the file itself is at fault."""
+    reason: str
+    unit: str = "line"
+    """line or row."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}:{self.record}: {self.reason}"
+            if self.unit == "line"
+            else (f"{self.path}, row {self.record}: {self.reason}")
+        )
+
+
+class BadRecord(ValueError):
+    """Why one record is no document."""
+
+
+def parse(batch: Batch, keys: list[str], text_split: str = "file") -> tuple[list[list[str]], list[Fault]]:
+    """Return the texts of a batch, a list for each key, and its faults.
+
+    A record with a fault is left out under every key; blank lines are passed over. Line numbers are
+    those of the file.
+    """
+    source = batch.segment.source
+    texts: list[list[str]] = [[] for _ in keys]
+    faults: list[tuple[int, str]] = []
+    if batch.error:
+        faults.append((batch.first, f"{batch.error}; what follows is lost"))
+    elif source.format == "parquet":
+        _parse_rows(batch.content or [], texts, faults, keys, batch.first)
+    elif source.format == "text":
+        _parse_text(_content(batch), texts, faults, text_split, batch.first)
+    else:
+        _parse_lines(_content(batch), texts, faults, keys, batch.first)
+    if not faults:
+        return texts, []
+    before = _records_before(batch.segment)
+    unit = "row" if source.format == "parquet" else "line"
+    name = "standard input" if source.path == STANDARD_INPUT else source.path
+    return texts, [Fault(name, before + number, reason, unit) for number, reason in faults]
+
+
+def read_texts(segments: list[Segment], key: str, text_split: str = "file") -> Iterator[str]:
+    """Yield the documents of a corpus one by one; raises ValueError at the first fault."""
+    for batch in read_batches(segments, [key], text_split):
+        texts, faults = parse(batch, [key], text_split)
+        if faults:
+            raise ValueError(str(faults[0]))
+        yield from texts[0]
+
+
+def _content(batch: Batch) -> bytes:
+    start = batch.first == 0 and batch.segment.start == 0
+    return batch.content.removeprefix(_BOM) if start else batch.content
+
+
+def _parse_lines(
+    content: bytes, texts: list[list[str]], faults: list[tuple[int, str]], keys: list[str], first: int
+) -> None:
+    only = keys[0] if len(keys) == 1 else None
+    loads, add = orjson.loads, texts[0].append
+    for number, line in enumerate(content.split(b"\n"), first + 1):
+        try:
+            # The common case first: one key of a well-formed line costs nothing but this.
+            text = loads(line)[only] if only is not None else None
+            if type(text) is str and "\0" not in text:
+                add(text)
+                continue
+        except (ValueError, KeyError, TypeError, IndexError):
+            pass
+        if not line or line.isspace():
+            continue
+        try:
+            for column, value in zip(texts, [text_of(line, key) for key in keys], strict=True):
+                column.append(value)
+        except BadRecord as error:
+            faults.append((number, str(error)))
+
+
+def text_of(line: bytes, key: str) -> str:
+    """Return the string under ``key`` of one JSON line.
+
+    key: a name, or names with dots between them for objects inside objects; a name that has dots itself comes first.
+    Raises BadRecord with the reason if there is none.
+    """
+    record = _load(line)
+    if not isinstance(record, dict):
+        raise BadRecord(f'the line is a JSON {_json_type(record)}, not an object such as {{"{key}": "..."}}.')
+    value = record
+    for name in [key] if key in record else key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            names = ", ".join(sorted(value)) or "none" if isinstance(value, dict) else _json_type(value)
+            raise BadRecord(f'no key "{key}" (the line has: {names}). Name the one with the text with --text-key.')
+        value = value[name]
+    if not isinstance(value, str):
+        raise BadRecord(f'the value of "{key}" is of JSON type {_json_type(value)}, but a document is a string.')
+    return check_text(value)
+
+
+def check_text(text: str) -> str:
+    """Return ``text``; raises BadRecord if it holds a null character or half a surrogate pair."""
+    if "\0" in text:
+        raise BadRecord("the text holds a null character (U+0000).")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRecord("the text holds half a surrogate pair, which is no Unicode character.") from None
+    return text
+
+
+def _load(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except ValueError as error:
+        reason = str(error).partition(": line 1")[0]
+    if b"\0" in line:
+        raise BadRecord(f"null byte at byte {line.index(0) + 1} of the line; a damaged file?")
+    try:
+        return json.loads(line.decode())  # Python's json writes NaN and Infinity, and reads them
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not valid UTF-8 at byte {error.start + 1} of the line.") from None
+    except (ValueError, RecursionError):
+        raise BadRecord(f"not valid JSON ({reason}). Every line has to be one JSON object in UTF-8.") from None
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _parse_text(content: bytes, texts: list[list[str]], faults: list[tuple[int, str]], split: str, first: int) -> None:
+    parts = [content] if split == "file" else content.split(b"\n")
+    for number, part in enumerate(parts, 1 if split == "file" else first + 1):
+        try:
+            if part and not part.isspace():
+                text = decode(part)
+                for column in texts:
+                    column.append(text if split == "file" else text.rstrip("\r"))
+        except BadRecord as error:
+            at = part.index(0) if b"\0" in part else _undecodable(part)
+            faults.append((number + part.count(b"\n", 0, at), str(error)))
+
+
+def decode(content: bytes) -> str:
+    """Return UTF-8 bytes as a text; raises BadRecord if they are none, or hold a null byte."""
+    if b"\0" in content:
+        raise BadRecord("null byte; a damaged or binary file?")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise BadRecord("not valid UTF-8.") from None
+
+
+def _undecodable(content: bytes) -> int:
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+def _parse_rows(
+    columns: list[list[str | bytes | None]],
+    texts: list[list[str]],
+    faults: list[tuple[int, str]],
+    keys: list[str],
+    first: int,
+) -> None:
+    for number, row in enumerate(zip(*columns, strict=True), first + 1):
+        try:
+            values = []
+            for key, value in zip(keys, row, strict=True):
+                if value is None:
+                    raise BadRecord(f'the column "{key}" is null.')
+                values.append(check_text(value) if isinstance(value, str) else decode(value))
+        except BadRecord as error:
+            faults.append((number, str(error)))
+            continue
+        for column, text in zip(texts, values, strict=True):
+            column.append(text)
+
+
+def _records_before(segment: Segment) -> int:
+    """Lines or rows of the file before the segment; counted only when a fault has to be named."""
+    if not segment.start:
+        return 0
+    if segment.source.format == "parquet":
+        metadata = open_parquet(segment.source).metadata
+        return sum(metadata.row_group(group).num_rows for group in range(segment.start))
+    count, left = 0, segment.start
+    with open(segment.source.path, "rb") as stream:
+        while left and (piece := stream.read(min(left, 1 << 20))):
+            count += piece.count(b"\n")
+            left -= len(piece)
+    return count

@@ -1,0 +1,96 @@
+"""What a data set says of itself: PREFIX.json, beside PREFIX.bin and PREFIX.idx."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import megatron_hybrid
+from megatron_hybrid.data.indexed import bin_path, checksum, idx_path, read_index
+from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec
+
+FORMAT = 1
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return PREFIX.json."""
+    return prefix.with_name(prefix.name + ".json")
+
+
+def read_manifest(prefix: Path) -> dict[str, Any] | None:
+    """Return what PREFIX.json says; None without one. Raises ValueError if it is not one of ours."""
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it to go without a manifest.") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a manifest of this version; delete it to go without one.")
+    return found
+
+
+def tokenizer_entry(tokenizer: Tokenizer, spec: TokenizerSpec, prepend_bos: bool, append_eod: bool) -> dict[str, Any]:
+    """Return how texts became ids."""
+    return {
+        "type": spec.kind,
+        "model": str(spec.model) if spec.model else None,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eod_id": tokenizer.eod_id,
+        "prepend_bos": prepend_bos,
+        "append_eod": append_eod,
+    }
+
+
+def describe(prefix: Path, files: Path | None = None, bin_checksum: str | None = None, **fields: Any) -> dict[str, Any]:
+    """Return a manifest: the figures that follow from the files, and ``fields``.
+
+    prefix: the name in the manifest; files: where the files lie now, if elsewhere; bin_checksum: that of the .bin, if
+    it is known already.
+    """
+    files = files or prefix
+    index = read_index(files)
+    return {
+        "format": FORMAT,
+        "tool": f"megatron_hybrid {megatron_hybrid.__version__}",
+        "name": prefix.name,
+        "documents": len(index.documents) - 1,
+        "tokens": index.tokens,
+        "dtype": str(index.dtype),
+        "bin": {"size": bin_path(files).stat().st_size, "checksum": bin_checksum or checksum(bin_path(files))},
+        "idx": {"size": idx_path(files).stat().st_size, "checksum": checksum(idx_path(files))},
+        "lengths": length_statistics(index.lengths),
+        **fields,
+    }
+
+
+def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
+    """Return least, greatest and mean number of tokens, and how many sequences there are for each power of two.
+
+    The histogram's key ``"64"`` counts those of 64 to 127 tokens.
+    """
+    counts = np.zeros(32, dtype=np.int64)
+    least, greatest, total = None, 0, 0
+    for block in _blocks(lengths):
+        # frexp's exponent, exact for int32, is the number of binary digits.
+        counts += np.bincount(np.frexp(block)[1], minlength=32)[:32]
+        least = int(block.min()) if least is None else min(least, int(block.min()))
+        greatest, total = max(greatest, int(block.max())), total + int(block.sum(dtype=np.int64))
+    histogram = {str(1 << digits >> 1): int(count) for digits, count in enumerate(counts) if count}
+    mean = total / len(lengths) if len(lengths) else None
+    return {"min": least, "max": greatest if len(lengths) else None, "mean": mean, "histogram": histogram}
+
+
+def _blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(lengths), 1 << 20):
+        yield lengths[start : start + (1 << 20)]
+
+
+def to_json(manifest: dict[str, Any]) -> bytes:
+    """Return the text of a PREFIX.json."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,119 @@
+"""Rows of Parquet files, and where such files can be cut."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.data.indexed import checksum as file_checksum
+from megatron_hybrid.data.sources import BATCH_BYTES, Batch, Position, Segment, Source
+
+
+def open_parquet(source: Source) -> Any:
+    """Return the pyarrow.parquet.ParquetFile of a source; raises ValueError if it is none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(source.path, memory_map=True)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{source.path} is not a readable Parquet file: {_sentence(error)}.") from None
+
+
+def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch]:
+    """Yield the rows of a segment from ``at`` on, a list of values for each key.
+
+    The last batch is empty and has the checksum of the file, or the fault that ends it. Raises ValueError if the file
+    lacks a column, or one is no text.
+    """
+    import pyarrow
+
+    source = segment.source
+    file = open_parquet(source)
+    for key in keys:
+        _check_column(file, key, source.path)
+    metadata = file.metadata
+    checksum = file_checksum(Path(source.path))
+    groups = range(segment.start, metadata.num_row_groups if segment.end is None else segment.end)
+    total = sum(metadata.row_group(group).num_rows for group in groups)
+    row = 0
+    try:
+        for group in groups:
+            rows = metadata.row_group(group).num_rows
+            if row + rows <= at.record:
+                row += rows
+                continue
+            for table in _tables(file, group, keys):
+                skip = max(0, at.record - row)
+                first, row = row + min(skip, len(table)), row + len(table)
+                if skip < len(table):
+                    columns = [_column(table, key, skip) for key in keys]
+                    size = source.size * (row - first) // total
+                    yield Batch(segment, first, columns, Position(at.segment, row, row), size)
+    except (pyarrow.ArrowException, OSError) as error:
+        fault = f"damaged Parquet file ({_sentence(error)})"
+        yield Batch(segment, row, None, Position(at.segment + 1, 0, 0), 0, fault)
+        return
+    yield Batch(segment, row, None, Position(at.segment + 1, 0, 0), 0, checksum=checksum)
+
+
+def _check_column(file: Any, key: str, path: str) -> None:
+    import pyarrow.types as types
+
+    schema = file.schema_arrow
+    for field_name in schema.names:
+        if key == field_name or key.startswith(field_name + "."):
+            type_ = schema.field(field_name).type
+            for name in key.removeprefix(field_name).split(".")[1:]:
+                if not types.is_struct(type_) or type_.get_field_index(name) < 0:
+                    break
+                type_ = type_.field(name).type
+            else:
+                if types.is_dictionary(type_):
+                    type_ = type_.value_type
+                texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+                if any(is_text(type_) for is_text in texts):
+                    return
+                raise ValueError(f'{path}: the column "{key}" holds {type_}, but a document is a string.')
+    raise ValueError(
+        f'{path}: no column "{key}" (the file has: {", ".join(schema.names)}). Name the one with the text with '
+        "--text-key."
+    )
+
+
+def _tables(file: Any, group: int, keys: list[str]) -> Iterator[Any]:
+    """The rows of one row group, in parts of about the size of a batch."""
+    row_group = file.metadata.row_group(group)
+    size = max(1, row_group.total_byte_size // max(1, row_group.num_rows))
+    yield from file.iter_batches(max(1, min(8192, BATCH_BYTES // size)), row_groups=[group], columns=keys)
+
+
+def _column(table: Any, key: str, skip: int) -> list[str | bytes | None]:
+    """A column's values from row ``skip`` on; bytes where one of them is not UTF-8."""
+    import pyarrow
+
+    name = next(n for n in table.schema.names if key == n or key.startswith(n + "."))
+    column = table.column(name).slice(skip)
+    for part in key.removeprefix(name).split(".")[1:]:
+        column = pyarrow.compute.struct_field(column, part)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        return column.cast(pyarrow.large_string()).to_pylist()
+    except (UnicodeDecodeError, pyarrow.ArrowInvalid):
+        return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def row_group_at(source: Source, offset: int) -> int:
+    """Return the first row group that begins at or behind ``offset``, counting compressed bytes."""
+    metadata = open_parquet(source).metadata
+    begin = 0
+    for group in range(metadata.num_row_groups):
+        if begin >= offset:
+            return group
+        row_group = metadata.row_group(group)
+        begin += sum(row_group.column(i).total_compressed_size for i in range(row_group.num_columns))
+    return metadata.num_row_groups
