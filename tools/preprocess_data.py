@@ -109,6 +109,8 @@ def main() -> None:
         print(summary(prefix, manifest))
     if run.skipped:
         print(f"{run.skipped:,} bad records were skipped; {run.report} lists them")
+    if run.corrected:
+        print(f"gigatoken's ids of {run.corrected:,} texts were wrong, and were replaced; please report them to it")
     if not run.complete:
         print(f"{seconds:.1f} s, {progress.bytes / seconds / 1e6:.1f} MB/s")
 

@@ -16,7 +16,7 @@ from megatron_hybrid.data.sources import BATCH_BYTES, STANDARD_INPUT, Batch, Pos
 
 BEGINNING = Position(0, 0, 0)
 _READ_BYTES = 1 << 18
-"""Bytes read at a time: small, because a compressed piece can grow a thousandfold."""
+"""Bytes of a compressed file that are read at a time: few, because they can grow a thousandfold."""
 
 
 def shard(sources: list[Source], index: int, count: int, text_split: str = "file") -> list[Segment]:
@@ -97,8 +97,9 @@ class _Raw:
             if start:
                 stream.seek(start)
             left = end - start if end is not None else None
+            size = _READ_BYTES if source.compression else BATCH_BYTES
             while left != 0:
-                piece = stream.read(_READ_BYTES if left is None else min(left, _READ_BYTES))
+                piece = stream.read(size if left is None else min(left, size))
                 if not piece:
                     break
                 left = left - len(piece) if left is not None else None
@@ -200,11 +201,25 @@ def _blocks(pieces: Iterator[bytes], split: str) -> Iterator[bytes]:
             if size >= BATCH_BYTES and b"\n" in piece:
                 content = b"".join(held)
                 cut = content.rfind(b"\n") + 1
-                yield content[:cut]
+                yield from _divided(content[:cut])
                 held, size = [content[cut:]], len(content) - cut
     except Unreadable:
         if whole := b"".join(held).rpartition(b"\n")[0]:
             yield whole + b"\n"
         raise
     if size:
-        yield b"".join(held)
+        yield from _divided(b"".join(held))
+
+
+def _divided(content: bytes) -> Iterator[bytes]:
+    """Yield whole lines in parts of about a batch: one piece of a compressed file can be many."""
+    if len(content) < 2 * BATCH_BYTES:
+        yield content
+        return
+    start = 0
+    while start < len(content):
+        end = content.rfind(b"\n", start, start + BATCH_BYTES) + 1
+        if not end:
+            end = content.find(b"\n", start) + 1 or len(content)
+        yield content[start:end]
+        start = end

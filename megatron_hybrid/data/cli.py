@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_hybrid.data.tokenizers import TokenizerSpec
@@ -73,6 +73,15 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tiktoken-pattern", default="v2", help="TikTokenizer: v1 or v2 (default: v2)")
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, help="TikTokenizer (default: 1000)")
     group.add_argument("--vocab-size", type=int, default=131072, help="TikTokenizer (default: 131072)")
+
+
+def byte_bar(total: int) -> Any:
+    """Return a tqdm bar of bytes on a terminal, a line a minute elsewhere; for use in a ``with`` statement."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    interval, delay = (0.2, 0) if terminal else (60, 60)
+    return tqdm(total=total or None, unit="B", unit_scale=True, leave=False, mininterval=interval, delay=delay)
 
 
 def tokenizer_spec(args: argparse.Namespace) -> "TokenizerSpec":

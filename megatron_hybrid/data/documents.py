@@ -1,7 +1,7 @@
 """From raw batches to texts: parsing, and what is wrong with a document, in words."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import orjson
@@ -60,12 +60,19 @@ def parse(batch: Batch, keys: list[str], text_split: str = "file") -> tuple[list
     return texts, [Fault(name, before + number, reason, unit) for number, reason in faults]
 
 
-def read_texts(segments: list[Segment], key: str, text_split: str = "file") -> Iterator[str]:
-    """Yield the documents of a corpus one by one; raises ValueError at the first fault."""
+def read_texts(
+    segments: list[Segment], key: str, text_split: str = "file", progress: Callable[[int], object] | None = None
+) -> Iterator[str]:
+    """Yield the documents of a corpus one by one; raises ValueError at the first fault.
+
+    progress: called with the bytes that were read from disk for each batch.
+    """
     for batch in read_batches(segments, [key], text_split):
         texts, faults = parse(batch, [key], text_split)
         if faults:
             raise ValueError(str(faults[0]))
+        if progress is not None:
+            progress(batch.read_bytes)
         yield from texts[0]
 
 

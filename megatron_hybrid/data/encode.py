@@ -11,10 +11,10 @@ import numpy as np
 from megatron_hybrid.data import dedup
 from megatron_hybrid.data.documents import Fault, parse
 from megatron_hybrid.data.filters import Filters
-from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts, unsuitable, version
+from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts, version
 from megatron_hybrid.data.indexed import dtype_for
 from megatron_hybrid.data.sources import Batch
-from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer, TokenizerSpec, load_tokenizer
+from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer, TokenizerSpec, load_tokenizer, split
 
 ENGINES = ("auto", "gigatoken", "tokenizers")
 IN_FLIGHT_BYTES = 32 << 20
@@ -71,7 +71,7 @@ class Encoded:
 class Encoder:
     """Encodes batches on one thread at a time."""
 
-    def __init__(self, encoding: Encoding, tokenizer: Tokenizer, reference: HuggingFaceTokenizer | None = None) -> None:
+    def __init__(self, encoding: Encoding, tokenizer: Tokenizer, reference: Tokenizer | None = None) -> None:
         """``reference`` checks the tokenizer's ids; see verify_tokens.
 
         Raises ValueError if the tokenizer lacks an id that is asked for.
@@ -124,7 +124,8 @@ class Encoder:
         wanted = self.reference.encode(texts)
         if np.array_equal(wanted.lengths, found.lengths) and np.array_equal(wanted.ids, found.ids):
             return found
-        encoded.corrected += len(texts)
+        pairs = zip(split(wanted), split(found), strict=True)
+        encoded.corrected += sum(not np.array_equal(a, b) for a, b in pairs)
         return wanted
 
 
@@ -171,13 +172,12 @@ def make_encoders(encoding: Encoding, workers: int, sample: list[str]) -> tuple[
         if encoding.engine == "gigatoken":
             raise ValueError("--tokenizer-engine gigatoken: it is for Hugging Face byte-level BPE only; use auto.")
         return _encoders(encoding, tokenizer, workers), encoding.tokenizer.kind
-    engine, reason = _engine(encoding, tokenizer, sample)
-    if engine == "tokenizers":
+    fast, reason = _gigatoken(encoding, tokenizer, sample)
+    if fast is None:
         return _encoders(encoding, tokenizer, workers), f"Hugging Face tokenizers{reason}"
-    limit = encoding.memory_limit
-    fast = [GigatokenTokenizer(tokenizer, limit) for _ in range(workers)]
-    references = [_another(encoding) if encoding.verify_tokens else None for _ in range(workers)]
-    encoders = [Encoder(encoding, one, reference) for one, reference in zip(fast, references, strict=True)]
+    all_fast = [fast, *(GigatokenTokenizer(tokenizer, encoding.memory_limit) for _ in range(workers - 1))]
+    references = [load_tokenizer(encoding.tokenizer) if encoding.verify_tokens else None for _ in range(workers)]
+    encoders = [Encoder(encoding, one, reference) for one, reference in zip(all_fast, references, strict=True)]
     checked = "every document" if encoding.verify_tokens else f"{len(sample):,} documents and hard cases"
     return encoders, f"gigatoken {version()}, ids compared with Hugging Face tokenizers on {checked}"
 
@@ -187,24 +187,23 @@ def _encoders(encoding: Encoding, tokenizer: Tokenizer, workers: int) -> list[En
     return [Encoder(encoding, one) for one in (tokenizer, *others)]
 
 
-def _another(encoding: Encoding) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(encoding.tokenizer)
-
-
-def _engine(encoding: Encoding, reference: HuggingFaceTokenizer, sample: list[str]) -> tuple[str, str]:
-    """The engine that is used, and why it is not the fast one."""
+def _gigatoken(
+    encoding: Encoding, reference: HuggingFaceTokenizer, sample: list[str]
+) -> tuple[GigatokenTokenizer | None, str]:
+    """The fast engine if it is wanted and gives the same ids; else None, and why not."""
     if encoding.engine == "tokenizers":
-        return "tokenizers", ""
-    reason = unsuitable(reference)
-    if not reason:
-        fast = GigatokenTokenizer(reference)
+        return None, ""
+    try:
+        fast = GigatokenTokenizer(reference, encoding.memory_limit)
         text = first_difference(reference, fast, hard_texts(reference.added_tokens()) + sample)
         if text is None:
-            return "gigatoken", ""
+            return fast, ""
         reason = f"gigatoken's ids differ at {text[:60]!r}"
+    except ValueError as error:
+        reason = str(error)
     if encoding.engine == "gigatoken":
         raise ValueError(f"--tokenizer-engine gigatoken: {reason}. Use --tokenizer-engine tokenizers.")
-    return "tokenizers", f" ({reason})"
+    return None, f" ({reason})"
 
 
 def in_order(batches: Iterator[Batch], encoders: list[Encoder]) -> Iterator[Encoded]:

@@ -7,10 +7,11 @@ malformed line. Nor are its SentencePiece models, whose ids differ in some docum
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 
-from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids
+from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids, split
 
 _CHECK_BYTES = 8_000_000
 """Text that is encoded between two looks at the memory."""
@@ -24,10 +25,9 @@ class GigatokenTokenizer:
     """
 
     def __init__(self, reference: HuggingFaceTokenizer, memory_limit: int = 1 << 30) -> None:
-        """Load the reference's file; raises ValueError if gigatoken is missing or does not take it."""
-        reason = unsuitable(reference)
-        if reason:
-            raise ValueError(f"--tokenizer-engine gigatoken: {reason}. Use --tokenizer-engine tokenizers.")
+        """Load the reference's file; raises ValueError with the reason if gigatoken cannot stand in for it."""
+        if reason := _unsuitable(json.loads(reference.content)):
+            raise ValueError(reason)
         self.vocab_size, self.bos_id, self.eod_id = reference.vocab_size, reference.bos_id, reference.eod_id
         self.fingerprint, self._reference = reference.fingerprint, reference
         self.memory_limit = memory_limit
@@ -35,10 +35,15 @@ class GigatokenTokenizer:
         self._begin = _resident_bytes()
 
     def _load(self) -> None:
-        from gigatoken.gigatoken_rs import load_hf_json
+        from gigatoken.gigatoken_rs import BPETokenizer, load_hf_json
 
-        # From memory: a path of the form name/name would be looked up on a model hub.
-        self._backend = load_hf_json(self._reference.content)
+        try:
+            # From memory: a path of the form name/name would be looked up on a model hub.
+            self._backend = load_hf_json(self._reference.content)
+        except Exception as error:  # what a Rust extension raises is not said
+            raise ValueError(f"gigatoken does not take the tokenizer ({error})") from None
+        if not isinstance(self._backend, BPETokenizer):
+            raise ValueError("gigatoken does not take the tokenizer as byte-level BPE")
         self._encoded = 0
 
     def encode(self, texts: list[str]) -> Ids:
@@ -72,25 +77,16 @@ def version() -> str:
         return ""
 
 
-def unsuitable(reference: HuggingFaceTokenizer) -> str:
-    """Return why gigatoken cannot stand in for a tokenizer; empty if it can be tried."""
+def _unsuitable(config: dict[str, Any]) -> str:
+    """Why gigatoken cannot stand in for a tokenizer.json; empty if it can be tried."""
     if not version():
         return "the package gigatoken is not installed"
-    config = json.loads(reference.content)
     model, pre = config.get("model") or {}, config.get("pre_tokenizer") or {}
     steps = [pre, *pre.get("pretokenizers", [])]
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)
     if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
         return "the tokenizer is not byte-level BPE"
-    if model.get("dropout"):
-        return "the tokenizer's BPE has dropout"
-    from gigatoken.gigatoken_rs import BPETokenizer, load_hf_json
-
-    try:
-        backend = load_hf_json(reference.content)
-    except Exception as error:  # what a Rust extension raises is not said
-        return f"gigatoken does not take the tokenizer ({error})"
-    return "" if isinstance(backend, BPETokenizer) else "gigatoken does not take it as byte-level BPE"
+    return "the tokenizer's BPE has dropout" if model.get("dropout") else ""
 
 
 def first_difference(reference: HuggingFaceTokenizer, other: GigatokenTokenizer, texts: list[str]) -> str | None:
@@ -98,8 +94,7 @@ def first_difference(reference: HuggingFaceTokenizer, other: GigatokenTokenizer,
     wanted, found = reference.encode(texts), other.encode(texts)
     if np.array_equal(wanted.lengths, found.lengths) and np.array_equal(wanted.ids, found.ids):
         return None
-    ends = np.cumsum(wanted.lengths)[:-1], np.cumsum(found.lengths)[:-1]
-    pairs = zip(texts, np.split(wanted.ids, ends[0]), np.split(found.ids, ends[1]), strict=True)
+    pairs = zip(texts, split(wanted), split(found), strict=True)
     return next(text for text, a, b in pairs if not np.array_equal(a, b))
 
 

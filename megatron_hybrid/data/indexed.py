@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 MAGIC = b"MMIDIDX\x00\x00"
-DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _HEADER = struct.Struct("<9sQBQQ")
 _BLOCK = 1 << 20
 """Entries of an index that are worked on at a time."""
@@ -72,7 +72,7 @@ def read_index(prefix: Path) -> Index:
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise ValueError(f"{path} is not an index of Megatron's data sets (it does not begin with their mark).")
     _, version, code, sequences, documents = _HEADER.unpack(header)
-    dtype = next((dtype for dtype, known in DTYPE_CODES.items() if known == code), None)
+    dtype = {known: dtype for dtype, known in DTYPE_CODES.items()}.get(code)
     if version != 1 or dtype is None:
         raise ValueError(f"{path}: version {version}, dtype code {code}; known are version 1 with uint16 or int32 ids.")
     expected = _HEADER.size + 12 * sequences + 8 * documents

@@ -19,7 +19,7 @@ from megatron_hybrid.data.indexed import IndexedWriter, Sizes, bin_path, idx_pat
 from megatron_hybrid.data.sources import STANDARD_INPUT, Position, Segment, Source, find_sources
 from megatron_hybrid.data.work import WorkFolder
 
-SAMPLE_BYTES = 1_000_000
+SAMPLE_BYTES = 250_000
 """Text at the start of the corpus on which gigatoken is checked."""
 
 
@@ -187,6 +187,11 @@ class Preprocessing:
         """Bad records that were left out."""
         return self.state.get("skipped", 0)
 
+    @property
+    def corrected(self) -> int:
+        """Texts whose ids gigatoken got wrong, and which --verify-tokens corrected."""
+        return self.state.get("corrected", 0)
+
     # --- the work --------------------------------------------------------------------------------------
 
     def run(self, progress: Callable[[Encoded], None] = lambda encoded: None) -> list[dict[str, Any]]:
@@ -294,6 +299,7 @@ class _Output:
         self.totals = [Totals(**entry) for entry in state["totals"]] if state else [Totals() for _ in keys]
         self.checksums: list[str] = state.get("checksums", [])
         self.skipped: int = state.get("skipped", 0)
+        self.corrected: int = state.get("corrected", 0)
         self.report_bytes: int = state.get("report bytes", 0)
         with ExitStack() as opened:
             self.writers = [
@@ -321,6 +327,7 @@ class _Output:
         for fault in encoded.faults:
             self.report_bytes += self.report.write(json.dumps(_entry(fault), ensure_ascii=False).encode() + b"\n")
         self.skipped += len(encoded.faults)
+        self.corrected += encoded.corrected
         if encoded.batch.end.segment > self.position.segment:
             self.checksums.append(encoded.batch.checksum)
         self.position = encoded.batch.end
@@ -341,6 +348,7 @@ class _Output:
             "totals": [asdict(totals) for totals in self.totals],
             "checksums": self.checksums,
             "skipped": self.skipped,
+            "corrected": self.corrected,
             "report bytes": self.report_bytes,
         }
 

@@ -22,6 +22,11 @@ class Ids(NamedTuple):
     """Tokens of each text, ``[texts]``, int64."""
 
 
+def split(ids: Ids) -> list[np.ndarray]:
+    """Return the ids of each text."""
+    return np.split(ids.ids, np.cumsum(ids.lengths)[:-1]) if len(ids.lengths) else []
+
+
 class Tokenizer(Protocol):
     """What preprocessing asks of a tokenizer. One object serves one thread at a time."""
 
