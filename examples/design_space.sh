@@ -28,9 +28,9 @@ widths() {
 if [[ ! -e $DATA/corpus_text_document.idx ]]; then
     "$python" "$root/tools/build_stdlib_corpus.py" --output "$DATA"
     "$python" "$root/tools/train_tokenizer.py" --input "$DATA/corpus.jsonl" --output "$DATA/tokenizer.model" \
-        --vocab-size 4096
+        --vocab-size 4096 --overwrite
     "$python" "$root/tools/preprocess_data.py" --input "$DATA/corpus.jsonl" --output-prefix "$DATA/corpus" \
-        --tokenizer-model "$DATA/tokenizer.model" --append-eod
+        --tokenizer-model "$DATA/tokenizer.model" --append-eod --overwrite
 fi
 
 runs=()

@@ -77,12 +77,13 @@ class Quickstart:
 
     def train_tokenizer(self) -> None:
         arguments = ["--input", str(self.corpus), "--output", str(self.tokenizer)]
-        call_tool("train_tokenizer.py", *arguments, "--vocab-size", str(VOCAB_SIZE))
+        call_tool("train_tokenizer.py", *arguments, "--vocab-size", str(VOCAB_SIZE), "--overwrite")
 
     def preprocess(self) -> None:
         prefix = self.corpus.with_suffix("")
         arguments = ["--input", str(self.corpus), "--output-prefix", str(prefix)]
-        arguments += ["--tokenizer-model", str(self.tokenizer), "--append-eod"]
+        # Seconds of work: after an interruption it is done anew, as it has to be for another tokenizer.
+        arguments += ["--tokenizer-model", str(self.tokenizer), "--append-eod", "--overwrite"]
         call_tool("preprocess_data.py", *arguments)
 
     def set_aside_run(self) -> None:
