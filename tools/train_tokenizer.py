@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         "--sample-bytes",
         type=int,
         default=64_000_000,
-        help="UTF-8 bytes to train on, documents drawn from the whole input (default: 64,000,000); training takes some 5 "
+        help="UTF-8 bytes to train on, documents drawn from the whole input (default: 64,000,000); training takes 5 "
         "(Hugging Face), 13 (SentencePiece's BPE) or 30 (unigram) times as much memory",
     )
     sample.add_argument("--seed", type=int, default=1234, help="which documents are drawn (default: 1234)")

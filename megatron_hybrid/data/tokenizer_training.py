@@ -1,6 +1,6 @@
 """Train a tokenizer on a sample of a corpus: SentencePiece, or Hugging Face byte-level BPE.
 
-The sample is drawn from the whole corpus in one pass, in about twice its own memory. The same corpus, settings and
+The sample is drawn from the whole corpus in one pass and bounded memory. The same corpus, settings and
 seed give the same tokenizer, byte for byte.
 """
 
