@@ -1,0 +1,429 @@
+"""Merged data sets: the bytes upstream's builder writes, shards equal to the single run, and what is refused."""
+
+import gc
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
+from megatron_hybrid.data.manifest import manifest_path, read_manifest
+from megatron_hybrid.data.merge import Merge, MergeJob
+from megatron_hybrid.data.merge_inputs import find_prefixes
+from megatron_hybrid.data.verify import verify
+
+from .corpora import documents, lines, preprocess, train_bpe, write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def merge(inputs, prefix: Path, **flags) -> Merge:
+    run = Merge(MergeJob(tuple(map(str, inputs)), prefix, **flags))
+    run.run()
+    return run
+
+
+def pair(prefix: Path) -> tuple[bytes, bytes]:
+    return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
+
+
+def data_set(prefix: Path, lengths: list[int], documents: list[int] | None = None, dtype=np.uint16, seed=0) -> Path:
+    """A data set of random ids without a manifest."""
+    numbers = np.random.default_rng(seed)
+    with IndexedWriter(prefix.parent, prefix.name, np.dtype(dtype)) as writer:
+        writer.add(numbers.integers(0, 60_000, sum(lengths)).astype(dtype), np.array(lengths, dtype=np.int64))
+        writer.finish(None if documents is None else np.array(documents))
+    prefix.with_name(prefix.name + ".lengths").unlink()
+    return prefix
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of which about a third are copies of others."""
+    choose = random.Random(seed)
+    return [f"text {choose.randrange(count)} " + "ä b" * choose.choice([1, 40]) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    from megatron.core.datasets import indexed_dataset
+
+    gc.freeze()  # upstream collects garbage at each input, which takes long with all that torch brings
+    yield indexed_dataset
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@pytest.mark.parametrize("several", [False, True])
+def test_bytes_are_those_of_upstreams_builder(tmp_path, upstream, dtype, several):
+    inputs = [
+        data_set(tmp_path / "a", [3, 1, 4, 1, 5], [0, 2, 2, 5] if several else None, dtype, 1),
+        data_set(tmp_path / "b", [], None, dtype, 2),
+        data_set(tmp_path / "c", [9, 2, 6], None, dtype, 3),
+        data_set(tmp_path / "d", [5, 0, 5], [0, 1, 3] if several else None, dtype, 4),
+    ]
+    merge(inputs, tmp_path / "ours")
+    builder = upstream.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for prefix in inputs:
+        builder.add_index(str(prefix))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert pair(tmp_path / "ours") == pair(tmp_path / "theirs")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_blocks_do_not_show(tmp_path, upstream, monkeypatch):
+    """Blocks smaller than the inputs give the same bytes as upstream's copy in one go."""
+    from megatron_hybrid.data import indexed, merge_inputs
+
+    monkeypatch.setattr(indexed, "_BLOCK", 7)
+    whole = merge_inputs.token_blocks
+    monkeypatch.setattr(merge_inputs, "token_blocks", lambda lengths: whole(lengths, 640))
+    lengths = np.random.default_rng(5).integers(1, 1000, 300).tolist()
+    inputs = [
+        data_set(tmp_path / name, lengths[i : i + 100], [0, *range(1, 100, 3), 100]) for i, name in enumerate("abc")
+    ]
+    merge(inputs, tmp_path / "ours")
+    builder = upstream.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for prefix in inputs:
+        builder.add_index(str(prefix))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert pair(tmp_path / "ours") == pair(tmp_path / "theirs")
+
+
+# --- shards ----------------------------------------------------------------------------------------
+
+
+def write_bad(path: Path, texts: list[str]) -> Path:
+    """Lines of which every second one is no document."""
+    path.write_bytes(lines(texts).replace(b"\n", b"\n[]\n"))
+    return path
+
+
+FLAGS: dict[str, Any] = {"text_split": "line", "append_eod": True, "prepend_bos": True, "skip_faults": True}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return [
+        write(folder / "a.jsonl", texts(70, 1)),
+        write(folder / "b.jsonl.gz", texts(50, 2)),
+        write(folder / "c.parquet", texts(90, 3)),
+        write(folder / "d.txt", texts(40, 4)),
+        write(folder / "e.jsonl", ["one"]),
+        write_bad(folder / "f.jsonl", texts(9, 5)),
+    ]
+
+
+def shards(corpus, prefix: Path, count: int) -> list[Path]:
+    """Preprocess all shards; returns their prefixes in order."""
+    return [preprocess(corpus, prefix, shard=(i, count), **FLAGS).prefixes[0] for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def single(corpus, tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("single") / "x"
+    preprocess(corpus, prefix, **FLAGS)
+    preprocess(corpus, prefix.with_name("unique"), dedup=True, **FLAGS)
+    return {False: prefix.with_name("x_text_document"), True: prefix.with_name("unique_text_document")}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_shards_give_the_single_run(tmp_path, corpus, single, count):
+    parts = shards(corpus, tmp_path / "x", count)
+    for dedup in (False, True):
+        run = merge(parts, tmp_path / f"merged{dedup}", dedup=dedup)
+        assert pair(tmp_path / f"merged{dedup}") == pair(single[dedup])
+        said, wanted = read_manifest(tmp_path / f"merged{dedup}"), read_manifest(single[dedup])
+        for name in ("documents", "tokens", "bin", "idx", "lengths", "encoded", "duplicates", "skipped", "tokenizer"):
+            assert said[name] == wanted[name], name
+        assert said["shard"] == "0/1" and len(said["merged"]) == count and not run.notes
+        assert sum(entry["documents"] for entry in said["merged"]) == said["documents"] + (said["duplicates"] or 0)
+        assert all(not check.fault for check in verify(tmp_path / f"merged{dedup}"))
+    assert read_manifest(single[True])["duplicates"] > 10 and read_manifest(single[True])["skipped"] == 9
+
+
+def test_empty_shards_belong_to_the_set(tmp_path):
+    corpus = [write(tmp_path / "a.jsonl.gz", texts(30)), write(tmp_path / "b.jsonl", ["last"])]
+    parts = shards(corpus, tmp_path / "x", 7)
+    assert [read_manifest(part)["documents"] for part in parts] == [30, 0, 0, 0, 0, 0, 1]
+    preprocess(corpus, tmp_path / "whole", append_eod=True, prepend_bos=True)
+    merge(parts, tmp_path / "merged")
+    assert pair(tmp_path / "merged") == pair(tmp_path / "whole_text_document")
+    with pytest.raises(ValueError, match=r"1 of 7 shards .* missing .*x_text_document\.shard-00003-of-00007"):
+        merge(parts[:3] + parts[4:], tmp_path / "merged", overwrite=True)
+
+
+def test_shards_are_put_in_order_and_others_stay(tmp_path, corpus):
+    parts = shards(corpus, tmp_path / "x", 3)
+    other = preprocess([corpus[0]], tmp_path / "other", append_eod=True, prepend_bos=True).prefixes[0]
+    run = merge([other, parts[2], parts[0], parts[1]], tmp_path / "merged")
+    assert [one.prefix for one in run.inputs] == [other, *parts]
+    assert any("in their own order" in note and "x_text_document" in note for note in run.notes)
+    assert documents(tmp_path / "merged") == [ids for prefix in (other, *parts) for ids in documents(prefix)]
+
+
+def test_shards_without_manifests_are_known_by_name(tmp_path, corpus, single):
+    parts = shards(corpus, tmp_path / "x", 3)
+    for part in parts:
+        manifest_path(part).unlink()
+    with pytest.raises(ValueError, match="shard-00001-of-00003"):
+        merge([parts[0], parts[2]], tmp_path / "merged")
+    merge(reversed(parts), tmp_path / "merged")
+    assert pair(tmp_path / "merged") == pair(single[False])
+
+
+def test_renamed_shards_are_known_by_manifest(tmp_path, corpus):
+    parts = shards(corpus, tmp_path / "x", 2)
+    for path in (bin_path, idx_path, manifest_path):
+        path(parts[1]).rename(path(tmp_path / "renamed"))
+    with pytest.raises(ValueError, match="shard-00001-of-00002"):
+        merge(parts[:1], tmp_path / "merged")
+    assert [one.prefix for one in merge([tmp_path / "renamed", parts[0]], tmp_path / "merged").inputs][0] == parts[0]
+
+
+def test_sets_of_the_same_name_in_two_folders(tmp_path, corpus):
+    a, b = shards(corpus[:1], tmp_path / "a/x", 2), shards(corpus[2:3], tmp_path / "b/x", 2)
+    run = merge([a[0], b[1], a[1], b[0]], tmp_path / "merged")
+    assert [one.prefix for one in run.inputs] == [*a, *b]
+
+
+def test_a_file_that_changed_between_shards_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(30))
+    first = shards([path], tmp_path / "x", 2)[0]
+    write(path, texts(31))
+    flags = {"append_eod": True, "prepend_bos": True, "overwrite": True}
+    second = preprocess([path], tmp_path / "x", shard=(1, 2), **flags).prefixes[0]
+    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
+        merge([first, second], tmp_path / "merged")
+
+
+# --- inputs ----------------------------------------------------------------------------------------
+
+
+def test_names_and_globs(tmp_path):
+    for name in ("b.1", "a", "c"):
+        data_set(tmp_path / name, [1, 2])
+    a, b, c = (tmp_path / name for name in ("a", "b.1", "c"))
+    assert find_prefixes([f"{tmp_path}/*"]) == [a, b, c]
+    assert find_prefixes([f"{c}.idx", f"{tmp_path}/[ab]*.idx"]) == [c, a, b]
+    # What a shell makes of a pattern that is not quoted.
+    manifest_path(a).write_text("{}")
+    assert find_prefixes(sorted(str(path) for path in tmp_path.iterdir())) == [a, b, c]
+    for twice in ([str(a), str(a)], [f"{a}.bin", str(a)], [f"{tmp_path}/*", f"{c}.bin"], [f"{a}.idx", f"{a}.idx"]):
+        with pytest.raises(ValueError, match="listed twice"):
+            find_prefixes(twice)
+    os.symlink(bin_path(a), tmp_path / "link.bin")
+    os.symlink(idx_path(a), tmp_path / "link.idx")
+    with pytest.raises(ValueError, match="listed twice"):
+        find_prefixes([str(a), str(tmp_path / "link")])
+    with pytest.raises(ValueError, match="matches no"):
+        find_prefixes([f"{tmp_path}/x*"])
+
+
+def test_what_is_refused(tmp_path):
+    a, b = data_set(tmp_path / "a", [3, 4]), data_set(tmp_path / "b", [3, 4], dtype=np.int32)
+    several = data_set(tmp_path / "s", [3, 4], [0, 2])
+    empty = data_set(tmp_path / "e", [])
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"a has ids of uint16, .*b of int32"):
+        merge([a, b], out)
+    with pytest.raises(ValueError, match="several sequences"):
+        merge([a, several], out, dedup=True)
+    with pytest.raises(ValueError, match="is one of the inputs"):
+        merge([a, several], a, overwrite=True)
+    with pytest.raises(ValueError, match="leave .bin out"):
+        merge([a], tmp_path / "out.bin")
+    with pytest.raises(ValueError, match="no document"):
+        merge([empty], out)
+    with pytest.raises(ValueError, match=r"there is no .*none\.idx"):
+        merge([a, tmp_path / "none"], out)
+    with bin_path(a).open("ab") as stream:
+        stream.write(b"xx")
+    with pytest.raises(ValueError, match=r"a\.bin has 16 bytes, but its index says 14"):
+        merge([several, a], out)
+    bin_path(a).unlink()
+    with pytest.raises(ValueError, match=r"there is no .*a\.bin"):
+        merge([a], out)
+    idx_path(several).write_bytes(idx_path(several).read_bytes()[:-8] + (5).to_bytes(8, "little"))
+    with pytest.raises(ValueError, match="the last document ends at sequence 5 of 2"):
+        merge([several], out)
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("out*"))
+
+
+def test_an_output_is_kept_unless_it_may_be_replaced(tmp_path):
+    a, b = data_set(tmp_path / "a", [3, 4]), data_set(tmp_path / "b", [5], seed=1)
+    merge([a], tmp_path / "out")
+    before = pair(tmp_path / "out")
+    with pytest.raises(ValueError, match="--overwrite"):
+        merge([a, b], tmp_path / "out")
+    assert pair(tmp_path / "out") == before
+    merge([a, b], tmp_path / "out", overwrite=True)
+    assert read_index(tmp_path / "out").lengths.tolist() == [3, 4, 5]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_tokenizers_and_marks_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(40))
+    plain = preprocess([path], tmp_path / "plain").prefixes[0]
+    marked = preprocess([path], tmp_path / "marked", append_eod=True).prefixes[0]
+    from megatron_hybrid.data.tokenizers import TokenizerSpec
+
+    spec = TokenizerSpec("HuggingFaceTokenizer", train_bpe(texts(40), 300, tmp_path / "bpe"))
+    other = preprocess([path], tmp_path / "other", spec).prefixes[0]
+    with pytest.raises(
+        ValueError, match=r"plain_text_document and .*marked_text_document differ in EOD .*none and id 257"
+    ):
+        merge([plain, marked], tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"plain_text_document and .*other_text_document differ in tokenizer fingerprint"
+    ):
+        merge([plain, other], tmp_path / "out")
+
+
+def test_without_a_manifest_the_merge_says_so(tmp_path):
+    path = write(tmp_path / "a.jsonl", texts(40))
+    ours = preprocess([path], tmp_path / "ours").prefixes[0]
+    run = merge([ours, data_set(tmp_path / "theirs", [3, 4])], tmp_path / "out")
+    assert any("without a manifest" in note and "theirs" in note for note in run.notes)
+    said = read_manifest(tmp_path / "out")
+    assert said["tokenizer"] is None and said["encoded"] is None and said["skipped"] is None
+    assert [entry["manifest"] for entry in said["merged"]] == [True, False]
+    assert [entry["path"] for entry in said["inputs"]] == [str(path)]
+    assert said["documents"] == 42 and all(not check.fault for check in verify(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_an_input_that_is_not_its_manifests_is_refused(tmp_path, dedup):
+    one = preprocess([write(tmp_path / "a.jsonl", texts(40))], tmp_path / "one").prefixes[0]
+    content = bytearray(bin_path(one).read_bytes())
+    content[-1] ^= 1
+    bin_path(one).write_bytes(content)
+    with pytest.raises(ValueError, match="not what its manifest says"):
+        merge([one], tmp_path / "out", dedup=dedup)
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+    said = json.loads(manifest_path(one).read_text())
+    manifest_path(one).write_text(json.dumps(said | {"documents": 39}))
+    with pytest.raises(ValueError, match="says 39 documents"):
+        merge([one], tmp_path / "out", dedup=dedup)
+
+
+def test_merging_twice_keeps_the_sums(tmp_path, corpus):
+    flags = {"text_split": "line", "dedup": True}
+    parts = [preprocess([path], tmp_path / path.name[0], **flags).prefixes[0] for path in corpus[:3]]
+    merge(parts[:2], tmp_path / "ab", dedup=True)
+    merge([tmp_path / "ab", parts[2]], tmp_path / "abc", dedup=True)
+    preprocess(corpus[:3], tmp_path / "whole", **flags)
+    assert pair(tmp_path / "abc") == pair(tmp_path / "whole_text_document")
+    said, wanted = read_manifest(tmp_path / "abc"), read_manifest(tmp_path / "whole_text_document")
+    assert said["duplicates"] == wanted["duplicates"] and said["encoded"] == wanted["encoded"]
+
+
+# --- the tool --------------------------------------------------------------------------------------
+
+
+def tool(*words, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_tool_merges_many_with_few_open_files(tmp_path):
+    """More inputs than a process may have files open."""
+    for number in range(90):
+        data_set(tmp_path / f"d{number:02}", [number + 1], seed=number)
+    done = tool(
+        *("--input", tmp_path / "d*", "--output-prefix", tmp_path / "out"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "90 data sets, 90 documents, 4,095 tokens" in done.stdout
+    again = tool("--input", tmp_path / "d*", "--output-prefix", tmp_path / "out")
+    assert again.returncode == 2 and "--overwrite" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("dedup", [(), ("--dedup", "exact")])
+def test_a_full_disk_leaves_nothing(tmp_path, dedup):
+    """A limit on the size of files stands for the disk."""
+    inputs = [data_set(tmp_path / name, [20_000] * 5, seed=seed) for name, seed in (("a", 0), ("b", 1))]
+    done = tool(
+        *("--input", *inputs, "--output-prefix", tmp_path / "out", *dedup),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert done.returncode == 2 and "make room" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+
+root, dedup, out, wanted, *inputs = sys.argv[1:]
+sys.path.insert(0, root)
+from megatron_hybrid.data.indexed import IndexedWriter
+from megatron_hybrid.data.merge import Merge, MergeJob
+
+count = stop = 0
+
+
+def counted(original):
+    def call(*args, **flags):
+        global count
+        count += 1
+        if count == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **flags)
+
+    return call
+
+
+for kind, names in ((Path, ("replace", "unlink", "mkdir")), (IndexedWriter, ("add", "finish"))):
+    for name in names:
+        setattr(kind, name, counted(getattr(kind, name)))
+files = [Path(out + ending) for ending in (".bin", ".idx", ".json")]
+
+
+def merge(at):
+    global stop
+    child = os.fork()
+    if not child:
+        stop = at
+        Merge(MergeJob(tuple(inputs), Path(out), dedup == "True")).run()
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    there = [file.suffix for file in files if file.exists()]
+    if ".idx" in there:  # without it nothing reads the data set
+        for ending in (".bin", ".idx"):
+            assert Path(out + ending).read_bytes() == Path(wanted + ending).read_bytes()
+    return ended, *there
+
+
+for at in range(1, 40):
+    first = merge(at)
+    print(*first)
+    assert first[0] == 0 or merge(0) == (0, ".bin", ".idx", ".json")
+    for file in files:
+        os.unlink(file)
+    if first[0] == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_a_killed_merge_leaves_nothing_half(tmp_path, dedup):
+    """Killed before each step of writing and of giving the files their names, then merged anew."""
+    inputs = [data_set(tmp_path / name, [200] * 7, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
+    merge(inputs, tmp_path / "wanted", dedup=dedup)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_AT, ROOT, dedup, out, tmp_path / "wanted", *inputs]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    *killed, last = done.stdout.splitlines()
+    assert last == "0 .bin .idx .json" and len(killed) > 8
+    assert set(killed) == {"-9", "-9 .bin", "-9 .bin .idx"}
+    assert not list(tmp_path.glob(".*"))
