@@ -11,10 +11,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.data import cli
+
+if TYPE_CHECKING:
+    from megatron_hybrid.data.encode import Encoded
+
+BEGAN = time.perf_counter()
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,7 +97,6 @@ def main() -> None:
         print(f"passed over, not a known kind of file: {path}")
     if len(run.passed_over) > 3:
         print(f"and {len(run.passed_over) - 3:,} more files")
-    began = time.perf_counter()
     line = run.start()
     if line:
         print(line, flush=True)
@@ -104,7 +109,6 @@ def main() -> None:
         if run.resumable:
             print(f"{run.documents:,} documents are kept; the same command with --resume continues", file=sys.stderr)
         raise
-    seconds = time.perf_counter() - began
     for prefix, manifest in zip(run.prefixes, manifests, strict=True):
         print(summary(prefix, manifest))
     if run.skipped:
@@ -112,7 +116,7 @@ def main() -> None:
     if run.corrected:
         print(f"gigatoken's ids of {run.corrected:,} texts were wrong, and were replaced; please report them to it")
     if not run.complete:
-        print(f"{seconds:.1f} s, {progress.bytes / seconds / 1e6:.1f} MB/s")
+        print(progress.report())
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -138,8 +142,9 @@ class Progress:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
-        self.bytes = self.tokens = 0
+        self.bytes = self.tokens = self.first_bytes = 0
         self.began = time.perf_counter()
+        self.first = self.last = 0.0
         self.bar = tqdm(
             total=total or None,
             unit="B",
@@ -149,12 +154,24 @@ class Progress:
             delay=0 if terminal else 60,
         )
 
-    def show(self, encoded) -> None:
+    def show(self, encoded: "Encoded") -> None:
+        """Count one batch."""
         self.bytes += encoded.batch.read_bytes
+        self.last = time.perf_counter()
+        if not self.first:
+            self.first, self.first_bytes = self.last, self.bytes
         self.tokens += sum(documents.ids.size for documents in encoded.documents)
         rate = self.tokens / (time.perf_counter() - self.began)
         self.bar.set_postfix_str(f"{rate / 1e6:.2f} M tokens/s", refresh=False)
         self.bar.update(encoded.batch.read_bytes)
+
+    def report(self) -> str:
+        """Time and speed: of everything, and from the first batch to the last."""
+        seconds, steady = time.perf_counter() - BEGAN, self.last - self.first
+        text = f"{seconds:.1f} s, {self.bytes / seconds / 1e6:.1f} MB/s in all"
+        if steady > 0.1:
+            text += f", {(self.bytes - self.first_bytes) / steady / 1e6:.1f} MB/s once at work"
+        return f"{text}; first documents after {self.first - BEGAN:.2f} s" if self.first else text
 
     def __enter__(self) -> "Progress":
         return self

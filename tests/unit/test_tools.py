@@ -48,9 +48,9 @@ def test_from_sources_to_data_set(corpus, tmp_path):
     model = tmp_path / "tok.model"
     done = tool("train_tokenizer", "--input", corpus, "--vocab-size", 400, "--output", model)
     assert done.returncode == 0 and "400 ids" in done.stdout, done.stderr
-    arguments = ["--input", corpus, corpus, "--tokenizer-model", model, "--output-prefix", tmp_path / "v1.0"]
+    arguments = ["--input", corpus, "--tokenizer-model", model, "--output-prefix", tmp_path / "v1.0"]
     done = tool("preprocess_data", *arguments, "--append-eod", "--workers", 1)
-    assert done.returncode == 0 and f"{2 * count} documents" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"{count} documents" in done.stdout, done.stderr
     assert (tmp_path / "v1.0_text_document.bin").exists() and (tmp_path / "v1.0_text_document.idx").exists()
 
 
@@ -59,15 +59,20 @@ def test_from_sources_to_data_set(corpus, tmp_path):
     [
         ("build_stdlib_corpus", "--source {tmp}/none --output {tmp}", "holds no Python sources"),
         ("train_tokenizer", "--input {tmp}/none --vocab-size 300 --output {tmp}/m", "none does not exist"),
-        ("train_tokenizer", "--input {tmp} --vocab-size 300 --output {tmp}/m", "is a directory"),
-        ("train_tokenizer", "--input {tmp}/a --vocab-size 9999 --output {tmp}/m", "vocabulary of 9999"),
-        ("preprocess_data", "--input {tmp}/a --tokenizer-model {tmp}/m --output-prefix {tmp}/o", "m does not exist"),
+        ("train_tokenizer", "--input {tmp} --vocab-size 300 --output {tmp}/m.model", "vocabulary of 300"),
+        ("train_tokenizer", "--input {tmp}/*.jsonl --vocab-size 9999 --output {tmp}/m", "vocabulary of 9999"),
+        (
+            "preprocess_data",
+            "--input {tmp} --tokenizer-model {tmp}/m.model --output-prefix {tmp}/o",
+            "m.model does not exist",
+        ),
+        ("preprocess_data", "--input {tmp} --output-prefix {tmp}/o", "no tokenizer: give --tokenizer-model"),
         ("summarize_run", "{tmp}", "metrics.jsonl does not exist"),
         ("compare_runs", "{tmp}", "metrics.jsonl has no training record"),
     ],
 )
 def test_user_errors_are_one_paragraph(tmp_path, name, arguments, message):
-    (tmp_path / "a").write_text('{"text": "little text"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "little text"}\n')
     done = tool(name, *arguments.format(tmp=tmp_path).split())
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr
