@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         arguments.check_checkpoint(args)
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
-        counted = report.figures(args)
+        counted, drawn = report.figures(args), report.data_draws(args)
         from megatron_hybrid.model.build import model_config
 
         with arguments.upstream_errors_as_value_errors():
@@ -49,12 +49,12 @@ def main(argv: list[str]) -> None:
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack)
+    notes = upstream.prepare(device, HybridLayerStack) + args.notes
     if args.rank == 0:
         if command.print_config:
-            print(report.describe(args, command, counted))
+            print(report.describe(args, command, counted, drawn))
         else:
-            print(report.announce(args, command, notes), flush=True)
+            print(report.announce(args, command, notes, drawn), flush=True)
     if not command.print_config:
         train(args, config, counted)
 

@@ -22,6 +22,10 @@ class HybridConfig:
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layer implementations. auto takes Transformer Engine on CUDA when it is installed, else torch."""
 
+    data_blend: str | None = None
+    """YAML file of the training data: sources with a name, a path, a weight and the most epochs; in place of
+    --data-path."""
+
     num_blocks: int | None = None
     """Number of blocks (a mixer and its FFN) from which the layer pattern is made."""
 

@@ -6,9 +6,22 @@ answer at once.
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_hybrid import pattern, recipes
 from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.data import blend
+
+DATA_FLAGS = (
+    "--data-path",
+    "--data-args-path",
+    "--train-data-path",
+    "--valid-data-path",
+    "--test-data-path",
+    "--per-split-data-args-path",
+    "--mock-data",
+)
+"""Upstream's ways to name the data, one of which --data-blend stands for."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +41,14 @@ class Command:
 
 
 def resolve(argv: list[str]) -> Command:
-    """Resolves the recipe and the layer pattern of a command line.
+    """Resolves the recipe, the layer pattern and the blend of a command line.
 
     Args:
         argv: Arguments after the program's name.
 
     Raises:
-        ValueError: Unknown recipe, bad pattern, no pattern at all, a pattern that the pipeline cannot split, or a
-            flag with a value that it cannot have; the text says what to change.
+        ValueError: Unknown recipe, bad pattern, no pattern at all, a pattern that the pipeline cannot split, a file
+            that is no blend, or a flag with a value that it cannot have; the text says what to change.
     """
     first = _known(argv)
     rest = _without_ours(argv)
@@ -50,6 +63,8 @@ def resolve(argv: list[str]) -> Command:
     rest = _without(rest, "--hybrid-layer-pattern")
     if recipe:
         rest = ["--recipe", recipe.name, *rest]
+    if known.data_blend is not None:
+        rest += ["--data-path", *_blend(known, rest)]
     return Command(
         argv=[*rest, f"--hybrid-layer-pattern={text}"],
         pattern=resolved,
@@ -57,6 +72,13 @@ def resolve(argv: list[str]) -> Command:
         device=known.device,
         print_config=first.print_config,
     )
+
+
+def _blend(known: argparse.Namespace, argv: list[str]) -> list[str]:
+    other = next((flag for flag in DATA_FLAGS for arg in argv if arg.split("=", 1)[0] == flag), None)
+    if other:
+        raise ValueError(f"Both --data-blend and {other} are given, and each names the data: drop one.")
+    return blend.data_path(Path(known.data_blend), known.split)
 
 
 def _known(argv: list[str]) -> argparse.Namespace:
@@ -75,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
     parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--data-blend", default=defaults.data_blend)
+    parser.add_argument("--split", default=blend.DEFAULT_SPLIT)
     parser.add_argument("--num-blocks", type=int)
     parser.add_argument("--block-ratio")
     parser.add_argument("--block-placement", default=defaults.block_placement)

@@ -2,9 +2,12 @@
 
 import itertools
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_hybrid import costs, intra_design, pattern, recipes
+from megatron_hybrid.data import blend
 from megatron_hybrid.flags import Command
 
 
@@ -42,20 +45,56 @@ def figures(args: Namespace) -> dict[str, Any]:
     }
 
 
-def announce(args: Namespace, command: Command, notes: list[str]) -> str:
-    """The lines that a run starts with."""
+def data_draws(args: Namespace) -> list[blend.Draw]:
+    """What the run takes from each source of its training data.
+
+    Empty where no table can be made: other data than those of --data-blend or --data-path, several of the latter
+    without weights, or an index that another tool wrote.
+
+    Raises:
+        ValueError: The file of --data-blend allows fewer epochs of a source; data without a train part.
+    """
+    if args.mock_data or args.skip_train or not args.data_path:
+        return []
+    length = run_length(args)
+    if args.data_blend:
+        drawn = blend.draws(blend.read_blend(Path(args.data_blend)), args.split, length)
+        blend.check_epochs(args.data_blend, drawn, length)
+        return drawn
+    try:
+        return blend.draws(blend.sources_of(args.data_path), args.split, length) if args.rank == 0 else []
+    except ValueError:
+        return []  # these data are upstream's to judge
+
+
+def run_length(args: Namespace) -> blend.Length | None:
+    """How many tokens a run trains on; None where the flags do not say."""
+    if args.train_samples:
+        return blend.Length("--train-samples", args.train_samples, args.seq_length)
+    if args.train_iters and not args.step_batch_size_schedule:
+        return blend.Length("--train-iters", args.train_iters, args.global_batch_size * args.seq_length)
+    return None
+
+
+def announce(args: Namespace, command: Command, notes: list[str], drawn: Sequence[blend.Draw] = ()) -> str:
+    """The lines that a run starts with; ``drawn`` by :func:`data_draws`."""
     lines = [f"recipe   {_recipe(command.recipe)}"] if command.recipe else []
     lines += [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
     if args.device == "cpu":
         asked = "asked for" if command.device == "cpu" else "no CUDA device"
         lines.append(f"device   CPU engine ({asked}): Megatron's own training loop over gloo, no GPU")
+    if drawn:
+        lines += [f"{'' if i else 'data':9}{row}" for i, row in enumerate(blend.table(drawn))]
     lines += [f"note     {note}" for note in notes]
     lines += [f"warning  {warning}" for warning in command.pattern.warnings()]
     return "\n".join(lines)
 
 
-def describe(args: Namespace, command: Command, found: dict[str, Any]) -> str:
-    """The resolved configuration: sizes (``found`` by :func:`figures`), layout, and the flags that reach Megatron."""
+def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Sequence[blend.Draw] = ()) -> str:
+    """The resolved configuration: sizes, layout, data, and the flags that reach Megatron.
+
+    found: by :func:`figures`; drawn: by :func:`data_draws`.
+    """
     embedding, flops = found["parameters_embedding"], found["training_flops_per_token"]
     known = embedding is not None
     unknown = "without embeddings: the vocabulary is known with a tokenizer or --vocab-size"
@@ -77,6 +116,8 @@ def describe(args: Namespace, command: Command, found: dict[str, Any]) -> str:
     }
     width = max(map(len, rows))
     table = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+    if drawn:
+        table += "\n\ndata\n  " + "\n  ".join(blend.table(drawn))
     return f"{table}\n\nflags\n  " + "\n  ".join(_pairs(command.argv))
 
 

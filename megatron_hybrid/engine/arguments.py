@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_hybrid.config import HybridConfig, IntraConfig
+from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.intra_design import IntraDesign, design
 
@@ -27,6 +29,7 @@ _TORCH_BACKEND_FLAGS = [
     "--no-persist-layer-norm",
     "--no-rope-fusion",
 ]
+DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 USAGE = """pretrain_hybrid.py --list-recipes
        pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
        pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
@@ -127,6 +130,9 @@ def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace
         device: ``cpu`` or ``cuda``, as :func:`choose_device` says.
         print_config: The run ends before it reads data, so none need be given.
 
+    Returns:
+        With ``backend`` and ``device`` as chosen, and ``notes`` for the user.
+
     Raises:
         ValueError: Flags that cannot work, with the reason and the remedy.
     """
@@ -143,16 +149,18 @@ def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace
     if print_config and "TORCHELASTIC_RUN_ID" not in os.environ:
         args.world_size = max(1, smallest_world(args))
     check(args)
+    notes = []
     if not print_config:
         check_data(args)
         check_tokenizer(args)
+        notes = check_provenance(args)
     with upstream_errors_as_value_errors():
         if print_config:
             with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
                 arguments.validate_args(args)
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
-    args.backend, args.device = backend, device
+    args.backend, args.device, args.notes = backend, device, notes
     return args
 
 
@@ -181,13 +189,12 @@ def set_single_process_defaults() -> None:
 
 
 def check_data(args: Namespace) -> None:
-    """Refuses a run without data, or whose data files are not there, before any process group starts.
+    """Refuses a run without data, or whose data files are not there or too small, before any process group starts.
 
     Raises:
-        ValueError: With the missing file and how to make it.
+        ValueError: With the file and how to make it.
     """
-    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-    listed = [(flag, path) for flag in flags for path in getattr(args, flag) or ()]
+    listed = [(flag, path) for flag in DATA_FLAGS for path in getattr(args, flag) or ()]
     in_files = [args.data_args_path, args.per_split_data_args_path]
     if args.mock_data or args.skip_train:
         return
@@ -196,8 +203,8 @@ def check_data(args: Namespace) -> None:
             raise ValueError(f"There is no file {name}, which is given as the list of data.")
     if not listed and not any(in_files):
         raise ValueError(
-            "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data "
-            "for random tokens."
+            "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), --data-blend FILE, "
+            "or --mock-data for random tokens."
         )
     for flag, path in listed:
         missing = [path + end for end in (".idx", ".bin") if not Path(path + end).is_file()]
@@ -206,6 +213,9 @@ def check_data(args: Namespace) -> None:
                 f"--{flag.replace('_', '-')} {path}: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
+    for path in args.data_path or ():
+        if not _is_number(path):
+            check_parts(path, args.split or DEFAULT_SPLIT)
 
 
 def check_tokenizer(args: Namespace) -> None:
@@ -224,6 +234,48 @@ def check_tokenizer(args: Namespace) -> None:
         raise ValueError(f"--tokenizer-type {kind} has no vocabulary of its own: give --vocab-size.")
     if kind.endswith("SentencePieceTokenizer") and not (model and Path(model).is_file()):
         raise ValueError(f"--tokenizer-type {kind}: there is no file --tokenizer-model {model}.")
+
+
+def check_provenance(args: Namespace) -> list[str]:
+    """Refuses data that another tokenizer wrote than the run's, going by their manifests; reads no data.
+
+    Returns:
+        Notes on what could not be compared, to be shown to the user.
+
+    Raises:
+        ValueError: With the data set and both tokenizers.
+    """
+    from megatron_hybrid.data import provenance
+    from megatron_hybrid.data.tokenizers import TokenizerSpec
+
+    if args.mock_data or args.skip_train:
+        return []
+    spec = TokenizerSpec(
+        args.tokenizer_type,
+        Path(args.tokenizer_model) if args.tokenizer_model else None,
+        pattern=args.tiktoken_pattern or TokenizerSpec.pattern,
+        num_special_tokens=args.tiktoken_num_special_tokens,
+        vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
+    )
+    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
+    return provenance.check(_data_prefixes(args), run)
+
+
+def _data_prefixes(args: Namespace) -> list[str]:
+    """Prefixes of all data sets that the flags name, or the files that they name do."""
+    words = [word for flag in DATA_FLAGS for word in getattr(args, flag) or ()]
+    if args.data_args_path:
+        words += Path(args.data_args_path).read_text().split()
+    if args.per_split_data_args_path:
+        try:
+            parts = json.loads(Path(args.per_split_data_args_path).read_text())
+            words += [w for part in parts.values() for w in (part.split() if isinstance(part, str) else part or ())]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"--per-split-data-args-path {args.per_split_data_args_path} is not a JSON object with train, valid "
+                f"and test ({error})."
+            ) from None
+    return [word for word in words if not _is_number(word)]
 
 
 def stored_checkpoint(load: str | None, step: int | None = None) -> tuple[str, Namespace | None] | None:

@@ -18,6 +18,7 @@ import pytest
 from tests.distributed import engine_cases as cases
 from tests.distributed.training import folder, initial_checkpoint
 from tests.distributed.upstream_contracts import CONTRACTS, UPSTREAM, VERSION, Contract, node
+from tests.unit.corpora import preprocess, write
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "megatron_hybrid" / "engine"
@@ -38,6 +39,7 @@ NO_REACH = {
     "check_data": "of flags, which parse() would miss",
     "check_end_of_document": "of flags, by Megatron's public build_tokenizer",
     "check_tokenizer": "of flags, which parse() would miss",
+    "check_provenance": "of flags and of files that we write",
     "check_checkpoint": "calls stored_checkpoint",
     "stored_arguments": "of a checkpoint, by a public function of Megatron",
     "open_checkpoint": "calls stored_checkpoint",
@@ -337,6 +339,68 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(ranks, line, words):
     assert _is_one_paragraph(code, out, errors), errors
     for word in words:
         assert word in errors
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tmp_path_factory):
+    """A folder with a data set of bytes, two blends that name it, and a SentencePiece model."""
+    import sentencepiece
+
+    where = tmp_path_factory.mktemp("bytes")
+    texts = [f"document {n} of a small corpus" for n in range(100)]
+    prefix = preprocess([write(where / "corpus.jsonl", texts)], where / "corpus", append_eod=True).prefixes[0]
+    for name, epochs in (("half", 0.5), ("often", 1000)):
+        entry = {"name": "small", "path": prefix.name, "epochs": epochs}
+        (where / f"{name}.yaml").write_text(json.dumps({"sources": [entry]}))  # JSON is YAML
+    with (where / "sp.model").open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=stream,
+            vocab_size=40,
+            hard_vocab_limit=False,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    return where
+
+
+NULL = "--vocab-size 258"
+PIECES = "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/sp.model"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--data-path {0}/corpus_text_document " + PIECES, ["another tokenizer", "ByteTokenizer", "sp.model ("]),
+        ("--train-data-path {0}/corpus_text_document", ["--vocab-size 64 is too small", "Give --vocab-size 258"]),
+        (f"--data-blend {{0}}/often.yaml --reset-attention-mask {PIECES}", ["another tokenizer", "corpus_text_doc"]),
+        (f"--data-blend {{0}}/half.yaml {NULL}", ["small: 2,560 of them (100%) out of", "0.5 are allowed", "or fewer"]),
+        ("--data-blend {0}/often.yaml --vocab-size 300 --reset-attention-mask", ["token 299", "token 257"]),
+        (
+            "--data-path {0}/corpus_text_document --split 98,1.9,0.1",
+            ["100 sequences", "none for test", "--split 90,10,0"],
+        ),
+        ("--data-blend {0}/none.yaml", ["none.yaml: there is no such file"]),
+    ],
+)
+def test_data_that_do_not_fit_the_run(ranks, of_bytes, line, words):
+    flags = f"--hybrid-layer-pattern M- --split 97,2,1 {line}".format(of_bytes)
+    code, out, errors = ranks(1).run(cases.program, line=flags, mock=False)[0]
+    if "half" in line:  # how long the run is follows from Megatron's checks, which begin with a list of all flags
+        out = ""
+    assert _is_one_paragraph(code, out, errors), errors
+    for word in words:
+        assert word in errors
+
+
+def test_print_config_shows_the_blend(ranks, of_bytes):
+    line = f"--hybrid-layer-pattern M- --data-blend {of_bytes}/often.yaml {NULL} --split 97,2,1 --print-config"
+    code, out, errors = ranks(1).run(cases.program, line=line, mock=False)[0]
+    assert (code, errors) == (0, "")
+    data = next(part.splitlines() for part in out.split("\n\n") if part.startswith("data\n"))
+    available = sum(len(f"document {n} of a small corpus") + 1 for n in range(97))
+    assert data[2].split() == ["small", "1.0000", f"{available:,}", "2,560", f"{2560 / available:.2f}", "1000"]
+    assert f"  --data-path {of_bytes}/corpus_text_document\n" in out
 
 
 @pytest.mark.parametrize(

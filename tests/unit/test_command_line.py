@@ -162,10 +162,11 @@ def test_metrics_hold_each_validation(first_run):
 
 def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
     """Through pretrain() itself: the order of the data, the schedule, the random state, and the metrics file."""
-    with IndexedWriter(tmp_path / "corpus_text_document", dtype_for(100)) as writer:
+    with IndexedWriter(tmp_path, "corpus_text_document", dtype_for(100)) as writer:
         generator = numpy.random.default_rng(0)
         for length in generator.integers(20, 200, 100):
             writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
+        writer.finish()
     flags = f"""--recipe demo --expert-model-parallel-size 1 --data-path {tmp_path}/corpus_text_document
     --tokenizer-type NullTokenizer --vocab-size 100 --train-iters 6 --lr-wsd-decay-iters 2 --seq-length 64
     --micro-batch-size 2 --global-batch-size 4 --eval-interval 100 --eval-iters 1 --save-interval 3 --device cpu
@@ -181,3 +182,30 @@ def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     assert [iteration for iteration, *_ in steps(straight)] == [1, 2, 3, 4, 5, 6]
     assert steps(stopped) == steps(straight)
+
+
+def test_a_blend_trains_on_its_sources_and_says_how_much_of_each(tmp_path):
+    for name, length in (("web", 3000), ("code", 1000)):
+        with IndexedWriter(tmp_path, name, dtype_for(100)) as writer:
+            lengths = numpy.full(100, length // 100)
+            writer.add(numpy.arange(length, dtype=numpy.uint16) % 99, lengths)
+            writer.finish()
+    (tmp_path / "blend.yaml").write_text(
+        "sources: [{name: web, path: web, weight: 3}, {name: code, path: code, weight: 1, epochs: 2}]"
+    )
+    flags = f"""--recipe demo --expert-model-parallel-size 1 --data-blend {tmp_path}/blend.yaml --split 80,10,10
+    --tokenizer-type NullTokenizer --vocab-size 100 --train-iters 2 --lr-decay-iters 100 --seq-length 64
+    --micro-batch-size 2 --global-batch-size 4 --eval-interval 100 --eval-iters 1 --device cpu
+    --data-cache-path {tmp_path}/cache"""
+    done = run(PROGRAM, *flags.split(), "--save", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("data     source"))
+    assert [line.split() for line in lines[at : at + 4]] == [
+        ["data", "source", "weight", "available", "drawn", "epochs", "allowed"],
+        ["web", "0.7500", "2,400", "384", "0.16", "any"],
+        ["code", "0.2500", "800", "128", "0.16", "2"],
+        ["all", "1.0000", "3,200", "512"],
+    ]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["tokens"] for r in records if "loss" in r] == [256, 512]
