@@ -160,7 +160,7 @@ class _Scan:
 
     def __init__(self, bos: int | None, eod: int | None) -> None:
         self.bos, self.eod = bos, eod
-        self.least, self.greatest = 0, -1
+        self.least, self.greatest = 1 << 31, -1
         self.hash = xxhash.xxh3_128()
         self.done = 0
         self.without_bos: list[int] = []

@@ -273,6 +273,8 @@ def test_a_manifest_that_lies_is_found(tmp_path):
     ):
         path.write_text(json.dumps(said | {name: value}))
         assert set(faults(prefix)) == {"manifest: documents, tokens, sizes, lengths"}, name
+    path.write_text(json.dumps(said | {"tokenizer": said["tokenizer"] | {"vocab_size": 257}}))
+    assert faults(prefix) == {"data: ids are in the vocabulary": "ids from 32 to 257, but the vocabulary has 257"}
     path.write_text("{")
     assert "not valid JSON" in faults(prefix)["manifest"]
 

@@ -204,6 +204,17 @@ def test_a_file_that_changed_between_shards_is_refused(tmp_path):
         merge([first, second], tmp_path / "merged")
 
 
+def test_shards_of_different_inputs_are_refused(tmp_path):
+    """The second shard's corpus has another file before it, so that it cuts the common one elsewhere."""
+    common, other = write(tmp_path / "a.jsonl", texts(60)), write(tmp_path / "b.jsonl", texts(30))
+    parts = [
+        preprocess(inputs, tmp_path / "x", shard=(i, 2)).prefixes[0]
+        for i, inputs in enumerate([[common], [other, common]])
+    ]
+    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
+        merge(parts, tmp_path / "merged")
+
+
 # --- inputs ----------------------------------------------------------------------------------------
 
 
