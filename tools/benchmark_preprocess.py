@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def main() -> None:
     if args.contestant:
         {"megatron": megatron_way, "tokenizer": bare_tokenizer}[args.contestant](args)
         return
+    print(f"$ python {shlex.join(sys.argv)}\n{', '.join(f'{k} {v}' for k, v in versions().items())}")
     found = measure_memory(args) if args.memory else measure_speed(args)
     if args.json:
         args.json.write_text(json.dumps({"command": shlex.join(sys.argv), **versions(), **found}, indent=1) + "\n")
@@ -70,7 +72,6 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
         "this tool": ours,
         "bare tokenizer": [*script, "--contestant", "tokenizer"],
     }
-    print(f"{shlex.join(sys.argv)}\n{', '.join(f'{k} {v}' for k, v in versions().items())}")
     print(
         f"{size / 1e6:.1f} MB of JSON lines, {VOCAB_SIZE:,} ids, {args.library}, {args.workers} workers\n", flush=True
     )
@@ -107,13 +108,14 @@ def table(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]
             f"{m['steady MB/s'] / base['steady MB/s']:14.2f}"
         )
     tool, bare = medians["this tool"], medians["bare tokenizer"]
-    print(f"\nthis tool, once at work, is at {tool['steady MB/s'] / bare['steady MB/s']:.0%} of the bare tokenizer; ")
+    share = tool["steady MB/s"] / bare["steady MB/s"]
+    print(f"\nthis tool, once at work, is at {share:.0%} of the bare tokenizer;")
     print(f"its first documents were there after {tool['first s']:.2f} s")
     return medians
 
 
 def measure(command: list[str], size: int) -> dict[str, float]:
-    """Run a command; wall and CPU time, and the peak memory of it and its children (shared pages counted once)."""
+    """Run a command; wall and CPU time, and the peak memory of it and its children (files' pages counted once)."""
     before = os.times()
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -147,19 +149,19 @@ def watch_memory(process: subprocess.Popen, peak: list[int]) -> None:
 
     top = psutil.Process(process.pid)
     while process.poll() is None:
-        total = 0
         try:
-            for one in (top, *top.children(recursive=True)):
-                total += proportional_bytes(one.pid)
+            found = [pages(one.pid) for one in (top, *top.children(recursive=True))]
+            private = sum(resident - shared for resident, shared in found)
+            peak[0] = max(peak[0], (private + max(shared for _, shared in found)) * os.sysconf("SC_PAGE_SIZE"))
         except (psutil.Error, OSError):
             pass
-        peak[0] = max(peak[0], total)
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
-def proportional_bytes(pid: int) -> int:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(r"^Pss:\s+(\d+) kB", rollup, re.M)[1]) * 1024  # type: ignore[index]
+def pages(pid: int) -> tuple[int, int]:
+    """Resident pages, and those of them that belong to files; cheap to read, unlike exact shares."""
+    _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(resident), int(shared)
 
 
 # --- contestants -----------------------------------------------------------------------------------
@@ -194,10 +196,10 @@ _tokenizer: Any = None
 
 def start_worker(library: str, model: str) -> None:
     global _tokenizer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # cli.run's handler would keep a pool from ending its processes
     from megatron.core.tokenizers import MegatronTokenizer
 
-    special = {"include_special_tokens": False} if library == "huggingface" else {}
-    _tokenizer = MegatronTokenizer.from_pretrained(model, metadata_path={"library": library}, **special)
+    _tokenizer = MegatronTokenizer.from_pretrained(model, metadata_path={"library": library})
 
 
 def encode_line(line: str) -> tuple[list[int], int]:
@@ -244,7 +246,7 @@ def raw_encode(tokenizer: Any, texts: list[str]) -> int:
         return int(tokenizer._backend.encode_batch(texts, parallel=False).layout.offsets.data[-1])
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return sum(map(len, tokenizer._tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
-    return sum(map(len, tokenizer._model.encode(texts, num_threads=1)))
+    return sum(map(len, tokenizer._model.encode(texts, num_threads=1, return_type="numpy")))
 
 
 # --- memory ----------------------------------------------------------------------------------------
@@ -255,7 +257,6 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     base = make_corpus(args.directory / "corpus_100.jsonl", 100_000_000)
     model = make_tokenizer(args.directory, args.library, base)
     peaks = {}
-    print(f"{shlex.join(sys.argv)}\n{', '.join(f'{k} {v}' for k, v in versions().items())}")
     for megabytes in (100, 1000):
         corpus = args.directory / f"words_{megabytes}.jsonl"
         if not corpus.exists():
