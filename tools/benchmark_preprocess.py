@@ -285,14 +285,13 @@ _LETTERS = str.maketrans("0123456789abcdef", "ghijklmnopabcdef")
 # --- corpus and tokenizer --------------------------------------------------------------------------
 
 
-def make_corpus(path: Path, size: int) -> Path:
-    """JSON lines of the sources and texts below this Python's library, in a fixed shuffled order, without repeats."""
+def make_corpus(path: Path, size: int, roots: tuple[str, ...] = ("stdlib", "purelib")) -> Path:
+    """JSON lines of the sources and texts in this Python's folders, in a fixed shuffled order, without repeats."""
     if path.exists():
         return path
-    root = Path(sysconfig.get_paths()["stdlib"])
-    extra = Path(sysconfig.get_paths()["purelib"])
+    folders = [Path(sysconfig.get_paths().get(root, root)) for root in roots]
     endings = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh"}
-    files = sorted({p for base in (root, extra) for p in base.rglob("*") if p.suffix in endings and p.is_file()})
+    files = sorted({p for folder in folders for p in folder.rglob("*") if p.suffix in endings and p.is_file()})
     random.Random(1).shuffle(files)
     seen: set[str] = set()
 
@@ -310,7 +309,9 @@ def make_corpus(path: Path, size: int) -> Path:
                     made += len(json.dumps(part, ensure_ascii=False).encode()) + 12
                     yield part
         if made < size:
-            raise ValueError(f"the texts below {root} and {extra} are {made / 1e6:.0f} MB; take fewer --megabytes.")
+            raise ValueError(
+                f"the texts in {', '.join(map(str, folders))} are {made / 1e6:.0f} MB; take fewer --megabytes."
+            )
 
     return write_lines(path, texts())
 
