@@ -57,7 +57,9 @@ def parse_args() -> argparse.Namespace:
         help="for Hugging Face tokenizers; auto: gigatoken for byte-level BPE if it gives the same ids",
     )
     work.add_argument("--verify-tokens", action="store_true", help="compare gigatoken's ids on everything (slow)")
-    work.add_argument("--tokenizer-memory", type=int, default=1024, help="MB for gigatoken's caches (default: 1024)")
+    work.add_argument(
+        "--tokenizer-memory", type=int, default=256, help="MB for gigatoken's cache, for each thread (default: 256)"
+    )
     return parser.parse_args()
 
 
@@ -73,10 +75,11 @@ def main() -> None:
         text_split=args.text_split,
         prepend_bos=args.prepend_bos,
         append_eod=args.append_eod,
+        skip_faults=args.on_error == "skip",
         filters=Filters(args.min_chars, args.max_chars, args.min_alphanumeric),
         engine=args.tokenizer_engine,
         verify_tokens=args.verify_tokens,
-        memory_limit=args.tokenizer_memory << 20,
+        memory_limit=(args.tokenizer_memory << 20) * args.workers,
     )
     job = Job(
         inputs=tuple(args.input),
@@ -85,7 +88,6 @@ def main() -> None:
         input_format=args.input_format,
         workers=args.workers,
         shard=shard(args.shard),
-        skip_faults=args.on_error == "skip",
         dedup=args.dedup == "exact",
         resume=args.resume,
         overwrite=args.overwrite,
@@ -111,10 +113,12 @@ def main() -> None:
         raise
     for prefix, manifest in zip(run.prefixes, manifests, strict=True):
         print(summary(prefix, manifest))
-    if run.skipped:
-        print(f"{run.skipped:,} bad records were skipped; {run.report} lists them")
-    if run.corrected:
-        print(f"gigatoken's ids of {run.corrected:,} texts were wrong, and were replaced; please report them to it")
+    if run.done.skipped:
+        print(f"{run.done.skipped:,} bad records were skipped; {run.report} lists them")
+    if run.done.corrected:
+        print(
+            f"gigatoken's ids of {run.done.corrected:,} texts were wrong, and were replaced; please report them to it"
+        )
     if not run.complete:
         print(progress.report())
 

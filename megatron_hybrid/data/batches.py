@@ -4,6 +4,7 @@ JSON lines and plain text may be compressed (gzip, zstd). A batch is about a meg
 longer. Nothing is parsed here.
 """
 
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,8 @@ from megatron_hybrid.data.parquet import read_rows, row_group_at
 from megatron_hybrid.data.sources import BATCH_BYTES, STANDARD_INPUT, Batch, Position, Segment, Source
 
 BEGINNING = Position(0, 0, 0)
-_READ_BYTES = 1 << 18
-"""Bytes of a compressed file that are read at a time: few, because they can grow a thousandfold."""
+_COMPRESSED_BYTES = 1 << 12
+"""Bytes that are decompressed at a time: few, because zstd can make 30,000 times as many of them."""
 
 
 def shard(sources: list[Source], index: int, count: int, text_split: str = "file") -> list[Segment]:
@@ -57,7 +58,7 @@ def _line_at(source: Source, offset: int) -> int:
         return source.size
     with open(source.path, "rb") as stream:
         stream.seek(offset - 1)
-        while piece := stream.read(_READ_BYTES):
+        while piece := stream.read(BATCH_BYTES):
             found = piece.find(b"\n")
             if found >= 0:
                 return stream.tell() - len(piece) + found + 1
@@ -92,24 +93,27 @@ class _Raw:
 
     def __iter__(self) -> Iterator[bytes]:
         source, start, end = self.segment.source, self.segment.start, self.segment.end
+        if source.path == STANDARD_INPUT and sys.stdin is None:
+            raise ValueError("input -: standard input is closed.")
         stream: BinaryIO = sys.stdin.buffer if source.path == STANDARD_INPUT else open(source.path, "rb")  # noqa: SIM115
         with stream:
             if start:
                 stream.seek(start)
             left = end - start if end is not None else None
-            size = _READ_BYTES if source.compression else BATCH_BYTES
             while left != 0:
-                piece = stream.read(size if left is None else min(left, size))
+                piece = stream.read(BATCH_BYTES if left is None else min(left, BATCH_BYTES))
                 if not piece:
                     break
                 left = left - len(piece) if left is not None else None
                 self.count += len(piece)
                 self.hash.update(piece)
                 yield piece
+            changed = source.mtime_ns and os.fstat(stream.fileno()).st_mtime_ns != source.mtime_ns
         wanted = (source.size if end is None else end) - start
-        if source.path != STANDARD_INPUT and self.count != wanted:
+        if source.path != STANDARD_INPUT and (changed or self.count != wanted):
             raise ValueError(
-                f"{source.path} changed while it was read ({self.count:,} bytes, not {wanted:,}); start again."
+                f"{source.path} changed while it was read ({self.count:,} bytes of {wanted:,}); begin anew with "
+                "--overwrite when nobody writes to it."
             )
 
     @property
@@ -127,10 +131,9 @@ def _read_stream(segment: Segment, at: Position, text_split: str) -> Iterator[Ba
         for block in blocks:
             first, record, offset = record, record + _records(block, split), offset + len(block)
             size, counted = raw.count - counted, raw.count
-            yield Batch(segment, first, block, Position(at.segment, offset, record), size)
+            yield Batch(segment, first, block, Position(at.segment, offset, record), size, len(block))
     except Unreadable as error:
-        # The position stays: what follows was not read, and a resumed run has to find the fault again.
-        yield Batch(segment, record, b"", Position(at.segment + 1, 0, 0), raw.count - counted, str(error))
+        yield Batch(segment, record, b"", Position(at.segment + 1, 0, 0), raw.count - counted, error=str(error))
         return
     yield Batch(segment, record, b"", Position(at.segment + 1, 0, 0), raw.count - counted, checksum=raw.checksum)
 
@@ -147,7 +150,7 @@ def _decompressed(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
     new = _decompressor(compression)
     state = None
     try:
-        for piece in raw:
+        for piece in _small(raw):
             while piece:
                 if state is None or state.eof:
                     if state is not None and not (piece := piece.lstrip(b"\0")):
@@ -158,8 +161,14 @@ def _decompressed(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
                 piece = state.unused_data if state.eof else b""
     except _errors(compression) as error:
         raise Unreadable(f"damaged {compression} data ({error})") from None
-    if state is not None and not state.eof:
-        raise Unreadable(f"truncated {compression} file: it ends in the middle")
+    if state is None or not state.eof:
+        raise Unreadable(f"truncated {compression} file: it ends {'in the middle' if state else 'before it begins'}")
+
+
+def _small(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        for start in range(0, len(piece), _COMPRESSED_BYTES):
+            yield piece[start : start + _COMPRESSED_BYTES]
 
 
 def _decompressor(compression: str) -> Callable[[], Any]:

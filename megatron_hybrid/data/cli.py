@@ -17,12 +17,14 @@ def run(main: Callable[[], None]) -> None:
 
     SIGTERM ends a tool as Ctrl-C does, so that it can bring its work to disk.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files can be any bytes
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         main()
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = " The disk is full, or a limit on files is reached: make room." if full else ""
+        hint = ". The disk is full, or a limit on files is reached: make room." if full else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -36,21 +36,28 @@ def mark_first(path: Path, keep: np.ndarray, most: int = _MOST_AT_ONCE) -> int:
     if not len(keep):
         return 0
     words = np.memmap(path, dtype=np.uint64, mode="r", shape=(len(keep), 2))
-    parts = -(-len(words) // most)
-    count = 0
+    starts = range(0, len(words), most)
+    for start in starts:  # within blocks first: a text that is there a million times would else fill the memory
+        block = np.asarray(words[start : start + most])
+        keep[start + _repeated(block)] = False
+    parts = len(starts)
     for part in range(parts):
-        where = np.concatenate(
-            [
-                np.flatnonzero(words[start : start + most, 0] % np.uint64(parts) == part) + start
-                for start in range(0, len(words), most)
-            ]
-        )
-        chosen = words[where]
-        order = np.lexsort((chosen[:, 1], chosen[:, 0]))  # stable: equal ones stay in the corpus's order
-        same = (chosen[order[1:]] == chosen[order[:-1]]).all(axis=1)
-        keep[where[order[1:][same]]] = False
-        count += int(same.sum())
-    return count
+        where = np.concatenate([_chosen(words, keep, part, parts, start, most) for start in starts])
+        keep[where[_repeated(words[where])]] = False
+    return len(keep) - int(np.count_nonzero(keep))
+
+
+def _chosen(words: np.ndarray, keep: np.ndarray, part: int, parts: int, start: int, most: int) -> np.ndarray:
+    """Documents of one block that are still kept and belong to one part of the digests."""
+    block = slice(start, start + most)
+    return np.flatnonzero(keep[block] & (words[block, 0] % np.uint64(parts) == part)) + start
+
+
+def _repeated(words: np.ndarray) -> np.ndarray:
+    """Which digests, uint64 ``[n, 2]``, are those of an earlier one."""
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal ones stay in the corpus's order
+    same = (words[order[1:]] == words[order[:-1]]).all(axis=1)
+    return order[1:][same]
 
 
 def copy_kept(prefix: Path, lengths: np.ndarray, keep: np.ndarray, writer: IndexedWriter) -> None:

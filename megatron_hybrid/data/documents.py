@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -35,8 +35,10 @@ class BadRecord(ValueError):
     """Why one record is no document."""
 
 
-def parse(batch: Batch, keys: list[str], text_split: str = "file") -> tuple[list[list[str]], list[Fault]]:
-    """Return the texts of a batch, a list for each key, and its faults.
+def parse(
+    batch: Batch, keys: list[str], text_split: str = "file", stop: bool = False
+) -> tuple[list[list[str]], list[Fault]]:
+    """Return the texts of a batch, a list for each key, and its faults; with ``stop`` up to the first fault alone.
 
     A record with a fault is left out under every key; blank lines are passed over. Line numbers are
     those of the file.
@@ -51,7 +53,7 @@ def parse(batch: Batch, keys: list[str], text_split: str = "file") -> tuple[list
     elif source.format == "text":
         _parse_text(_content(batch), texts, faults, text_split, batch.first)
     else:
-        _parse_lines(_content(batch), texts, faults, keys, batch.first)
+        _parse_lines(_content(batch), texts, faults, keys, batch.first, stop)
     if not faults:
         return texts, []
     before = _records_before(batch.segment)
@@ -68,7 +70,7 @@ def read_texts(
     progress: called with the bytes that were read from disk for each batch.
     """
     for batch in read_batches(segments, [key], text_split):
-        texts, faults = parse(batch, [key], text_split)
+        texts, faults = parse(batch, [key], text_split, stop=True)
         if faults:
             raise ValueError(str(faults[0]))
         if progress is not None:
@@ -82,46 +84,61 @@ def _content(batch: Batch) -> bytes:
 
 
 def _parse_lines(
-    content: bytes, texts: list[list[str]], faults: list[tuple[int, str]], keys: list[str], first: int
+    content: bytes, texts: list[list[str]], faults: list[tuple[int, str]], keys: list[str], first: int, stop: bool
 ) -> None:
     only = keys[0] if len(keys) == 1 else None
     loads, add = orjson.loads, texts[0].append
     for number, line in enumerate(content.split(b"\n"), first + 1):
         try:
-            # The common case first: one key of a well-formed line costs nothing but this.
-            text = loads(line)[only] if only is not None else None
-            if type(text) is str and "\0" not in text:
-                add(text)
-                continue
-        except (ValueError, KeyError, TypeError, IndexError):
-            pass
-        if not line or line.isspace():
-            continue
-        try:
-            for column, value in zip(texts, [text_of(line, key) for key in keys], strict=True):
+            try:
+                record = loads(line)
+            except ValueError:
+                if not line or line.isspace():
+                    continue
+                record = _load(line)
+            if only is not None and type(record) is dict and only in record:  # the common case, and the fastest
+                text = record[only]
+                if type(text) is str and "\0" not in text:
+                    add(text if text.isascii() else check_text(text))
+                    continue
+            for column, value in zip(texts, [text_in(record, key) for key in keys], strict=True):
                 column.append(value)
         except BadRecord as error:
             faults.append((number, str(error)))
+            if stop:
+                return
 
 
 def text_of(line: bytes, key: str) -> str:
-    """Return the string under ``key`` of one JSON line.
+    """Return the string under ``key`` of one JSON line, as :func:`text_in`."""
+    return text_in(_load(line), key)
+
+
+def text_in(record: Any, key: str) -> str:
+    """Return the string under ``key`` of a JSON value.
 
     key: a name, or names with dots between them for objects inside objects; a name that has dots itself comes first.
     Raises BadRecord with the reason if there is none.
     """
-    record = _load(line)
     if not isinstance(record, dict):
         raise BadRecord(f'the line is a JSON {_json_type(record)}, not an object such as {{"{key}": "..."}}.')
     value = record
     for name in [key] if key in record else key.split("."):
         if not isinstance(value, dict) or name not in value:
-            names = ", ".join(sorted(value)) or "none" if isinstance(value, dict) else _json_type(value)
-            raise BadRecord(f'no key "{key}" (the line has: {names}). Name the one with the text with --text-key.')
+            raise BadRecord(
+                f'no key "{key}" (the line has: {_names(value)}). Name the one with the text with --text-key.'
+            )
         value = value[name]
     if not isinstance(value, str):
         raise BadRecord(f'the value of "{key}" is of JSON type {_json_type(value)}, but a document is a string.')
     return check_text(value)
+
+
+def _names(value: object, most: int = 10) -> str:
+    if not isinstance(value, dict):
+        return _json_type(value)
+    names = [name[:40] for name in sorted(value)]
+    return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
 
 
 def check_text(text: str) -> str:
@@ -136,7 +153,7 @@ def check_text(text: str) -> str:
     return text
 
 
-def _load(line: bytes) -> object:
+def _load(line: bytes) -> Any:
     try:
         return orjson.loads(line)
     except ValueError as error:

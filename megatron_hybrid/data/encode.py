@@ -31,6 +31,8 @@ class Encoding:
     prepend_bos: bool = False
     append_eod: bool = False
     filters: Filters = Filters()
+    skip_faults: bool = False
+    """Leave bad records out and list them in a report, rather than stop at the first."""
     digests: bool = False
     """Whether each document's digest is wanted, for de-duplication."""
     engine: str = "auto"
@@ -83,7 +85,7 @@ class Encoder:
 
     def encode(self, batch: Batch) -> Encoded:
         """Return the documents and faults of a batch."""
-        texts, faults = parse(batch, list(self.encoding.keys), self.encoding.text_split)
+        texts, faults = parse(batch, list(self.encoding.keys), self.encoding.text_split, not self.encoding.skip_faults)
         encoded = Encoded(batch, [], faults)
         for column in texts:
             encoded.documents.append(self._documents(column, encoded))
@@ -227,9 +229,8 @@ def in_order(batches: Iterator[Batch], encoders: list[Encoder]) -> Iterator[Enco
     with ThreadPoolExecutor(len(encoders)) as pool:
         try:
             for batch in batches:
-                size = len(batch.content) if isinstance(batch.content, bytes) else batch.read_bytes
-                pending.append((pool.submit(work, batch), size))
-                waiting += size
+                pending.append((pool.submit(work, batch), batch.size))
+                waiting += batch.size
                 while pending and (waiting > most or pending[0][0].done()):
                     future, size = pending.popleft()
                     waiting -= size

@@ -158,6 +158,8 @@ class IndexedWriter:
                 f"{ids.size} ids of {ids.dtype} for documents of {lengths.sum()} tokens in all; "
                 f"the writer takes exactly those, as {self.dtype}."
             )
+        if lengths.size and lengths.max() > np.iinfo(np.int32).max:
+            raise ValueError(f"a document of {lengths.max():,} tokens: the format counts up to 2,147,483,647.")
         self._bin.write(np.ascontiguousarray(ids).data)
         self._lengths.write(lengths.astype(np.int32).tobytes())
         self.documents += len(lengths)

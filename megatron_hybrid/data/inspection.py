@@ -207,7 +207,8 @@ def tokenizer_of(said: dict[str, Any] | None, given: TokenizerSpec | None) -> To
                 f"the tokenizer that the manifest names, {model}, is not there (relative paths are taken from here); "
                 "give --tokenizer-model FILE, or --tokens to see the ids."
             )
-        given = TokenizerSpec(entry["type"], model, vocab_size=entry["vocab_size"])
+        settings = {name: entry[name] for name in ("pattern", "num_special_tokens") if name in entry}
+        given = TokenizerSpec(entry["type"], model, vocab_size=entry["vocab_size"], **settings)
     tokenizer = load_tokenizer(given)
     if entry is not None and tokenizer.fingerprint != entry["fingerprint"]:
         raise ValueError(

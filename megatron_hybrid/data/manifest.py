@@ -35,9 +35,11 @@ def read_manifest(prefix: Path) -> dict[str, Any] | None:
 
 def tokenizer_entry(tokenizer: Tokenizer, spec: TokenizerSpec, prepend_bos: bool, append_eod: bool) -> dict[str, Any]:
     """Return how texts became ids."""
+    tiktoken = spec.kind == "TikTokenizer"
     return {
         "type": spec.kind,
         "model": str(spec.model) if spec.model else None,
+        **({"pattern": spec.pattern, "num_special_tokens": spec.num_special_tokens} if tiktoken else {}),
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
@@ -93,4 +95,4 @@ def _blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
 
 def to_json(manifest: dict[str, Any]) -> bytes:
     """Return the text of a PREFIX.json."""
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(manifest, indent=1) + "\n").encode()

@@ -7,6 +7,8 @@ from typing import Any
 from megatron_hybrid.data.indexed import checksum as file_checksum
 from megatron_hybrid.data.sources import BATCH_BYTES, Batch, Position, Segment, Source
 
+_ROWS = 64
+
 
 def open_parquet(source: Source) -> Any:
     """Return the pyarrow.parquet.ParquetFile of a source; raises ValueError if it is none."""
@@ -27,33 +29,52 @@ def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch
     """
     import pyarrow
 
-    source = segment.source
-    file = open_parquet(source)
-    for key in keys:
-        _check_column(file, key, source.path)
-    metadata = file.metadata
-    checksum = file_checksum(Path(source.path))
-    groups = range(segment.start, metadata.num_row_groups if segment.end is None else segment.end)
-    total = sum(metadata.row_group(group).num_rows for group in groups)
-    row = 0
+    end = Position(at.segment + 1, 0, 0)
     try:
-        for group in groups:
-            rows = metadata.row_group(group).num_rows
-            if row + rows <= at.record:
-                row += rows
-                continue
-            for table in _tables(file, group, keys):
-                skip = max(0, at.record - row)
-                first, row = row + min(skip, len(table)), row + len(table)
-                if skip < len(table):
-                    columns = [_column(table, key, skip) for key in keys]
-                    size = source.size * (row - first) // total
-                    yield Batch(segment, first, columns, Position(at.segment, row, row), size)
-    except (pyarrow.ArrowException, OSError) as error:
-        fault = f"damaged Parquet file ({_sentence(error)})"
-        yield Batch(segment, row, None, Position(at.segment + 1, 0, 0), 0, fault)
+        file = open_parquet(segment.source)
+    except ValueError as error:
+        yield Batch(segment, 0, None, end, 0, error=str(error).removeprefix(f"{segment.source.path} is "))
         return
-    yield Batch(segment, row, None, Position(at.segment + 1, 0, 0), 0, checksum=checksum)
+    for key in keys:
+        _check_column(file, key, segment.source.path)
+    groups = range(segment.start, file.metadata.num_row_groups if segment.end is None else segment.end)
+    total = sum(file.metadata.row_group(group).num_rows for group in groups)
+    row = at.record
+    try:
+        for columns, size in _columns(file, groups, keys, at.record):
+            first, row = row, row + len(columns[0])
+            read = segment.source.size * (row - first) // total
+            yield Batch(segment, first, columns, Position(at.segment, row, row), read, size)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Batch(segment, row, None, end, 0, error=f"damaged Parquet file ({_sentence(error)})")
+        return
+    yield Batch(segment, row, None, end, 0, checksum=file_checksum(Path(segment.source.path)))
+
+
+def _columns(
+    file: Any, groups: range, keys: list[str], skip: int
+) -> Iterator[tuple[list[list[str | bytes | None]], int]]:
+    """The values of the rows behind the first ``skip``, in parts of about a batch, and their bytes."""
+    held: list[list[str | bytes | None]] = [[] for _ in keys]
+    size = 0
+    for group in groups:
+        rows = file.metadata.row_group(group).num_rows
+        if skip >= rows:
+            skip -= rows
+            continue
+        # Few rows at a time: how long they are is not known before they are read.
+        for table in file.iter_batches(_ROWS, row_groups=[group], columns=keys):
+            if skip >= len(table):
+                skip -= len(table)
+                continue
+            for column, key in zip(held, keys, strict=True):
+                column += _column(table, key, skip)
+            size, skip = size + table.nbytes, 0
+            if size >= BATCH_BYTES:
+                yield held, size
+                held, size = [[] for _ in keys], 0
+    if held[0]:
+        yield held, size
 
 
 def _check_column(file: Any, key: str, path: str) -> None:
@@ -70,7 +91,13 @@ def _check_column(file: Any, key: str, path: str) -> None:
             else:
                 if types.is_dictionary(type_):
                     type_ = type_.value_type
-                texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+                texts = (
+                    types.is_string,
+                    types.is_large_string,
+                    types.is_string_view,
+                    types.is_binary,
+                    types.is_large_binary,
+                )
                 if any(is_text(type_) for is_text in texts):
                     return
                 raise ValueError(f'{path}: the column "{key}" holds {type_}, but a document is a string.')
@@ -80,16 +107,10 @@ def _check_column(file: Any, key: str, path: str) -> None:
     )
 
 
-def _tables(file: Any, group: int, keys: list[str]) -> Iterator[Any]:
-    """The rows of one row group, in parts of about the size of a batch."""
-    row_group = file.metadata.row_group(group)
-    size = max(1, row_group.total_byte_size // max(1, row_group.num_rows))
-    yield from file.iter_batches(max(1, min(8192, BATCH_BYTES // size)), row_groups=[group], columns=keys)
-
-
 def _column(table: Any, key: str, skip: int) -> list[str | bytes | None]:
     """A column's values from row ``skip`` on; bytes where one of them is not UTF-8."""
     import pyarrow
+    import pyarrow.compute
 
     name = next(n for n in table.schema.names if key == n or key.startswith(n + "."))
     column = table.column(name).slice(skip)

@@ -2,23 +2,26 @@
 
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megatron_hybrid.data import dedup, manifest
-from megatron_hybrid.data.batches import BEGINNING, read_batches, shard
-from megatron_hybrid.data.documents import Fault, parse
-from megatron_hybrid.data.encode import Documents, Encoded, Encoder, Encoding, in_order, make_encoders
-from megatron_hybrid.data.indexed import IndexedWriter, Sizes, bin_path, idx_path, open_at, read_index, to_disk
-from megatron_hybrid.data.sources import STANDARD_INPUT, Position, Segment, Source, find_sources
+from megatron_hybrid.data.batches import read_batches, shard
+from megatron_hybrid.data.documents import parse
+from megatron_hybrid.data.encode import Encoded, Encoder, Encoding, in_order, make_encoders
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index, to_disk
+from megatron_hybrid.data.output import Done, Output, Totals
+from megatron_hybrid.data.sources import STANDARD_INPUT, Segment, Source, find_sources
 from megatron_hybrid.data.work import WorkFolder
 
+STATE_FORMAT = 1
 SAMPLE_BYTES = 250_000
 """Text at the start of the corpus on which gigatoken is checked."""
 
@@ -35,34 +38,12 @@ class Job:
     workers: int = 1
     shard: tuple[int, int] = (0, 1)
     """Index and number of shards."""
-    skip_faults: bool = False
-    """Leave bad records out and list them in a report, rather than stop at the first."""
     dedup: bool = False
     resume: bool = False
     overwrite: bool = False
     save_every: float = 10.0
     """Seconds between two states on disk."""
     command: tuple[str, ...] = ()
-
-
-@dataclass
-class Totals:
-    """What a key of the corpus came to, so far."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-    filtered: dict[str, int] = field(default_factory=dict)
-
-    def add(self, new: Documents) -> None:
-        """Count one batch."""
-        self.documents += len(new.lengths)
-        self.tokens += new.ids.size
-        self.text_bytes += new.text_bytes
-        self.empty += new.empty
-        for rule, count in new.filtered.items():
-            self.filtered[rule] = self.filtered.get(rule, 0) + count
 
 
 class Stopped(ValueError):
@@ -75,19 +56,18 @@ class Preprocessing:
     def __init__(self, job: Job) -> None:
         """Find the inputs and name the outputs; raises ValueError for a user's mistake. Nothing is written."""
         _check(job)
-        self.job, self.encoding = job, job.encoding
+        self.job = job
         self.sources, self.passed_over = find_sources(job.inputs, job.input_format)
         index, count = job.shard
-        self.segments = shard(self.sources, index, count, self.encoding.text_split)
+        self.segments = shard(self.sources, index, count, job.encoding.text_split)
         suffix = f".shard-{index:05}-of-{count:05}" if count > 1 else ""
-        self.prefixes = [
-            job.prefix.with_name(f"{job.prefix.name}_{key}_document{suffix}") for key in self.encoding.keys
-        ]
-        name = f"{job.prefix.name}_{'_'.join(self.encoding.keys)}_document{suffix}"
+        self.prefixes = [job.prefix.with_name(f"{job.prefix.name}_{key}_document{suffix}") for key in job.encoding.keys]
+        name = f"{job.prefix.name}_{'_'.join(job.encoding.keys)}_document{suffix}"
         self.work = WorkFolder(job.prefix.with_name(f".{name}.unfinished"))
         self.report = job.prefix.with_name(f"{name}.skipped.jsonl")
-        if job.dedup:
-            self.encoding = Encoding(**{**vars(self.encoding), "digests": True})
+        self.encoding = replace(job.encoding, digests=job.dedup)
+        self.state: dict[str, Any] = {}
+        self.first_fault = ""
 
     # --- before the work -------------------------------------------------------------------------------
 
@@ -96,29 +76,55 @@ class Preprocessing:
 
         Raises ValueError if outputs exist, an earlier run was different, or the tokenizer cannot do what is asked.
         """
+        self.complete = False
+        self._require_permission()
         self.encoders, self.engine = make_encoders(self.encoding, self.job.workers, self._sample())
         self.config = self._config(self.encoders[0])
-        existing = [p for prefix in self.prefixes for p in (bin_path(prefix), idx_path(prefix)) if p.exists()]
-        self.complete = False
-        if (existing or self.work.exists) and not (self.job.resume or self.job.overwrite):
-            what = f"{existing[0]} exists" if existing else f"an unfinished run left {self.work.path}"
-            remedy = "--overwrite to begin anew" if existing else "--resume to continue, or --overwrite to begin anew"
-            raise ValueError(f"{what}; give {remedy}, or another --output-prefix.")
         self.work.path.parent.mkdir(parents=True, exist_ok=True)
         state = self.work.open()
-        self.state: dict[str, Any] = {}
-        if self.job.resume and state is None and existing:
-            self._require_same(self._finished_config())
-            self.work.delete()
-            self.complete = True
-            return "complete already; nothing to do"
-        if self.job.resume and state is not None:
-            self._require_same(state["config"])
-            self.state = state
-            done = state["totals"][0]["documents"]
-            return f"resumed after {done:,} documents"
-        self.work.clear()
+        try:
+            self._require_permission()
+            if self.job.resume and state is not None:
+                self._require_same(state["config"])
+                self.state = state
+                return f"resumed after {self.documents:,} documents"
+            if self.job.resume and self._finished():
+                self._require_same(manifest.read_manifest(self.prefixes[-1]).get("config"))  # type: ignore[union-attr]
+                self.complete = True
+                self.work.delete()
+                return "complete already; nothing to do"
+            self.work.clear()
+        except BaseException:
+            self.work.close() if state is not None else self.work.delete()
+            raise
         return "nothing to resume, so from the start" if self.job.resume else ""
+
+    def _require_permission(self) -> None:
+        """Refuses to touch what is there, unless a flag says what to do with it."""
+        paths = [path for prefix in self.prefixes for path in _files_of(prefix)]
+        folders = [path for path in paths if path.is_dir()]
+        if folders:
+            raise ValueError(f"{folders[0]} is a folder, and would be a file of the output; give another prefix.")
+        existing = [path for path in paths if path.exists()]
+        if self.job.overwrite or self.job.resume:
+            return
+        if existing:
+            raise ValueError(f"{existing[0]} exists; give --overwrite to replace it, or another --output-prefix.")
+        if self.work.exists:
+            raise ValueError(
+                f"an unfinished run left {self.work.path}; give --resume to continue, --overwrite to begin anew, or "
+                "another --output-prefix."
+            )
+
+    def _finished(self) -> bool:
+        """Whether all files are there and as long as their manifests say."""
+        for prefix in self.prefixes:
+            found = manifest.read_manifest(prefix)
+            if found is None or not all(path.exists() for path in _files_of(prefix)):
+                return False
+            if any(path.stat().st_size != found[path.suffix[1:]]["size"] for path in _files_of(prefix)[:2]):
+                return False
+        return True
 
     def _sample(self) -> list[str]:
         if self.encoding.engine == "tokenizers" or self.encoding.tokenizer.kind != "HuggingFaceTokenizer":
@@ -139,7 +145,8 @@ class Preprocessing:
         """What decides the output; a resumed run has to have the same."""
         sources = [[source.path, source.format, source.size, source.mtime_ns] for source in self.sources]
         return {
-            "inputs": sources,
+            "format": STATE_FORMAT,
+            "inputs": _digest(sources),
             "keys": list(self.encoding.keys),
             "text split": self.encoding.text_split,
             "tokenizer": encoder.tokenizer.fingerprint,
@@ -163,34 +170,30 @@ class Preprocessing:
             "it, or another --output-prefix."
         )
 
-    def _finished_config(self) -> str | None:
-        found = manifest.read_manifest(self.prefixes[-1])
-        return found.get("config") if found else None
-
     def bytes_left(self) -> int:
         """Bytes of input that are still to be read, about."""
-        left = self.segments[self.state["position"][0] :] if self.state else self.segments
-        return 0 if self.complete else total_bytes(left)
+        return 0 if self.complete else total_bytes(self.segments[self.done.position.segment :])
 
     @property
-    def resumable(self) -> bool:
-        """Whether there is unfinished work on disk that --resume continues."""
-        return bool(self.state) and not any(source.path == STANDARD_INPUT for source in self.sources)
+    def done(self) -> Done:
+        """What is safe on disk."""
+        if "done" in self.state:
+            return Done.from_state(self.state["done"])
+        return Done(tuple(Totals() for _ in self.encoding.keys))
 
     @property
     def documents(self) -> int:
         """Documents that are safe on disk, under the key that has most."""
-        return max(entry["documents"] for entry in self.state["totals"]) if self.state else 0
+        return self.done.documents
 
     @property
-    def skipped(self) -> int:
-        """Bad records that were left out."""
-        return self.state.get("skipped", 0)
+    def resumable(self) -> bool:
+        """Whether there is unfinished work on disk that --resume continues."""
+        return bool(self.state) and self.work.exists
 
     @property
-    def corrected(self) -> int:
-        """Texts whose ids gigatoken got wrong, and which --verify-tokens corrected."""
-        return self.state.get("corrected", 0)
+    def _from_standard_input(self) -> bool:
+        return any(source.path == STANDARD_INPUT for source in self.sources)
 
     # --- the work --------------------------------------------------------------------------------------
 
@@ -204,53 +207,67 @@ class Preprocessing:
             return [found for prefix in self.prefixes if (found := manifest.read_manifest(prefix))]
         if self.state.get("phase") != "publish":
             self._write(progress)
-        self.work.publish(self.state["names"])
+        self.work.publish(self.state["names"], [] if self.done.skipped else [self.report.name])
         return [found for prefix in self.prefixes if (found := manifest.read_manifest(prefix))]
 
     def _write(self, progress: Callable[[Encoded], None]) -> None:
-        output = _Output(self, self.state)
+        output = Output(self.work.path, self.encoders[0].dtype, self.job.dedup, self.done)
         try:
             try:
                 self._encode(output, progress)
+                self._require_documents(output.done)
             except BaseException:
-                if output.documents or self.state:
+                if output.done.documents and not self._from_standard_input:
                     self._save(output)
                 raise
-            if not output.documents and self.job.shard[1] == 1:
-                names = ", ".join(self.job.inputs)
-                raise ValueError(f"no document with text in {names}; there is nothing to train on.")
-        except BaseException:
+            self._save(output)
             output.close()
-            if not self.state:
-                self.work.delete()  # nothing was done that would be worth keeping
+            self.state = {**self.state, "phase": "publish", "names": self._finish(output)}
+            self.work.save(self.state)
+        except BaseException:
+            try:
+                output.close()
+            finally:
+                if not self.state or self._from_standard_input:
+                    self.work.delete()  # there is nothing in it that could be taken up again
             raise
-        self._save(output)
-        output.close()
-        self.state = {**self.state, "phase": "publish", "names": self._finish(output)}
-        self.work.save(self.state)
 
-    def _encode(self, output: "_Output", progress: Callable[[Encoded], None]) -> None:
-        batches = read_batches(self.segments, list(self.encoding.keys), self.encoding.text_split, output.position)
+    def _require_documents(self, done: Done) -> None:
+        if done.documents or self.job.shard[1] > 1:
+            return
+        left_out = {"bad records": done.skipped, "empty": done.totals[0].empty, **done.totals[0].filtered}
+        reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items() if count)
+        first = f" The first: {self.first_fault}" if self.first_fault else ""
+        raise ValueError(
+            f"no document with text in {', '.join(self.job.inputs)}; there is nothing to train on"
+            + (f" (left out: {reasons}).{first}" if reasons else ".")
+        )
+
+    def _encode(self, output: Output, progress: Callable[[Encoded], None]) -> None:
+        position = output.done.position
+        batches = read_batches(self.segments, list(self.encoding.keys), self.encoding.text_split, position)
         saved = time.monotonic()
         encoded_batches = in_order(batches, self.encoders)
         try:
             for encoded in encoded_batches:
-                if encoded.faults and not self.job.skip_faults:
-                    raise Stopped(str(encoded.faults[0]))
+                if encoded.faults:
+                    self.first_fault = self.first_fault or str(encoded.faults[0])
+                    if not self.encoding.skip_faults:
+                        raise Stopped(self.first_fault)
                 output.add(encoded)
                 progress(encoded)
-                if time.monotonic() - saved >= self.job.save_every:
+                if time.monotonic() - saved >= self.job.save_every and not self._from_standard_input:
                     self._save(output)
                     saved = time.monotonic()
         finally:
             encoded_batches.close()  # type: ignore[attr-defined]
 
-    def _save(self, output: "_Output") -> None:
-        output.sync()
-        self.state = output.state(self.config)
-        self.work.save(self.state)
+    def _save(self, output: Output) -> None:
+        state = {"config": self.config, "phase": "write", "done": output.sync()}
+        self.work.save(state)
+        self.state = state
 
-    def _finish(self, output: "_Output") -> dict[str, str]:
+    def _finish(self, output: Output) -> dict[str, str]:
         """Make the index, the report and the manifest of each data set; returns the final name of each file."""
         names: dict[str, str] = {}
         for number, (prefix, writer) in enumerate(zip(self.prefixes, output.writers, strict=True)):
@@ -265,10 +282,10 @@ class Preprocessing:
                 to_disk(stream)
             names |= {bin_path(files).name: bin_path(prefix).name, idx_path(files).name: idx_path(prefix).name}
             names |= {f"{number}.json": manifest.manifest_path(prefix).name}
-        return names if not output.skipped else {"skipped.jsonl": self.report.name, **names}
+        return names if not output.done.skipped else {"skipped.jsonl": self.report.name, **names}
 
-    def _fields(self, number: int, output: "_Output", duplicates: int | None) -> dict[str, Any]:
-        totals, encoder = output.totals[number], self.encoders[0]
+    def _fields(self, number: int, output: Output, duplicates: int | None) -> dict[str, Any]:
+        totals, encoder = output.done.totals[number], self.encoders[0]
         entry = manifest.tokenizer_entry(
             encoder.tokenizer, self.encoding.tokenizer, self.encoding.prepend_bos, self.encoding.append_eod
         )
@@ -281,90 +298,14 @@ class Preprocessing:
                 "bytes_per_token": totals.text_bytes / (totals.tokens - marks) if totals.tokens > marks else None,
             },
             "duplicates": duplicates,
-            "skipped": output.skipped,
+            "skipped": output.done.skipped,
             "shard": f"{self.job.shard[0]}/{self.job.shard[1]}",
-            "inputs": output.inputs(),
+            "inputs": [
+                _input(segment, found) for segment, found in zip(self.segments, output.checksums(), strict=True)
+            ],
             "command": list(self.job.command),
             "config": _digest(self.config),
         }
-
-
-class _Output:
-    """The unfinished files of a run, and how far they are."""
-
-    def __init__(self, run: Preprocessing, state: dict[str, Any]) -> None:
-        self.segments, folder = run.segments, run.work.path
-        keys = range(len(run.encoding.keys))
-        self.position = Position(*state.get("position", BEGINNING))
-        self.totals = [Totals(**entry) for entry in state["totals"]] if state else [Totals() for _ in keys]
-        self.checksums: list[str] = state.get("checksums", [])
-        self.skipped: int = state.get("skipped", 0)
-        self.corrected: int = state.get("corrected", 0)
-        self.report_bytes: int = state.get("report bytes", 0)
-        with ExitStack() as opened:
-            self.writers = [
-                opened.enter_context(IndexedWriter(folder, str(k), run.encoders[0].dtype, Sizes(t.documents, t.tokens)))
-                for k, t in enumerate(self.totals)
-            ]
-            self.report: BinaryIO = opened.enter_context(open_at(folder / "skipped.jsonl", self.report_bytes))
-            self.digests: list[BinaryIO] = [
-                opened.enter_context(open_at(folder / f"{k}.digests", self.totals[k].documents * dedup.DIGEST_BYTES))
-                for k in (keys if run.job.dedup else ())
-            ]
-            self._opened = opened.pop_all()
-
-    @property
-    def documents(self) -> int:
-        return max(totals.documents for totals in self.totals)
-
-    def add(self, encoded: Encoded) -> None:
-        """Append what became of one batch."""
-        for key, documents in enumerate(encoded.documents):
-            self.writers[key].add(documents.ids, documents.lengths)
-            self.totals[key].add(documents)
-            if self.digests:
-                self.digests[key].write(documents.digests)
-        for fault in encoded.faults:
-            self.report_bytes += self.report.write(json.dumps(_entry(fault), ensure_ascii=False).encode() + b"\n")
-        self.skipped += len(encoded.faults)
-        self.corrected += encoded.corrected
-        if encoded.batch.end.segment > self.position.segment:
-            self.checksums.append(encoded.batch.checksum)
-        self.position = encoded.batch.end
-
-    def sync(self) -> None:
-        """Bring everything to disk."""
-        for writer in self.writers:
-            writer.sync()
-        for stream in (self.report, *self.digests):
-            to_disk(stream)
-
-    def state(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What a later run needs to go on from here; the files have to be on disk."""
-        return {
-            "config": config,
-            "phase": "write",
-            "position": list(self.position),
-            "totals": [asdict(totals) for totals in self.totals],
-            "checksums": self.checksums,
-            "skipped": self.skipped,
-            "corrected": self.corrected,
-            "report bytes": self.report_bytes,
-        }
-
-    def close(self) -> None:
-        """Close the files; sync before, if they are to be kept."""
-        self._opened.close()
-
-    def inputs(self) -> list[dict[str, Any]]:
-        """The inputs, with what was read of each; without a checksum where a damaged file was given up."""
-        found = []
-        for segment, checksum in zip(self.segments, self.checksums, strict=True):
-            entry: dict[str, Any] = {"path": segment.source.path, "size": segment.source.size, "checksum": checksum}
-            if segment.end is not None:
-                entry |= {"start": segment.start, "end": segment.end}
-            found.append(entry)
-        return found
 
 
 def remove_duplicates(prefix: Path, digests: Path) -> tuple[Path, int]:
@@ -384,11 +325,17 @@ def remove_duplicates(prefix: Path, digests: Path) -> tuple[Path, int]:
     return prefix.with_name(name), duplicates
 
 
-def _entry(fault: Fault) -> dict[str, Any]:
-    return {"file": fault.path, fault.unit: fault.record, "reason": fault.reason}
+def _input(segment: Segment, checksum: str) -> dict[str, Any]:
+    """An input in the manifest, with what was read of it."""
+    entry: dict[str, Any] = {"path": segment.source.path, "size": segment.source.size, "checksum": checksum}
+    return entry if segment.end is None else entry | {"start": segment.start, "end": segment.end}
 
 
-def _digest(config: dict[str, Any]) -> str:
+def _files_of(prefix: Path) -> tuple[Path, Path, Path]:
+    return bin_path(prefix), idx_path(prefix), manifest.manifest_path(prefix)
+
+
+def _digest(config: Any) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
@@ -396,6 +343,18 @@ def _check(job: Job) -> None:
     index, count = job.shard
     if job.workers < 1:
         raise ValueError(f"--workers {job.workers}: at least one thread has to work.")
+    most = 8 * len(os.sched_getaffinity(0))
+    if job.workers > most:
+        raise ValueError(
+            f"--workers {job.workers}: at most {most} here, eight for each core; use --shard on more nodes."
+        )
+    if not (math.isfinite(job.save_every) and job.save_every >= 0):
+        raise ValueError(f"--save-every {job.save_every}: it is a number of seconds, 0 or more.")
+    if job.encoding.memory_limit < 1:
+        raise ValueError("--tokenizer-memory: it is a number of megabytes above 0.")
+    for key in job.encoding.keys:
+        if not key or "/" in key or "\0" in key:
+            raise ValueError(f"--text-key {key!r}: it becomes part of a file's name, so it has no / and is not empty.")
     if not 0 <= index < count:
         raise ValueError(f"--shard {index}/{count}: shards are counted from 0, so the first is 0/{count}.")
     if job.dedup and count > 1:

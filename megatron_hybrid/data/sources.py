@@ -1,6 +1,7 @@
 """What a corpus is on disk: a list of files in a fixed order, and the parts and places of it that others speak of."""
 
 import glob
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ class Batch(NamedTuple):
     """The position after it."""
     read_bytes: int
     """Bytes read from disk for it."""
+    size: int = 0
+    """Bytes of its content."""
     error: str = ""
     """Why the file cannot be read any further; the batch is then empty."""
     checksum: str = ""
@@ -101,27 +104,64 @@ def find_sources(inputs: Iterable[str], format: str = "auto") -> tuple[list[Sour
                 sources.append(found)
     if not sources:
         raise ValueError(f"no input file in {', '.join(inputs)}; known endings: {', '.join(FORMATS)}.")
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     for source in sources:
-        if source.path in seen:
+        identity = _identity(Path(source.path)) if source.path != STANDARD_INPUT else (-1, -1)
+        if identity in seen:
             raise ValueError(f"input {source.path} is listed twice: its documents would be there twice. List it once.")
-        seen.add(source.path)
+        seen.add(identity)
     return sources, passed_over
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _files(name: str) -> list[tuple[Path, bool]]:
     """The files of one input, and whether each was asked for by name."""
     path = Path(name)
+    if not name:
+        raise ValueError("an input is empty; give files, folders, globs or - for standard input.")
     if path.is_dir():
-        return [(p, False) for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        return [(file, False) for file in _below(path)]
+    if path.exists() and not path.is_file():
+        raise ValueError(f"input {name} is a pipe or a device; give - and connect it to standard input.")
     if path.is_file():
         return [(path, True)]
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-    files = [(match, True) for match in matches if match.is_file()]
-    if not files:
+    if not matches:
         rule = "matches no file" if glob.has_magic(name) else "does not exist"
         raise ValueError(f"input {name} {rule}; give files, folders, globs or - for standard input.")
-    return files
+    if "**" in name:  # it names what is in its folders itself
+        return [(match, True) for match in matches if match.is_file()]
+    return [file for match in matches for file in _files(str(match))]
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files below a folder, also behind links, by name; without hidden ones and what these tools write.
+
+    Raises OSError for a folder that cannot be read, ValueError for a link to nothing or in a circle.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        identity = _identity(Path(name))
+        if identity in seen:
+            raise ValueError(f"input {name}: a link leads back to a folder that is listed already; remove the link.")
+        seen.add(identity)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for path in (Path(name, file) for file in files if not file.startswith(".")):
+            if not path.exists():
+                raise ValueError(f"input {path} is a link to nothing; remove it, or mount what it points to.")
+            ours = path.name.endswith(".skipped.jsonl") or path.suffix == ".json" and path.with_suffix(".idx").exists()
+            if path.is_file() and not ours:
+                found.append(path)
+    return sorted(found)
 
 
 def _source(path: Path, format: str) -> Source | None:

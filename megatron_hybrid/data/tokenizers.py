@@ -27,6 +27,12 @@ def split(ids: Ids) -> list[np.ndarray]:
     return np.split(ids.ids, np.cumsum(ids.lengths)[:-1]) if len(ids.lengths) else []
 
 
+def join(parts: list[np.ndarray]) -> Ids:
+    """Return the ids of several texts as one."""
+    lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+    return Ids(np.concatenate(parts) if parts else np.empty(0, dtype=np.int32), lengths)
+
+
 class Tokenizer(Protocol):
     """What preprocessing asks of a tokenizer. One object serves one thread at a time."""
 
@@ -116,7 +122,7 @@ class SentencePieceTokenizer:
 
     def encode(self, texts: list[str]) -> Ids:
         """Return the ids of the texts."""
-        return _join(self._model.encode(texts, num_threads=1, return_type="numpy"))
+        return join(self._model.encode(texts, num_threads=1, return_type="numpy"))
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of some ids; control tokens by name."""
@@ -169,7 +175,7 @@ class HuggingFaceTokenizer:
     def encode(self, texts: list[str]) -> Ids:
         """Return the ids of the texts."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return _join([np.array(one.ids, dtype=np.uint32) for one in found])
+        return join([np.array(one.ids, dtype=np.uint32) for one in found])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of some ids, special tokens by name."""
@@ -199,11 +205,12 @@ class TikTokenizer:
         model = _existing(spec.model)
         special = [*self.SPECIAL, *(f"<SPECIAL_{i}>" for i in range(len(self.SPECIAL), spec.num_special_tokens))]
         wanted = spec.vocab_size - spec.num_special_tokens
-        if spec.pattern not in self.PATTERNS or not len(self.SPECIAL) <= spec.num_special_tokens < spec.vocab_size:
+        if spec.pattern not in self.PATTERNS:
+            raise ValueError(f"--tiktoken-pattern {spec.pattern}: it is v1 or v2.")
+        if spec.num_special_tokens < len(self.SPECIAL) or wanted < 256:
             raise ValueError(
-                f"--tiktoken-pattern {spec.pattern}, --tiktoken-num-special-tokens {spec.num_special_tokens}, "
-                f"--vocab-size {spec.vocab_size}: the pattern is v1 or v2, and at least 7 special tokens are fewer "
-                "than the vocabulary."
+                f"--vocab-size {spec.vocab_size} with --tiktoken-num-special-tokens {spec.num_special_tokens}: a "
+                "vocabulary has at least 7 special tokens and the 256 bytes; give both as they are in training."
             )
         content = model.read_bytes()
         try:
@@ -231,7 +238,7 @@ class TikTokenizer:
 
     def encode(self, texts: list[str]) -> Ids:
         """Return the ids of the texts."""
-        return _join([self._model.encode_to_numpy(text, allowed_special="all") for text in texts])
+        return join([self._model.encode_to_numpy(text, allowed_special="all") for text in texts])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of some ids."""
@@ -254,7 +261,7 @@ class ByteTokenizer:
 
     def encode(self, texts: list[str]) -> Ids:
         """Return the bytes of the texts."""
-        return _join([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
+        return join([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of some bytes; a part of a character shows as such."""
@@ -315,11 +322,6 @@ def _decisive(config: dict[str, Any]) -> bytes:
     if "merges" in model:  # written as "a b" or as ["a", "b"]
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return json.dumps({**parts, "model": model}, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _join(parts: list[np.ndarray]) -> Ids:
-    lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-    return Ids(np.concatenate(parts) if parts else np.empty(0, dtype=np.int32), lengths)
 
 
 def _id_or_none(piece: int) -> int | None:

@@ -8,6 +8,7 @@ that step, too, can be repeated after a kill.
 import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +25,8 @@ class WorkFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether an earlier run left its files."""
-        return self.path.exists()
+        """Whether an earlier run left a state to go on from."""
+        return (self.path / "state.json").exists()
 
     def open(self) -> dict[str, Any] | None:
         """Make and lock the folder; returns the state that an earlier run left, None if there is none.
@@ -44,7 +45,13 @@ class WorkFolder:
         except OSError:
             pass  # a file system without locks
         state = self.path / "state.json"
-        return json.loads(state.read_text("utf-8")) if state.is_file() else None
+        if not state.is_file():
+            return None
+        try:
+            return json.loads(state.read_text("utf-8"))
+        except ValueError:
+            self.close()
+            raise ValueError(f"{state} is damaged; delete {self.path} to begin anew.") from None
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state; the files that it speaks of have to be on disk."""
@@ -58,17 +65,17 @@ class WorkFolder:
             if file.name != "lock":
                 file.unlink()
 
-    def publish(self, names: dict[str, str]) -> None:
+    def publish(self, names: dict[str, str], stale: Sequence[str] = ()) -> None:
         """Give the files their names beside the folder, in this order, and delete the folder.
 
         names: the final name of each file of the folder. Those that are gone have their name already, from an
         earlier attempt. Old files of these names go first, last one first, so that old and new never stand together
-        as a whole data set.
+        as a whole data set. stale: names of an earlier output that this one does not have; they are deleted.
         """
         parent = self.path.parent
         pending = [(self.path / name, parent / final) for name, final in names.items() if (self.path / name).exists()]
         if len(pending) == len(names):
-            for _, final in reversed(pending):
+            for final in [parent / name for name in stale] + [final for _, final in reversed(pending)]:
                 final.unlink(missing_ok=True)
         for file, final in pending:
             file.replace(final)

@@ -155,7 +155,7 @@ def test_ids_that_gigatoken_gets_wrong_are_corrected_by_verification(tmp_path, b
     monkeypatch.setattr("megatron_hybrid.data.preprocess.SAMPLE_BYTES", 2000)
     expected = preprocess([path], tmp_path / "slow", bpe, engine="tokenizers")
     verified = preprocess([path], tmp_path / "fast", bpe, verify_tokens=True)
-    assert pair(verified.prefixes[0]) == pair(expected.prefixes[0]) and verified.corrected == 1
+    assert pair(verified.prefixes[0]) == pair(expected.prefixes[0]) and verified.done.corrected == 1
     assert pair(preprocess([path], tmp_path / "not", bpe).prefixes[0]) != pair(expected.prefixes[0])
 
 
@@ -222,7 +222,7 @@ def test_bad_records_are_skipped_and_listed(tmp_path, small_batches):
     assert [(Path(r["file"]).name, r["line"]) for r in report] == [
         *(("a.jsonl", 1), ("a.jsonl", 32), ("b.jsonl.gz", kept))
     ]
-    assert "truncated gzip" in report[2]["reason"] and run.skipped == 3
+    assert "truncated gzip" in report[2]["reason"] and run.done.skipped == 3
     manifest = read_manifest(run.prefixes[0])
     assert manifest["skipped"] == 3 and [bool(i["checksum"]) for i in manifest["inputs"]] == [True, False, True]
 
@@ -236,7 +236,7 @@ def test_a_run_that_stopped_late_goes_on_skipping(tmp_path, small_batches):
         preprocess([path], tmp_path / "out", workers=2)
     with pytest.raises(ValueError, match="an unfinished run left .*--resume to continue"):
         preprocess([path], tmp_path / "out")
-    job = Job((str(path),), tmp_path / "out", Encoding(BYTES), skip_faults=True, resume=True)
+    job = Job((str(path),), tmp_path / "out", Encoding(BYTES, skip_faults=True), resume=True)
     run = Preprocessing(job)
     assert 50 < int(run.start().removeprefix("resumed after ").split()[0]) <= 70
     run.run()

@@ -23,7 +23,8 @@ def small_batches(monkeypatch):
     """Batches of 500 bytes, so that small corpora have many."""
     for module in (batches, parquet):
         monkeypatch.setattr(module, "BATCH_BYTES", 500)
-    monkeypatch.setattr(batches, "_READ_BYTES", 130)
+    monkeypatch.setattr(batches, "_COMPRESSED_BYTES", 130)
+    monkeypatch.setattr(parquet, "_ROWS", 3)
 
 
 def texts(count, seed=0, most=300):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hybrid.data.encode import Encoding, make_encoders, mark
-from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts
+from megatron_hybrid.data.gigatokens import UNLIKE, GigatokenTokenizer, first_difference, hard_texts
 from megatron_hybrid.data.stdlib_corpus import documents
-from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, TokenizerSpec, guess_kind, load_tokenizer
+from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, TokenizerSpec, guess_kind, load_tokenizer, split
 
 from .corpora import BYTES, END, train_bpe
 
@@ -215,6 +215,42 @@ def test_gigatoken_gives_the_same_ids(pair, texts):
 @given(st.lists(st.text(max_size=60) | st.text("aA1 \n'!é中🙂<|end>", max_size=40), min_size=1, max_size=8))
 def test_gigatoken_gives_the_same_ids_for_any_text(pair, found):
     assert first_difference(*pair, found) is None
+
+
+@pytest.fixture(scope="module")
+def boundaries(bpe, tmp_path_factory):
+    """The tokenizer with a vocabulary of bytes and of each byte with "!": it shows where words begin and end."""
+    config = json.loads((bpe / "tokenizer.json").read_text())
+    alphabet = [token for token in config["model"]["vocab"] if len(token) == 1]
+    vocabulary = [*alphabet, *(token + "!" for token in alphabet)]
+    config["model"]["vocab"] = {token: i for i, token in enumerate(vocabulary)}
+    config["model"]["merges"] = [[token, "!"] for token in alphabet]
+    config["added_tokens"] = []
+    path = tmp_path_factory.mktemp("boundaries") / "tokenizer.json"
+    path.write_text(json.dumps(config))
+    reference = HuggingFaceTokenizer(TokenizerSpec("HuggingFaceTokenizer", path))
+    return reference, GigatokenTokenizer(reference)
+
+
+def test_every_character_but_the_listed_ones_is_of_the_same_kind_in_both(boundaries):
+    """gigatoken's and Hugging Face's Unicode tables; the listed characters go to the slower library."""
+    reference, fast = boundaries
+    unlike = {
+        i for part in UNLIKE.split() for i in range(int(part[:5].rstrip("-"), 16), int(part.split("-")[-1], 16) + 1)
+    }
+    codes = [code for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
+    different = set()
+    for form in ("x%s!", "1%s!"):
+        for start in range(0, len(codes), 100_000):
+            part = codes[start : start + 100_000]
+            texts = [form % chr(code) for code in part]
+            wanted, found = reference.encode(texts), fast._encode(texts)
+            if np.array_equal(wanted.lengths, found.lengths) and np.array_equal(wanted.ids, found.ids):
+                continue
+            same = zip(part, split(wanted), split(found), strict=True)
+            different |= {code for code, a, b in same if not np.array_equal(a, b)}
+    assert different <= unlike, "gigatoken or tokenizers has other tables now: list these characters in UNLIKE"
+    assert first_difference(reference, fast, [f"x{chr(code)}! 1{chr(code)}!" for code in sorted(unlike)]) is None
 
 
 def test_a_difference_is_found_and_answered(bpe, texts, tmp_path):
