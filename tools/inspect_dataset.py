@@ -71,6 +71,7 @@ def figures(prefix: Path, args: argparse.Namespace) -> None:
     found = statistics(prefix)
     if args.histogram:
         draw_histogram(found, args.histogram)
+        print(f"drew {args.histogram}", file=sys.stderr)
     print(json.dumps(found, indent=1) if args.json else table(found))
 
 

@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     doc.add_argument("--max-chars", type=int, help="leave out longer documents")
     doc.add_argument("--min-alphanumeric", type=float, help="least share of letters and digits, such as 0.6")
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
+    work.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: all cores)")
     work.add_argument(
         "--tokenizer-engine",
         choices=["auto", "gigatoken", "tokenizers"],
@@ -71,7 +71,7 @@ def main() -> None:
 
     encoding = Encoding(
         cli.tokenizer_spec(args),
-        keys=tuple(args.text_key),
+        keys=tuple(args.text_key or ["text"]),
         text_split=args.text_split,
         prepend_bos=args.prepend_bos,
         append_eod=args.append_eod,
@@ -103,7 +103,9 @@ def main() -> None:
     if line:
         print(line, flush=True)
     if not run.complete:
-        print(f"{len(run.segments):,} files, {args.workers} threads, {run.engine}", flush=True)
+        counts = ((len(run.segments), "file"), (args.workers, "thread"))
+        files, threads = (f"{n:,} {what}{'s' * (n != 1)}" for n, what in counts)
+        print(f"{files}, {threads}, {run.engine}", flush=True)
     try:
         with Progress(run.bytes_left()) as progress:
             manifests = run.run(progress.show)
@@ -114,18 +116,32 @@ def main() -> None:
     for prefix, manifest in zip(run.prefixes, manifests, strict=True):
         print(summary(prefix, manifest))
     if run.done.skipped:
-        print(f"{run.done.skipped:,} bad records were skipped; {run.report} lists them")
+        print(f"bad records that were skipped: {run.done.skipped:,}; {run.report} lists them")
     if run.done.corrected:
         print(
             f"gigatoken's ids of {run.done.corrected:,} texts were wrong, and were replaced; please report them to it"
         )
     if not run.complete:
         print(progress.report())
+    print(f"training reads it with {training_flags(run.prefixes[0], manifests[0]['tokenizer'])}")
+    if not args.append_eod:
+        print("documents have no end of their own: give --append-eod unless the model is to read on across them")
+
+
+def training_flags(prefix: Path, tokenizer: dict) -> str:
+    kind, model = tokenizer["type"], f"--tokenizer-model {tokenizer['model']}"
+    flags = {
+        "ByteTokenizer": "--tokenizer-type NullTokenizer --vocab-size 258",
+        "HuggingFaceTokenizer": f"--tokenizer-type {kind} {model} --tokenizer-hf-no-include-special-tokens",
+        "TikTokenizer": f"--tokenizer-type {kind} {model} --tiktoken-pattern {tokenizer.get('pattern')} "
+        f"--tiktoken-num-special-tokens {tokenizer.get('num_special_tokens')} --vocab-size {tokenizer['vocab_size']}",
+    }
+    return f"--data-path {prefix} " + flags.get(kind, f"--tokenizer-type {kind} {model}")
 
 
 def shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit()):
+    if not (text.isascii() and index.isdigit() and count.isdigit()):
         raise ValueError(f"--shard {text}: give I/N, such as 0/4 for the first of four parts.")
     return int(index), int(count)
 
@@ -155,7 +171,7 @@ class Progress:
             unit_scale=True,
             leave=False,
             mininterval=0.2 if terminal else 60,
-            delay=0 if terminal else 60,
+            delay=0 if terminal else 10,
         )
 
     def show(self, encoded: "Encoded") -> None:

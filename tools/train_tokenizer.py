@@ -78,8 +78,10 @@ def main() -> None:
     )
     settings.check()
     check_output(args.output, args.library, args.overwrite)
-    if len(args.text_key) > 1:
-        raise ValueError(f"--text-key {' '.join(args.text_key)}: a tokenizer is trained on the texts of one key.")
+    if len(args.text_key or ["text"]) > 1:
+        raise ValueError(
+            f"--text-key {' '.join(args.text_key or ['text'])}: a tokenizer is trained on the texts of one key."
+        )
     sources, passed_over = find_sources(args.input, args.input_format)
     for path in passed_over[:3]:
         print(f"passed over, not a known kind of file: {path}")
@@ -87,7 +89,9 @@ def main() -> None:
         print(f"and {len(passed_over) - 3:,} more files")
 
     with progress_bar(sum(source.size for source in sources)) as bar:
-        texts = read_texts([Segment(source) for source in sources], args.text_key[0], args.text_split, bar.update)
+        texts = read_texts(
+            [Segment(source) for source in sources], (args.text_key or ["text"])[0], args.text_split, bar.update
+        )
         sample = draw_sample(texts, args.sample_bytes, args.seed)
     drawn = f"{sample.size:,} bytes of text, {len(sample.texts):,} of {sample.documents:,} documents"
     print(f"training on {drawn}", flush=True)

@@ -184,7 +184,7 @@ def check_parts(path: str, split: str) -> None:
         if end > begin and round(end * float(count)) == round(begin * float(count)):
             raise ValueError(
                 f"{path} has {count:,} sequences, of which --split {split} leaves none for {name}. Give that part "
-                "more, or nothing, such as --split 90,10,0 or 1,0,0; or join this data set with another "
+                "more, or nothing (--split 90,10,0, or 1,0,0 with --eval-iters 0); or join this data set with another "
                 "(tools/merge_datasets.py)."
             )
         begin = end

@@ -38,6 +38,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         help="files, globs and folders of JSON lines or plain text (also .gz, .zst) and Parquet; - is standard input",
     )
@@ -50,7 +51,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text-key",
         nargs="+",
-        default=["text"],
+        action="extend",
         help="key or column of the text, with dots for nested ones; several make a data set each (default: text)",
     )
     group.add_argument(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_hybrid.config import HybridConfig, IntraConfig
-from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts
+from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.intra_design import IntraDesign, design
 
@@ -213,9 +213,15 @@ def check_data(args: Namespace) -> None:
                 f"--{flag.replace('_', '-')} {path}: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
+    split = args.split or DEFAULT_SPLIT
+    if args.data_path and args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
+        raise ValueError(
+            f"--split {split} leaves nothing for validation, and --eval-iters is {args.eval_iters}: give "
+            "--eval-iters 0, or a part such as --split 98,1,1."
+        )
     for path in args.data_path or ():
         if not _is_number(path):
-            check_parts(path, args.split or DEFAULT_SPLIT)
+            check_parts(path, split)
 
 
 def check_tokenizer(args: Namespace) -> None:

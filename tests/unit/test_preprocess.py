@@ -1,6 +1,7 @@
 """Preprocessing as a whole: the same data whatever the workers, the format and the interruptions."""
 
 import errno
+import inspect
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from megatron_hybrid.data.encode import Encoding
 from megatron_hybrid.data.filters import Filters
 from megatron_hybrid.data.indexed import bin_path, checksum, idx_path
 from megatron_hybrid.data.manifest import read_manifest
+from megatron_hybrid.data.output import Output
 from megatron_hybrid.data.preprocess import Job, Preprocessing
 from megatron_hybrid.data.tokenizers import TokenizerSpec, load_tokenizer
 
@@ -393,6 +395,105 @@ def test_a_full_disk_leaves_no_output_and_can_be_resumed(tmp_path, small_batches
     assert pair(tmp_path / "out_text_document") == pair(expected.prefixes[0])
 
 
+def test_a_full_disk_at_the_second_key_keeps_both_keys_together(tmp_path):
+    """The first key's file has the batch already; the state may not speak of it."""
+    path = tmp_path / "a.jsonl"
+    rng = random.Random(1)
+    with path.open("w") as stream:
+        for _ in range(8000):
+            stream.write(json.dumps({"a": "x" * rng.randrange(60), "b": "y" * rng.randrange(1500)}) + "\n")
+    words = [*command(path, tmp_path / "out", "--save-every", "0"), "--text-key", "a", "b"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+
+    failed = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit)
+    assert failed.returncode == 2 and "documents are kept" in failed.stderr, failed.stderr
+    done = subprocess.run([*words, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed after" in done.stdout, done.stderr
+    run = preprocess([path], tmp_path / "whole", keys=("a", "b"), append_eod=True)
+    for prefix in run.prefixes:
+        assert pair(tmp_path / prefix.name.replace("whole", "out")) == pair(prefix)
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_an_interruption_between_the_files_of_a_batch_loses_and_doubles_nothing(tmp_path, small_batches, step):
+    """Ctrl-C after any number of the lines that append a batch, with faults to report and digests to keep."""
+    path = tmp_path / "a.jsonl"
+    texts = [f"text {i} " * 20 for i in range(100)]
+    path.write_bytes(b"".join(line + b"bad\n" for line in lines(texts).splitlines(keepends=True)))
+    source, first = inspect.getsourcelines(Output.add)
+    statements = [first + i for i, line in enumerate(source) if i > 1 and line.strip()]
+
+    def trace(frame, event, argument):
+        if event == "call":
+            return trace if frame.f_code is Output.add.__code__ else None
+        late = frame.f_locals["self"].done.documents > 30
+        if event == "line" and late and frame.f_lineno == statements[step * len(statements) // 8]:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        preprocess([path], tmp_path / "out", skip_faults=True, dedup=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    run = preprocess([path], tmp_path / "out", skip_faults=True, dedup=True, resume=True)
+    assert texts_of(run.prefixes[0]) == texts
+    report = [json.loads(line)["line"] for line in run.report.read_text().splitlines()]
+    assert report == list(range(2, 201, 2))
+
+
+def test_an_old_report_goes_with_the_old_output(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(["x"]) + b"bad\n")
+    run = preprocess([path], tmp_path / "out", skip_faults=True)
+    assert run.report.exists()
+    path.write_bytes(lines(["x"]))
+    preprocess([path], tmp_path / "out", overwrite=True)
+    assert not run.report.exists()
+
+
+def test_an_output_without_all_its_files_is_not_complete(tmp_path):
+    path = write(tmp_path / "a.jsonl", corpus(5))
+    run = preprocess([path], tmp_path / "out")
+    expected = pair(run.prefixes[0])
+    for damage in (
+        lambda p: bin_path(p).unlink(),
+        lambda p: bin_path(p).write_bytes(b""),
+        lambda p: idx_path(p).unlink(),
+    ):
+        damage(run.prefixes[0])
+        assert pair(preprocess([path], tmp_path / "out", resume=True).prefixes[0]) == expected
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path / "a") + b"\xff.jsonl"
+    with open(name, "wb") as stream:
+        stream.write(lines(["x"]) + b"bad\n")
+    done = subprocess.run(command(tmp_path, tmp_path / "out", "--on-error", "skip"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "out_text_document")["inputs"][0]["path"] == os.fsdecode(name)
+
+
+def test_the_output_may_lie_among_the_inputs(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(["x"]) + b"bad\n")
+    for flags in ({}, {"overwrite": True}):
+        run = preprocess([tmp_path], tmp_path / "out", skip_faults=True, **flags)
+        assert texts_of(run.prefixes[0]) == ["x"] and run.done.skipped == 1
+
+
+def test_why_nothing_is_left_is_said(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["x", "y"])
+    with pytest.raises(ValueError, match=r'left out: 2 bad records\)\. The first: .*a.jsonl:1: no key "body"'):
+        preprocess([path], tmp_path / "out", keys=("body",), skip_faults=True)
+    with pytest.raises(ValueError, match=r"left out: 2 min_chars"):
+        preprocess([path], tmp_path / "out", filters=Filters(min_chars=10))
+
+
 def test_two_runs_on_one_output_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", ["x"])
     first = Preprocessing(Job((str(path),), tmp_path / "out", Encoding(BYTES)))
@@ -432,6 +533,10 @@ def test_a_resumed_run_has_to_be_the_same(tmp_path, small_batches):
     ("flags", "message"),
     [
         ({"workers": 0}, "--workers 0"),
+        ({"workers": 10_000}, "--workers 10000: at most"),
+        ({"save_every": float("nan")}, "--save-every nan"),
+        ({"memory_limit": -1}, "--tokenizer-memory"),
+        ({"keys": ("a/b",)}, "it becomes part of a file's name"),
         ({"shard": (4, 4)}, "--shard 4/4"),
         ({"shard": (0, 2), "dedup": True}, "give --dedup to tools/merge_datasets.py"),
         ({"resume": True, "overwrite": True}, "give one of them"),

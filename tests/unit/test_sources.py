@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import os
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -72,6 +74,44 @@ def test_inputs_that_are_refused(tmp_path, monkeypatch, inputs, message):
     with pytest.raises(ValueError) as error:
         find_sources(inputs)
     assert message in str(error.value)
+
+
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path):
+    write(tmp_path / "real" / "a.jsonl", ["a"])
+    write(tmp_path / "in" / ".cache" / "b.jsonl", ["b"])
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "in" / "sub" / "c.jsonl", ["c"])
+    for inputs in ([f"{tmp_path}/in"], [f"{tmp_path}/in/*"]):
+        found, _ = find_sources(inputs)
+        assert [Path(source.path).name for source in found] == ["a.jsonl", "c.jsonl"]
+    with pytest.raises(ValueError, match="listed twice"):
+        find_sources([f"{tmp_path}/in", f"{tmp_path}/real/a.jsonl"])
+    (tmp_path / "in" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="a link to nothing"):
+        find_sources([f"{tmp_path}/in"])
+    (tmp_path / "in" / "gone.jsonl").unlink()
+    (tmp_path / "in" / "sub" / "circle").symlink_to(tmp_path / "in")
+    with pytest.raises(ValueError, match="leads back to a folder"):
+        find_sources([f"{tmp_path}/in"])
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="a pipe or a device; give -"):
+        find_sources([str(tmp_path / "pipe.jsonl")])
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "parquet"])
+def test_what_compresses_well_is_read_in_small_parts(tmp_path, kind):
+    import zstandard
+
+    texts_ = ["the same text " * 500] * 8000
+    path = write(tmp_path / f"a.{kind}", texts_)
+    if kind == "jsonl.zst":
+        path.write_bytes(zstandard.compress(lines(texts_)))
+    assert path.stat().st_size < 300_000
+    found = read([path])
+    assert sum(batch.size for batch in found) > 50_000_000 and max(batch.size for batch in found) < 8 << 20
 
 
 def test_a_format_can_be_said(tmp_path):
