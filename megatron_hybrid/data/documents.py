@@ -88,6 +88,11 @@ def _parse_lines(
 ) -> None:
     only = keys[0] if len(keys) == 1 else None
     loads, add = orjson.loads, texts[0].append
+
+    def add_all(values: list[str]) -> None:
+        for column, value in zip(texts, values, strict=True):
+            column.append(value)
+
     for number, line in enumerate(content.split(b"\n"), first + 1):
         try:
             try:
@@ -95,14 +100,14 @@ def _parse_lines(
             except ValueError:
                 if not line or line.isspace():
                     continue
-                record = _load(line)
+                add_all([text_of(line, key) for key in keys])
+                continue
             if only is not None and type(record) is dict and only in record:  # the common case, and the fastest
                 text = record[only]
                 if type(text) is str and "\0" not in text:
-                    add(text if text.isascii() else check_text(text))
+                    add(text)  # orjson takes no half surrogates
                     continue
-            for column, value in zip(texts, [text_in(record, key) for key in keys], strict=True):
-                column.append(value)
+            add_all([text_in(record, key) for key in keys])
         except BadRecord as error:
             faults.append((number, str(error)))
             if stop:
