@@ -19,6 +19,7 @@ from megatron_hybrid.data import cli
 
 if TYPE_CHECKING:
     from megatron_hybrid.data.encode import Encoded
+    from megatron_hybrid.data.preprocess import Preprocessing
 
 BEGAN = time.perf_counter()
 
@@ -71,7 +72,7 @@ def main() -> None:
 
     encoding = Encoding(
         cli.tokenizer_spec(args),
-        keys=tuple(args.text_key or ["text"]),
+        keys=cli.text_keys(args),
         text_split=args.text_split,
         prepend_bos=args.prepend_bos,
         append_eod=args.append_eod,
@@ -95,10 +96,7 @@ def main() -> None:
         command=tuple(sys.argv),
     )
     run = Preprocessing(job)
-    for path in run.passed_over[:3]:
-        print(f"passed over, not a known kind of file: {path}")
-    if len(run.passed_over) > 3:
-        print(f"and {len(run.passed_over) - 3:,} more files")
+    cli.print_passed_over(run.passed_over)
     line = run.start()
     if line:
         print(line, flush=True)
@@ -113,6 +111,11 @@ def main() -> None:
         if run.resumable:
             print(f"{run.documents:,} documents are kept; the same command with --resume continues", file=sys.stderr)
         raise
+    report(run, manifests, progress)
+
+
+def report(run: "Preprocessing", manifests: list[dict], progress: "Progress") -> None:
+    """Print what was made, how fast, and how training reads it."""
     for prefix, manifest in zip(run.prefixes, manifests, strict=True):
         print(summary(prefix, manifest))
     if run.done.skipped:
@@ -124,7 +127,7 @@ def main() -> None:
     if not run.complete:
         print(progress.report())
     print(f"training reads it with {training_flags(run.prefixes[0], manifests[0]['tokenizer'])}")
-    if not args.append_eod:
+    if not run.encoding.append_eod:
         print("documents have no end of their own: give --append-eod unless the model is to read on across them")
 
 
@@ -159,20 +162,10 @@ class Progress:
     """A bar on a terminal, a line a minute elsewhere: MB/s, tokens/s, time left."""
 
     def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
         self.bytes = self.tokens = self.first_bytes = 0
         self.began = time.perf_counter()
         self.first = self.last = 0.0
-        self.bar = tqdm(
-            total=total or None,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            mininterval=0.2 if terminal else 60,
-            delay=0 if terminal else 10,
-        )
+        self.bar = cli.byte_bar(total)
 
     def show(self, encoded: "Encoded") -> None:
         """Count one batch."""

@@ -78,20 +78,13 @@ def main() -> None:
     )
     settings.check()
     check_output(args.output, args.library, args.overwrite)
-    if len(args.text_key or ["text"]) > 1:
-        raise ValueError(
-            f"--text-key {' '.join(args.text_key or ['text'])}: a tokenizer is trained on the texts of one key."
-        )
+    keys = cli.text_keys(args)
+    if len(keys) > 1:
+        raise ValueError(f"--text-key {' '.join(keys)}: a tokenizer is trained on the texts of one key.")
     sources, passed_over = find_sources(args.input, args.input_format)
-    for path in passed_over[:3]:
-        print(f"passed over, not a known kind of file: {path}")
-    if len(passed_over) > 3:
-        print(f"and {len(passed_over) - 3:,} more files")
-
-    with progress_bar(sum(source.size for source in sources)) as bar:
-        texts = read_texts(
-            [Segment(source) for source in sources], (args.text_key or ["text"])[0], args.text_split, bar.update
-        )
+    cli.print_passed_over(passed_over)
+    with cli.byte_bar(sum(source.size for source in sources), "reading") as bar:
+        texts = read_texts([Segment(source) for source in sources], keys[0], args.text_split, bar.update)
         sample = draw_sample(texts, args.sample_bytes, args.seed)
     drawn = f"{sample.size:,} bytes of text, {len(sample.texts):,} of {sample.documents:,} documents"
     print(f"training on {drawn}", flush=True)
@@ -104,22 +97,6 @@ def main() -> None:
     print(
         f"{args.output}: {args.vocab_size:,} ids, trained on {drawn}, in {seconds:.1f} s; preprocess_data and training "
         f"take it as --tokenizer-type {kind} --tokenizer-model {args.output}"
-    )
-
-
-def progress_bar(total: int):
-    """A bar on a terminal, a line a minute elsewhere, with MB/s; total: bytes to read, 0 if that is not known."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        desc="reading",
-        total=total or None,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        mininterval=0.2 if terminal else 60,
-        delay=0 if terminal else 60,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from megatron_hybrid.data.files import checksum_text
 from megatron_hybrid.data.parquet import read_rows, row_group_at
 from megatron_hybrid.data.sources import BATCH_BYTES, STANDARD_INPUT, Batch, Position, Segment, Source
 
@@ -118,7 +119,7 @@ class _Raw:
 
     @property
     def checksum(self) -> str:
-        return f"xxh3_128:{self.hash.hexdigest()}"
+        return checksum_text(self.hash)
 
 
 def _read_stream(segment: Segment, at: Position, text_split: str) -> Iterator[Batch]:

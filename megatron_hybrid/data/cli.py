@@ -78,13 +78,31 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vocab-size", type=int, default=131072, help="TikTokenizer (default: 131072)")
 
 
-def byte_bar(total: int) -> Any:
-    """Return a tqdm bar of bytes on a terminal, a line a minute elsewhere; for use in a ``with`` statement."""
+def text_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the keys of --text-key."""
+    return tuple(args.text_key or ["text"])  # no default in the parser: given keys would join it
+
+
+def print_passed_over(files: list[str]) -> None:
+    """Say which files of folders were not read."""
+    for path in files[:3]:
+        print(f"passed over, not a known kind of file: {path}")
+    if len(files) > 3:
+        print(f"and {len(files) - 3:,} more files")
+
+
+def byte_bar(total: int, what: str | None = None) -> Any:
+    """Return a tqdm bar of bytes on a terminal, a line a minute elsewhere; for use in a ``with`` statement.
+
+    total: 0 if it is not known.
+    """
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
-    interval, delay = (0.2, 0) if terminal else (60, 60)
-    return tqdm(total=total or None, unit="B", unit_scale=True, leave=False, mininterval=interval, delay=delay)
+    interval, delay = (0.2, 0) if terminal else (60, 10)
+    return tqdm(
+        desc=what, total=total or None, unit="B", unit_scale=True, leave=False, mininterval=interval, delay=delay
+    )
 
 
 def tokenizer_spec(args: argparse.Namespace) -> "TokenizerSpec":

@@ -97,10 +97,11 @@ def _parse_lines(
         try:
             try:
                 record = loads(line)
-            except ValueError:
+            except ValueError as error:
                 if not line or line.isspace():
                     continue
-                add_all([text_of(line, key) for key in keys])
+                record = _load_leniently(line, error)
+                add_all([text_in(record, key) for key in keys])
                 continue
             if only is not None and type(record) is dict and only in record:  # the common case, and the fastest
                 text = record[only]
@@ -116,7 +117,11 @@ def _parse_lines(
 
 def text_of(line: bytes, key: str) -> str:
     """Return the string under ``key`` of one JSON line, as :func:`text_in`."""
-    return text_in(_load(line), key)
+    try:
+        record = orjson.loads(line)
+    except ValueError as error:
+        record = _load_leniently(line, error)
+    return text_in(record, key)
 
 
 def text_in(record: Any, key: str) -> str:
@@ -158,17 +163,15 @@ def check_text(text: str) -> str:
     return text
 
 
-def _load(line: bytes) -> Any:
-    try:
-        return orjson.loads(line)
-    except ValueError as error:
-        reason = str(error).partition(": line 1")[0]
+def _load_leniently(line: bytes, error: ValueError) -> Any:
+    """What Python's own json makes of a line that orjson refused; raises BadRecord with the reason if nothing."""
+    reason = str(error).partition(": line 1")[0]
     if b"\0" in line:
         raise BadRecord(f"null byte at byte {line.index(0) + 1} of the line; a damaged file?")
     try:
         return json.loads(line.decode())  # Python's json writes NaN and Infinity, and reads them
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not valid UTF-8 at byte {error.start + 1} of the line.") from None
+    except UnicodeDecodeError as fault:
+        raise BadRecord(f"not valid UTF-8 at byte {fault.start + 1} of the line.") from None
     except (ValueError, RecursionError):
         raise BadRecord(f"not valid JSON ({reason}). Every line has to be one JSON object in UTF-8.") from None
 

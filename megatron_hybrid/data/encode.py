@@ -11,7 +11,7 @@ import numpy as np
 from megatron_hybrid.data import dedup
 from megatron_hybrid.data.documents import Fault, parse
 from megatron_hybrid.data.filters import Filters
-from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts, version
+from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts, unsuitable, version
 from megatron_hybrid.data.indexed import dtype_for
 from megatron_hybrid.data.sources import Batch
 from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer, TokenizerSpec, load_tokenizer, split
@@ -196,6 +196,8 @@ def _gigatoken(
     if encoding.engine == "tokenizers":
         return None, ""
     try:
+        if reason := unsuitable(reference):
+            raise ValueError(reason)
         fast = GigatokenTokenizer(reference, encoding.memory_limit)
         text = first_difference(reference, fast, hard_texts(reference.added_tokens()) + sample)
         if text is None:

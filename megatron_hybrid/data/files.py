@@ -1,10 +1,12 @@
-"""Output files that are there whole or not at all."""
+"""Files: there whole or not at all, on disk when it is said so, and known by their checksums."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import xxhash
 
 
 @contextmanager
@@ -18,8 +20,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            to_disk(stream)
         temporary.replace(path)
         sync_directory(path.parent)
     except BaseException:
@@ -39,3 +40,37 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def to_disk(stream: BinaryIO) -> None:
+    """Flush a file and bring it to disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file for appending behind its first ``size`` bytes; raises ValueError if it has fewer."""
+    stream = path.open("r+b" if path.exists() else "w+b")
+    if path.stat().st_size < size:
+        stream.close()
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, fewer than the {size:,} that were noted.")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
+
+
+def checksum(path: Path, start: int = 0, end: int | None = None) -> str:
+    """Return ``xxh3_128:...`` of a file, or of its bytes from ``start`` to ``end``, in the digits of xxh128sum."""
+    state = xxhash.xxh3_128()
+    left = path.stat().st_size - start if end is None else end - start
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while left > 0 and (piece := stream.read(min(1 << 22, left))):
+            state.update(piece)
+            left -= len(piece)
+    return checksum_text(state)
+
+
+def checksum_text(state: Any) -> str:
+    """Return the checksum that an ``xxhash.xxh3_128`` has come to, as manifests have it."""
+    return f"xxh3_128:{state.hexdigest()}"

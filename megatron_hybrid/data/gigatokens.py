@@ -7,7 +7,7 @@ malformed line. Nor are its SentencePiece models, whose ids differ in some docum
 
 import json
 import os
-from typing import Any
+from functools import cache
 
 import numpy as np
 
@@ -34,16 +34,10 @@ class GigatokenTokenizer:
     """
 
     def __init__(self, reference: HuggingFaceTokenizer, memory_limit: int = 1 << 30) -> None:
-        """Load the reference's file; raises ValueError with the reason if gigatoken cannot stand in for it."""
-        if reason := _unsuitable(json.loads(reference.content)):
-            raise ValueError(reason)
+        """Load the reference's file; raises ValueError if gigatoken does not take it. See :func:`unsuitable` first."""
         self.vocab_size, self.bos_id, self.eod_id = reference.vocab_size, reference.bos_id, reference.eod_id
         self.fingerprint, self._reference = reference.fingerprint, reference
         self.memory_limit = memory_limit
-        self._is_unlike = np.zeros(0x110000, dtype=bool)  # a table: a regular expression takes 50 times as long
-        for part in UNLIKE.split():
-            first, _, last = part.partition("-")
-            self._is_unlike[int(first, 16) : int(last or first, 16) + 1] = True
         self._load()
         self._begin = _own_bytes()
 
@@ -70,7 +64,7 @@ class GigatokenTokenizer:
         return join(parts)
 
     def _holds_unlike(self, text: str) -> bool:
-        return bool(self._is_unlike[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].any())
+        return bool(_unlike()[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].any())
 
     def _encode(self, texts: list[str]) -> Ids:
         if not texts:
@@ -102,10 +96,21 @@ def version() -> str:
         return ""
 
 
-def _unsuitable(config: dict[str, Any]) -> str:
-    """Why gigatoken cannot stand in for a tokenizer.json; empty if it can be tried."""
+@cache
+def _unlike() -> np.ndarray:
+    """Whether each code point is one of UNLIKE; a regular expression would take ten times as long."""
+    table = np.zeros(0x110000, dtype=bool)
+    for part in UNLIKE.split():
+        first, _, last = part.partition("-")
+        table[int(first, 16) : int(last or first, 16) + 1] = True
+    return table
+
+
+def unsuitable(reference: HuggingFaceTokenizer) -> str:
+    """Return why gigatoken cannot stand in for a tokenizer; empty if it can be tried."""
     if not version():
         return "the package gigatoken is not installed"
+    config = json.loads(reference.content)
     model, pre = config.get("model") or {}, config.get("pre_tokenizer") or {}
     steps = [pre, *pre.get("pretokenizers", [])]
     byte_level = any(step.get("type") == "ByteLevel" for step in steps)

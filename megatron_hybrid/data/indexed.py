@@ -12,7 +12,6 @@ Here a document is one sequence, as in upstream's preprocessing of text for GPT;
 several sequences in a document.
 """
 
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import xxhash
+
+from megatron_hybrid.data.files import open_at, to_disk
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -194,32 +194,6 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def open_at(path: Path, size: int) -> BinaryIO:
-    """Open a file for appending behind its first ``size`` bytes; raises ValueError if it has fewer."""
-    stream = path.open("r+b" if path.exists() else "w+b")
-    if path.stat().st_size < size:
-        stream.close()
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, fewer than the {size:,} that were noted.")
-    stream.truncate(size)
-    stream.seek(size)
-    return stream
-
-
-def to_disk(stream: BinaryIO) -> None:
-    """Flush a file and bring it to disk."""
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def checksum(path: Path) -> str:
-    """Return ``xxh3_128:...`` of a file; the tool xxh128sum prints the same digits."""
-    state = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            state.update(piece)
-    return f"xxh3_128:{state.hexdigest()}"
 
 
 def token_blocks(lengths: np.ndarray, most: int = 1 << 22) -> Iterator[tuple[slice, slice]]:

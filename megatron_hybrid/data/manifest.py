@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 import megatron_hybrid
-from megatron_hybrid.data.indexed import bin_path, checksum, idx_path, read_index
+from megatron_hybrid.data.files import checksum
+from megatron_hybrid.data.indexed import bin_path, idx_path, read_index
 from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec
 
 FORMAT = 1

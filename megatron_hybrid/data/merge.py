@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import dedup, manifest
-from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index, to_disk
+from megatron_hybrid.data.files import checksum_text, to_disk
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_hybrid.data.merge_inputs import (
     Input,
     check_alike,
@@ -130,7 +131,7 @@ class Merge:
                 whole.update(ids.data)
                 progress(ids.nbytes)
         writer.finish(np.memmap(documents, dtype=np.int64, mode="r") if documents else None)
-        return f"xxh3_128:{whole.hexdigest()}"
+        return checksum_text(whole)
 
     def _copy_unique(self, writer: IndexedWriter, progress: Callable[[int], None]) -> int:
         """Append the first of equal documents; returns how many others there are."""

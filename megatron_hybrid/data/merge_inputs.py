@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import manifest
+from megatron_hybrid.data.files import checksum_text
 from megatron_hybrid.data.indexed import bin_path, idx_path, read_index, token_blocks
 from megatron_hybrid.data.verify import index_fault
 
@@ -140,10 +141,10 @@ def read_blocks(one: Input) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 raise ValueError(f"{path} became shorter while it was read; start again.")
             state.update(ids.data)
             yield ids, lengths[sequences]
-    wanted = (one.manifest or {}).get("bin", {}).get("checksum")
-    if wanted and wanted != f"xxh3_128:{state.hexdigest()}":
+    wanted, found = (one.manifest or {}).get("bin", {}).get("checksum"), checksum_text(state)
+    if wanted and wanted != found:
         raise ValueError(
-            f"{path} is not what its manifest says (checksum xxh3_128:{state.hexdigest()}, not {wanted}): damaged, or "
+            f"{path} is not what its manifest says (checksum {found}, not {wanted}): damaged, or "
             "replaced. Make it again, or delete the .json to merge it as it is."
         )
 

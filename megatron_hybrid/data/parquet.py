@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.data.indexed import checksum as file_checksum
+from megatron_hybrid.data.files import checksum
 from megatron_hybrid.data.sources import BATCH_BYTES, Batch, Position, Segment, Source
 
 _ROWS = 64
@@ -48,7 +48,7 @@ def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch
     except (pyarrow.ArrowException, OSError) as error:
         yield Batch(segment, row, None, end, 0, error=f"damaged Parquet file ({_sentence(error)})")
         return
-    yield Batch(segment, row, None, end, 0, checksum=file_checksum(Path(segment.source.path)))
+    yield Batch(segment, row, None, end, 0, checksum=checksum(Path(segment.source.path)))
 
 
 def _columns(

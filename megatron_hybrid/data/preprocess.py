@@ -16,7 +16,8 @@ from megatron_hybrid.data import dedup, manifest
 from megatron_hybrid.data.batches import read_batches, shard
 from megatron_hybrid.data.documents import parse
 from megatron_hybrid.data.encode import Encoded, Encoder, Encoding, in_order, make_encoders
-from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index, to_disk
+from megatron_hybrid.data.files import to_disk
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_hybrid.data.output import Done, Output, Totals
 from megatron_hybrid.data.sources import STANDARD_INPUT, Segment, Source, find_sources
 from megatron_hybrid.data.work import WorkFolder
@@ -44,10 +45,6 @@ class Job:
     save_every: float = 10.0
     """Seconds between two states on disk."""
     command: tuple[str, ...] = ()
-
-
-class Stopped(ValueError):
-    """A run that ended early; what it did is on disk and can be resumed."""
 
 
 class Preprocessing:
@@ -129,7 +126,7 @@ class Preprocessing:
     def _sample(self) -> list[str]:
         if self.encoding.engine == "tokenizers" or self.encoding.tokenizer.kind != "HuggingFaceTokenizer":
             return []
-        if any(source.path == STANDARD_INPUT for source in self.sources):
+        if self._from_standard_input:
             return []
         for batch in read_batches(self.segments, list(self.encoding.keys), self.encoding.text_split):
             texts, _ = parse(batch, list(self.encoding.keys), self.encoding.text_split)
@@ -203,11 +200,10 @@ class Preprocessing:
         progress is called after each batch. Raises ValueError at a bad record unless they are skipped; OSError as it
         comes, such as for a full disk. Whatever ends the run early, its work can be resumed from the last state.
         """
-        if self.complete:
-            return [found for prefix in self.prefixes if (found := manifest.read_manifest(prefix))]
-        if self.state.get("phase") != "publish":
-            self._write(progress)
-        self.work.publish(self.state["names"], [] if self.done.skipped else [self.report.name])
+        if not self.complete:
+            if self.state.get("phase") != "publish":
+                self._write(progress)
+            self.work.publish(self.state["names"], [] if self.done.skipped else [self.report.name])
         return [found for prefix in self.prefixes if (found := manifest.read_manifest(prefix))]
 
     def _write(self, progress: Callable[[Encoded], None]) -> None:
@@ -253,7 +249,7 @@ class Preprocessing:
                 if encoded.faults:
                     self.first_fault = self.first_fault or str(encoded.faults[0])
                     if not self.encoding.skip_faults:
-                        raise Stopped(self.first_fault)
+                        raise ValueError(self.first_fault)
                 output.add(encoded)
                 progress(encoded)
                 if time.monotonic() - saved >= self.job.save_every and not self._from_standard_input:

@@ -8,7 +8,8 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import manifest
-from megatron_hybrid.data.indexed import Index, bin_path, checksum, idx_path, read_index, token_blocks
+from megatron_hybrid.data.files import checksum, checksum_text
+from megatron_hybrid.data.indexed import Index, bin_path, idx_path, read_index, token_blocks
 
 _BLOCK = 1 << 20
 
@@ -219,7 +220,7 @@ def _scan_checks(
         yield Check("data: ids are not negative", text, f"largest {scan.greatest:,}")
     yield from _mark_checks(scan, index.tokens)
     if said is not None:
-        yield Check("manifest: checksum of .bin", _checksum_fault(said, "bin", f"xxh3_128:{scan.hash.hexdigest()}"))
+        yield Check("manifest: checksum of .bin", _checksum_fault(said, "bin", checksum_text(scan.hash)))
 
 
 def _mark_checks(scan: _Scan, tokens: int) -> Iterator[Check]:
@@ -253,20 +254,10 @@ def verify_inputs(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, "changed"
         else:
             whole = end is None or _is_parquet(path)  # start and end count row groups there
-            found = checksum(path) if whole else _checksum_of(path, start, end)
+            found = checksum(path) if whole else checksum(path, start, end)
             yield name, "ok" if found == entry["checksum"] else "changed"
 
 
 def _is_parquet(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(4) == b"PAR1"
-
-
-def _checksum_of(path: Path, start: int, end: int) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        stream.seek(start)
-        while start < end and (piece := stream.read(min(1 << 22, end - start))):
-            state.update(piece)
-            start += len(piece)
-    return f"xxh3_128:{state.hexdigest()}"

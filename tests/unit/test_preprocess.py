@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from megatron_hybrid.data import batches, dedup, encode
 from megatron_hybrid.data.encode import Encoding
+from megatron_hybrid.data.files import checksum
 from megatron_hybrid.data.filters import Filters
-from megatron_hybrid.data.indexed import bin_path, checksum, idx_path
+from megatron_hybrid.data.indexed import bin_path, idx_path
 from megatron_hybrid.data.manifest import read_manifest
 from megatron_hybrid.data.output import Output
 from megatron_hybrid.data.preprocess import Job, Preprocessing
