@@ -9,7 +9,7 @@ either one output projection for each branch or one for both (Bae et al., arXiv:
 Shapes and sizes here are global, of all tensor-parallel ranks together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 AXES = ("branches", "norm", "scale", "fusion", "value", "output")
@@ -177,6 +177,19 @@ class IntraDesign:
         if self.output == "joint" and self.fusion != "concat":
             return {"fused": self.width(0)}
         return {name: self.width(i) for i, name in enumerate(self.names)}
+
+    def shard(self, tp: int) -> "IntraDesign":
+        """The design of one tensor-parallel rank's share: whole heads, and of fewer units than ranks one each."""
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // tp,
+            num_query_groups=max(1, self.num_query_groups // tp),
+            qk_dim=self.qk_dim // tp,
+            value_dim=self.value_dim // tp,
+            ssm_dim=self.ssm_dim // tp,
+            ssm_groups=max(1, self.ssm_groups // tp),
+            norm_groups=max(1, self.norm_groups // tp) if self.norm_groups else None,
+        )
 
     @property
     def lambda_dim(self) -> int:

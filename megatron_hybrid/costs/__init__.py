@@ -1,0 +1,41 @@
+"""What a pattern costs: the only place that counts. Imports neither torch nor Megatron.
+
+In the order of its flow; each file imports those above it only:
+
+========================  ==========================================================================
+``sizes``                 the sizes of a model, from flags; the sizes of one rank's share of a layer
+``parameters``            parameters of layers and models
+``flops``                 training FLOPs, in two conventions
+``layout``                how a model is spread over ranks: groups, pipeline stages and what they hold
+========================  ==========================================================================
+"""
+
+from megatron_hybrid.costs.flops import (
+    Convention,
+    attention_core_flops,
+    delta_core_flops,
+    layer_flops_per_token,
+    ssm_core_flops,
+    training_flops,
+    training_flops_per_token,
+)
+from megatron_hybrid.costs.layout import Layout, Stage
+from megatron_hybrid.costs.parameters import ModelParameters, Parameters, layer_parameters, model_parameters
+from megatron_hybrid.costs.sizes import Sizes
+
+__all__ = [
+    "Convention",
+    "Layout",
+    "ModelParameters",
+    "Parameters",
+    "Sizes",
+    "Stage",
+    "attention_core_flops",
+    "delta_core_flops",
+    "layer_flops_per_token",
+    "layer_parameters",
+    "model_parameters",
+    "ssm_core_flops",
+    "training_flops",
+    "training_flops_per_token",
+]
