@@ -126,8 +126,9 @@ def layer_parameters(symbol: str, sizes: Sizes) -> Parameters:
     active = norm(s) + weights(linears) + _small_parameters(symbol, s)
     if symbol != "E":
         return Parameters(active, active)
-    idle = _ffn_linears(s, s.expert_ffn) * (s.experts - s.topk)
-    return Parameters(active + weights(idle) + s.bias * _outputs(idle), active)
+    one = _ffn_linears(s, s.expert_ffn)
+    idle = s.experts // s.expert_ranks - s.topk  # below 0 where a rank has fewer experts than a token meets
+    return Parameters(active + idle * (weights(one) + s.bias * _outputs(one)), active)
 
 
 def _small_parameters(symbol: str, s: Sizes) -> int:

@@ -47,6 +47,9 @@ class Sizes:
     gated: bool = True
     """Gated activation (SwiGLU): two input projections."""
     experts: int = 0
+    """Routed experts: outputs of the router."""
+    expert_ranks: int = 1
+    """Ranks over which the routed experts are spread."""
     topk: int = 2
     expert_ffn: int = 0
     shared_ffn: int = 0
@@ -153,7 +156,7 @@ class Sizes:
             mamba_groups=max(1, self.mamba_groups // tp),
             intra=self.intra.shard(tp) if self.intra else None,
             ffn=_share(self.ffn, tp),
-            experts=_share(self.experts, ep),
+            expert_ranks=ep,
             expert_ffn=_share(self.expert_ffn, etp),
             shared_ffn=_share(self.shared_ffn, tp),
             delta_key_heads=_share(self.delta_key_heads, tp),
