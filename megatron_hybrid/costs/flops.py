@@ -77,22 +77,31 @@ def layer_flops_per_token(symbol: str, sizes: Sizes) -> float:
     return matmuls + _conv_flops(symbol, sizes) + _core_flops(symbol, sizes)
 
 
+def head_flops_per_token(sizes: Sizes) -> float:
+    """Forward FLOPs per token of the output head; the embedding is a lookup and has none."""
+    return 2 * sizes.hidden * sizes.padded_vocab
+
+
+def mtp_flops_per_token(pattern: Pattern, sizes: Sizes) -> float:
+    """Forward FLOPs per token of all MTP heads: each joins state and token, and ends in the output head again."""
+    layers = sum(layer_flops_per_token(symbol, sizes) for symbol in pattern.mtp)
+    return pattern.mtp_depths * (4 * sizes.hidden**2 + layers + head_flops_per_token(sizes))
+
+
 def training_flops_per_token(pattern: Pattern, sizes: Sizes, convention: Convention = "model") -> float:
     """Forward and backward FLOPs per token, averaged over a sequence of ``sizes.seq_length``.
 
     Raises:
         ValueError: for an unknown convention.
     """
-    layers = pattern.layers + pattern.mtp * pattern.mtp_depths
     if convention == "study":
+        layers = pattern.layers + pattern.mtp * pattern.mtp_depths
         cores = sum(_core_flops(symbol, sizes) for symbol in layers)
         return 6 * model_parameters(pattern, sizes).active_non_embedding + 3 * cores
     if convention != "model":
         raise ValueError(f"the FLOPs convention is {convention!r}; use model or study")
-    hidden, depths = sizes.hidden, pattern.mtp_depths
-    heads = 2 * hidden * sizes.padded_vocab * (1 + depths)
-    forward = heads + 4 * hidden * hidden * depths  # each MTP head joins state and token
-    return 3 * (forward + sum(layer_flops_per_token(symbol, sizes) for symbol in layers))
+    layer_flops = sum(layer_flops_per_token(symbol, sizes) for symbol in pattern.layers)
+    return 3 * (layer_flops + head_flops_per_token(sizes) + mtp_flops_per_token(pattern, sizes))
 
 
 def training_flops(pattern: Pattern, sizes: Sizes, batch_size: int, convention: Convention = "model") -> float:
