@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
         from megatron_hybrid.engine import arguments, upstream
 
         device = arguments.choose_device(command.device)
+        command = arguments.balance(command, device)
         args = arguments.parse(command.argv, device, command.print_config)
         arguments.check_checkpoint(args)
         if args.reset_attention_mask and not command.print_config:

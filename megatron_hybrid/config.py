@@ -41,6 +41,10 @@ class HybridConfig:
     ffn: Literal["dense", "moe", "none"] = "dense"
     """Feed-forward layer of each block: dense (-), moe (E) or none."""
 
+    balance_pipeline: int | None = None
+    """Cut the layers into this many pipeline segments of equal work (output head and MTP heads included), in place of
+    | in the pattern. Without --pipeline-model-parallel-size that is the number of stages, else a multiple of it."""
+
     swa_window: int = 512
     """W layers: tokens that a query sees, itself included, beside the sinks."""
 

@@ -5,7 +5,7 @@ answer at once.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_hybrid import pattern, recipes
@@ -38,6 +38,22 @@ class Command:
     device: str
     """As the user said: auto, cpu or cuda."""
     print_config: bool
+    balance: int | None = None
+    """Pipeline segments that are still to be cut by cost (:func:`megatron_hybrid.engine.arguments.balance`), which
+    needs the sizes of the model."""
+
+    def with_pattern(self, balanced: pattern.Pattern, pp: int) -> "Command":
+        """The same command with the layers cut over ``pp`` pipeline stages.
+
+        Raises:
+            ValueError: The segments do not fit the stages.
+        """
+        pattern.check_pipeline(balanced, pp, _known(self.argv).num_virtual_stages_per_pipeline_rank)
+        argv = self.argv
+        for flag in ("--hybrid-layer-pattern", "--balance-pipeline", "--pipeline-model-parallel-size"):
+            argv = _without(argv, flag)
+        argv = [*argv, "--pipeline-model-parallel-size", str(pp), f"--hybrid-layer-pattern={balanced}"]
+        return replace(self, argv=argv, pattern=balanced, balance=None)
 
 
 def resolve(argv: list[str]) -> Command:
@@ -58,7 +74,8 @@ def resolve(argv: list[str]) -> Command:
     known = _known(rest)
     resolved = _pattern(known)
     vpp = known.num_virtual_stages_per_pipeline_rank
-    pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
+    if known.balance_pipeline is None:
+        pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
     text = str(resolved)
     rest = _without(rest, "--hybrid-layer-pattern")
     if recipe:
@@ -71,6 +88,7 @@ def resolve(argv: list[str]) -> Command:
         recipe=recipe.name if recipe else None,
         device=known.device,
         print_config=first.print_config,
+        balance=known.balance_pipeline,
     )
 
 
@@ -104,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-placement", default=defaults.block_placement)
     parser.add_argument("--block-mixers", default=defaults.block_mixers)
     parser.add_argument("--ffn", default=defaults.ffn)
+    parser.add_argument("--balance-pipeline", type=int, default=defaults.balance_pipeline)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
     return parser

@@ -7,9 +7,11 @@ In the order of its flow; each file imports those above it only:
 ``parameters``            parameters of layers and models
 ``flops``                 training FLOPs, in two conventions
 ``layout``                how a model is spread over ranks: groups, pipeline stages and what they hold
+``balance``               pipeline stages of equal work
 ========================  ==========================================================================
 """
 
+from megatron_hybrid.costs.balance import balance_pipeline, equal_count, imbalance, segment_work, stage_work
 from megatron_hybrid.costs.flops import (
     Convention,
     attention_core_flops,
@@ -31,11 +33,16 @@ __all__ = [
     "Sizes",
     "Stage",
     "attention_core_flops",
+    "balance_pipeline",
     "delta_core_flops",
+    "equal_count",
+    "imbalance",
     "layer_flops_per_token",
     "layer_parameters",
     "model_parameters",
+    "segment_work",
     "ssm_core_flops",
+    "stage_work",
     "training_flops",
     "training_flops_per_token",
 ]

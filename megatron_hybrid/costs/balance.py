@@ -56,7 +56,7 @@ def equal_count(pattern: Pattern, segments: int) -> Pattern:
     return Pattern(tuple(layers[a:b] for a, b in pairwise(ends)), pattern.mtp, pattern.mtp_depths)
 
 
-def balance(pattern: Pattern, sizes: Sizes, segments: int, pp: int | None = None) -> Pattern:
+def balance_pipeline(pattern: Pattern, sizes: Sizes, segments: int, pp: int | None = None) -> Pattern:
     """The pattern with ``|`` where its segments cost the same; boundaries that it has are dropped.
 
     Of all ways to cut the layers into segments of at least one layer, one whose largest segment is smallest, and among

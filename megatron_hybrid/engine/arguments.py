@@ -16,9 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.engine.upstream import has_module, register_symbols
+from megatron_hybrid.flags import Command
 from megatron_hybrid.intra_design import IntraDesign, design
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
@@ -162,6 +164,31 @@ def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
     return args
+
+
+def balance(command: Command, device: str) -> Command:
+    """The command with its layers cut into ``command.balance`` pipeline segments of equal work.
+
+    Raises:
+        ValueError: More segments than layers, segments that do not divide over the stages, or no --vocab-size: the
+            output head is the work of several layers.
+    """
+    if command.balance is None:
+        return command
+    import_megatron_quietly()
+    from megatron.training import arguments
+
+    sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
+    args = arguments.parse_args(add_hybrid_flags)
+    if args.vocab_size is None:
+        raise ValueError(
+            "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
+            "number will do where the tokenizer knows it better."
+        )
+    pp = args.pipeline_model_parallel_size
+    pp = command.balance if pp == 1 else pp
+    cut = costs.balance_pipeline(command.pattern, costs.Sizes.from_args(args), command.balance, pp)
+    return command.with_pattern(cut, pp)
 
 
 def import_megatron_quietly() -> None:

@@ -34,6 +34,7 @@ NO_REACH = {
     "choose_device": "of torch's public interface",
     "choose_backend": "has none",
     "help_text": "calls add_hybrid_flags",
+    "balance": "of flags, by the parser that parse() calls",
     "import_megatron_quietly": "an import",
     "set_single_process_defaults": "of torchrun's environment variables",
     "check_data": "of flags, which parse() would miss",

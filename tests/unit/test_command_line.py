@@ -94,6 +94,17 @@ def test_torchrun_shows_a_mistake_once():
     assert 'pretrain_hybrid.py", line' not in done.stderr
 
 
+def test_a_run_cuts_its_pipeline_by_cost():
+    line = "--recipe paper-1b-intra --print-config --pipeline-model-parallel-size 2 --balance-pipeline"
+    done = run(*line.split(), "4")
+    assert done.returncode == 0, done.stderr
+    # four segments for two stages; the last one is short, for it has the output head
+    assert "--hybrid-layer-pattern M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in done.stdout
+    refused = run(*line.split(), "3")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: 3 pipeline segments do not divide over 2 stages")
+
+
 def test_an_unknown_flag_is_one_line():
     done = run(PROGRAM, "--recipe", "demo", "--hiden-size", "64")
     assert done.returncode == 2

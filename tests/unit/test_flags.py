@@ -54,7 +54,16 @@ def test_print_config_and_device_are_read():
 def test_defaults_are_those_of_the_configuration():
     known = flags._known([])
     fields = HybridConfig()
-    for name in ("device", "num_blocks", "block_ratio", "block_placement", "block_mixers", "ffn", "recipe"):
+    for name in (
+        "device",
+        "num_blocks",
+        "block_ratio",
+        "block_placement",
+        "block_mixers",
+        "ffn",
+        "recipe",
+        "balance_pipeline",
+    ):
         assert getattr(known, name) == getattr(fields, name), name
 
 
@@ -81,3 +90,22 @@ def test_a_mistake_is_a_value_error_with_the_remedy(line, words):
         resolve(line)
     for word in words:
         assert word in str(error.value)
+
+
+def test_balanced_stages_take_the_place_of_boundaries_and_set_the_stages():
+    from megatron_hybrid.pattern import parse
+
+    command = resolve("--hybrid-layer-pattern M-M-P- --balance-pipeline 3 --lr 1")
+    assert command.balance == 3
+    found = command.with_pattern(parse("M-M|-P|-"), 3)
+    assert found.balance is None
+    assert str(found.pattern) == "M-M|-P|-"
+    assert found.argv == [
+        *("--lr", "1", "--pipeline-model-parallel-size", "3"),
+        "--hybrid-layer-pattern=M-M|-P|-",
+    ]
+    # a pattern that the stages do not divide is the balance's to cut
+    uneven = resolve("--hybrid-layer-pattern M-M-P --balance-pipeline 2 --pipeline-model-parallel-size 2")
+    assert uneven.balance == 2
+    with pytest.raises(ValueError, match="do not divide over 2 pipeline stages"):
+        uneven.with_pattern(parse("M-|M-|P"), 2)
