@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_hybrid import pattern, recipes
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.data import blend
+from megatron_hybrid.pattern import Pattern
 
 DATA_FLAGS = (
     "--data-path",
@@ -31,7 +32,7 @@ class Command:
     argv: list[str]
     """Flags for Megatron's parser and ours: the recipe's first, then the user's, the pattern explicit."""
 
-    pattern: pattern.Pattern
+    pattern: Pattern
     recipe: str | None
     """The one that is run: the preset's where the recipe has a row for each (see :func:`recipes.recipe`)."""
 
@@ -42,7 +43,7 @@ class Command:
     """Pipeline segments that are still to be cut by cost (:func:`megatron_hybrid.engine.arguments.balance`), which
     needs the sizes of the model."""
 
-    def with_pattern(self, balanced: pattern.Pattern, pp: int) -> "Command":
+    def with_pattern(self, balanced: Pattern, pp: int) -> "Command":
         """The same command with the layers cut over ``pp`` pipeline stages.
 
         Raises:
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pattern(known: argparse.Namespace) -> pattern.Pattern:
+def _pattern(known: argparse.Namespace) -> Pattern:
     if known.hybrid_layer_pattern and known.num_blocks:
         raise ValueError("Both --hybrid-layer-pattern and --num-blocks are given, and each sets the layers: drop one.")
     if known.hybrid_layer_pattern:

@@ -96,11 +96,11 @@ def test_torchrun_shows_a_mistake_once():
 
 def test_a_run_cuts_its_pipeline_by_cost():
     line = "--recipe paper-1b-intra --print-config --pipeline-model-parallel-size 2 --balance-pipeline"
-    done = run(*line.split(), "4")
+    done = run(PROGRAM, *line.split(), "4")
     assert done.returncode == 0, done.stderr
     # four segments for two stages; the last one is short, for it has the output head
     assert "--hybrid-layer-pattern M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in done.stdout
-    refused = run(*line.split(), "3")
+    refused = run(PROGRAM, *line.split(), "3")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: 3 pipeline segments do not divide over 2 stages")
 
