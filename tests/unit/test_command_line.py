@@ -99,7 +99,7 @@ def test_a_run_cuts_its_pipeline_by_cost():
     done = run(PROGRAM, *line.split(), "4")
     assert done.returncode == 0, done.stderr
     # four segments for two stages; the last one is short, for it has the output head
-    assert "--hybrid-layer-pattern M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in done.stdout
+    assert "--hybrid-layer-pattern=M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in done.stdout
     refused = run(PROGRAM, *line.split(), "3")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: 3 pipeline segments do not divide over 2 stages")
