@@ -16,12 +16,14 @@ from megatron_hybrid.costs.flops import (
     Convention,
     attention_core_flops,
     delta_core_flops,
+    head_flops_per_token,
     layer_flops_per_token,
+    mtp_flops_per_token,
     ssm_core_flops,
     training_flops,
     training_flops_per_token,
 )
-from megatron_hybrid.costs.layout import Layout, Stage
+from megatron_hybrid.costs.layout import Layout, Stage, stages
 from megatron_hybrid.costs.parameters import ModelParameters, Parameters, layer_parameters, model_parameters
 from megatron_hybrid.costs.sizes import Sizes
 
@@ -38,11 +40,14 @@ __all__ = [
     "equal_count",
     "imbalance",
     "layer_flops_per_token",
+    "head_flops_per_token",
     "layer_parameters",
     "model_parameters",
+    "mtp_flops_per_token",
     "segment_work",
     "ssm_core_flops",
     "stage_work",
+    "stages",
     "training_flops",
     "training_flops_per_token",
 ]
