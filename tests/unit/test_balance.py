@@ -54,7 +54,7 @@ def test_stages_are_never_worse_than_those_of_equal_counts(layers, pp, vpp):
 @pytest.mark.parametrize(
     ("pattern", "change"),
     [
-        ("PPPP--------M-M-", {}),  # clustered attention
+        ("PPPP--------M-M-", {"seq_length": 200}),  # clustered attention
         ("M-M-M-M-MEMEMEME", {"expert_ffn": 200}),  # experts at the end
         ("*-*-*-*-*-*-*-*-", {"padded_vocab": 2000}),  # a large output head
     ],
