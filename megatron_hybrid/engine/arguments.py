@@ -124,13 +124,14 @@ def help_text() -> str:
     return add_hybrid_flags(add_megatron_arguments(parser)).format_help()
 
 
-def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace:
+def parse(argv: list[str], device: str, print_config: bool = False, world: int | None = None) -> Namespace:
     """Megatron's arguments, checked by us and by upstream, and set as its globals.
 
     Args:
         argv: Resolved flags (:func:`megatron_hybrid.flags.resolve`).
         device: ``cpu`` or ``cuda``, as :func:`choose_device` says.
         print_config: The run ends before it reads data, so none need be given.
+        world: With ``print_config``: the number of processes; default the fewest that the layout fits.
 
     Returns:
         With ``backend`` and ``device`` as chosen, and ``notes`` for the user.
@@ -148,8 +149,8 @@ def parse(argv: list[str], device: str, print_config: bool = False) -> Namespace
     args.backend, args.device = backend, device
     from megatron_hybrid.model.checks import check, smallest_world
 
-    if print_config and "TORCHELASTIC_RUN_ID" not in os.environ:
-        args.world_size = max(1, smallest_world(args))
+    if print_config and (world or "TORCHELASTIC_RUN_ID" not in os.environ):
+        args.world_size = world or max(1, smallest_world(args))
     check(args)
     notes = []
     if not print_config:

@@ -1,0 +1,118 @@
+"""Everything that a plan says, as plain values that JSON can hold."""
+
+from typing import Any
+
+from megatron_hybrid import costs
+from megatron_hybrid.pattern import LAYERS, Pattern
+from megatron_hybrid.plan.subject import Subject
+
+CACHE_LENGTHS = [2**i for i in range(12, 21)]
+"""Context lengths of the cache table: 4K to 1M tokens."""
+
+Figures = dict[str, Any]
+
+
+def figures(subject: Subject) -> Figures:
+    """What a run costs, wherever it runs.
+
+    Returns:
+        Parameters as counts, FLOPs as training FLOPs (forward and backward) in both conventions, caches in bytes of one
+        sequence in bfloat16, work of pipeline stages as a share.
+    """
+    s, layout = subject, subject.layout
+    return {
+        "name": s.name,
+        "pattern": str(s.pattern),
+        "layout": _layout(s),
+        "sequence_length": s.sizes.seq_length,
+        "tokens": s.tokens,
+        "parameters": _parameters(s),
+        "parts": _parts(s),
+        "flops": {convention: _flops(s, convention) for convention in ("model", "study")},
+        "pipeline": _pipeline(s, layout),
+    }
+
+
+def _layout(s: Subject) -> Figures:
+    layout = s.layout
+    return {
+        "gpus": layout.world,
+        "tensor": layout.tp,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline": layout.pp,
+        "segments_per_stage": layout.vpp,
+        "context": layout.cp,
+        "expert": layout.ep,
+        "expert_tensor": layout.etp,
+        "data": layout.dp,
+        "micro_batch": layout.micro_batch,
+        "global_batch": layout.global_batch,
+        "micro_batches": layout.micro_batches,
+    }
+
+
+def _parameters(s: Subject) -> Figures:
+    found = costs.model_parameters(s.pattern, s.sizes)
+    return {
+        "total": found.total,
+        "active": found.active,
+        "embedding": found.embedding,
+        "non_embedding": found.non_embedding,
+        "active_non_embedding": found.active_non_embedding,
+    }
+
+
+def _parts(s: Subject) -> list[Figures]:
+    """A row for each layer type, and for what is no layer; parameters and FLOPs add up to the model's."""
+    rows = []
+    for symbol in LAYERS:
+        count = s.pattern.layers.count(symbol)
+        if count:
+            found = costs.layer_parameters(symbol, s.sizes)
+            flops = 3 * costs.layer_flops_per_token(symbol, s.sizes)
+            rows.append(_part(symbol, LAYERS[symbol].name, count, found.total, found.active, flops))
+    embedding = s.sizes.padded_vocab * s.sizes.hidden
+    rows.append(_part("", "embedding", 1, embedding, embedding, 0.0))
+    head = 0 if s.sizes.tied else embedding
+    name = "output head" + (", weights of the embedding" if s.sizes.tied else "")
+    rows.append(_part("", name, 1, head, head, 3 * costs.head_flops_per_token(s.sizes)))
+    norm = s.sizes.hidden * (1 + s.sizes.layer_norm)
+    rows.append(_part("", "final norm", 1, norm, norm, 0.0))
+    if s.pattern.mtp_depths:
+        whole, main = (costs.model_parameters(p, s.sizes) for p in (s.pattern, Pattern(s.pattern.segments)))
+        flops = 3 * costs.mtp_flops_per_token(s.pattern, s.sizes)
+        rows.append(_part("/", "MTP heads", 1, whole.total - main.total, whole.active - main.active, flops))
+    return rows
+
+
+def _part(symbol: str, name: str, count: int, each: int, active: int, flops: float) -> Figures:
+    return {
+        "symbol": symbol,
+        "name": name,
+        "count": count,
+        "parameters_each": each,
+        "parameters": count * each,
+        "active": count * active,
+        "training_flops_per_token": count * flops,
+    }
+
+
+def _flops(s: Subject, convention: costs.Convention) -> Figures:
+    per_token = costs.training_flops_per_token(s.pattern, s.sizes, convention)
+    return {
+        "per_token": per_token,
+        "per_sample": per_token * s.sizes.seq_length,
+        "run": per_token * s.tokens if s.tokens else None,
+    }
+
+
+def _pipeline(s: Subject, layout: costs.Layout) -> Figures:
+    """Each stage's layers and share of the work, and what unequal stages and the schedule's bubble cost."""
+    work = costs.stage_work(s.pattern, s.sizes, layout.pp)
+    held = costs.stages(s.pattern, layout.pp)
+    return {
+        "stages": [
+            {"layers": "|".join(stage.segments), "share": w / sum(work)} for stage, w in zip(held, work, strict=True)
+        ],
+        "imbalance": costs.imbalance(work),
+    }

@@ -1,0 +1,77 @@
+"""What a plan is about: a command line, checked as the run itself would check it."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_hybrid import flags, pattern
+from megatron_hybrid.costs import Layout, Sizes, equal_count
+from megatron_hybrid.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is planned."""
+
+    name: str
+    """Its recipe, or its pattern."""
+    argv: list[str]
+    """Resolved flags; :func:`read` takes them again."""
+    args: Namespace
+    """Megatron's validated arguments and ours."""
+    pattern: Pattern
+    """With the boundaries of its pipeline stages, also where the flags leave them to Megatron."""
+    sizes: Sizes
+    layout: Layout
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run; None where the flags do not say."""
+        args = self.args
+        samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+        return samples * args.seq_length or None
+
+
+def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> Subject:
+    """Reads a command line of ``pretrain_hybrid.py`` for a machine that need not be here.
+
+    Data and tokenizer need not be given, nor a GPU be there. Without a GPU the CPU engine stands in for one while
+    Megatron checks its flags.
+
+    Args:
+        argv: Flags, those of a recipe among them.
+        gpus: Ranks; default the fewest that the layout fits.
+        device: Where the run would be: ``cuda`` or ``cpu``.
+
+    Raises:
+        ValueError: What the run itself would be refused for, or no vocabulary size.
+    """
+    command = flags.resolve(list(argv))
+    from megatron_hybrid.engine import arguments
+
+    os.environ.pop("WORLD_SIZE", None)  # the plan's processes are not this program's
+    arguments.choose_device("auto")
+    words = sys.argv  # which Megatron's parser reads, and ours replaces
+    try:
+        command = arguments.balance(command, device)
+        args = arguments.parse(command.argv, device, print_config=True, world=gpus)
+    finally:
+        sys.argv = words
+    if not (args.padded_vocab_size or args.vocab_size):
+        raise ValueError(
+            "The plan needs --vocab-size: embedding and output head depend on it. A rounded number will do where a "
+            "tokenizer will know it better."
+        )
+    layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
+    if layout.pp > len(layers.segments):
+        layers = equal_count(layers, layout.pp)
+    return Subject(
+        name=command.recipe or args.hybrid_layer_pattern,
+        argv=command.argv,
+        args=args,
+        pattern=layers,
+        sizes=Sizes.from_args(args),
+        layout=layout,
+    )
