@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         return
     try:
         command = flags.resolve(argv)
-        from megatron_hybrid.engine import arguments, upstream
+        from megatron_hybrid.engine import arguments, metrics, upstream
 
         device = arguments.choose_device(command.device)
         command = arguments.balance(command, device)
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
+        peak = metrics.peak(args)
         from megatron_hybrid.model.build import model_config
 
         with arguments.upstream_errors_as_value_errors():
@@ -50,14 +51,14 @@ def main(argv: list[str]) -> None:
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack) + args.notes
+    notes = upstream.prepare(device, HybridLayerStack) + args.notes + metrics.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:
             print(report.describe(args, command, counted, drawn))
         else:
             print(report.announce(args, command, notes, drawn), flush=True)
     if not command.print_config:
-        train(args, config, counted)
+        train(args, config, counted, peak)
 
 
 def refuse(error: ValueError) -> NoReturn:
@@ -73,22 +74,25 @@ def refuse(error: ValueError) -> NoReturn:
     sys.exit(2)
 
 
-def train(args: Namespace, config: Any, counted: dict[str, Any]) -> None:
-    """Hooks our figures into Megatron and hands over; ``config`` is the model's, ``counted`` is stored with the run."""
+def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = None) -> None:
+    """Hooks our figures into Megatron and hands over.
+
+    config: the model's; counted: stored with the run; peak: of one GPU (:func:`megatron_hybrid.engine.metrics.peak`).
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import training
+    from megatron_hybrid.engine import metrics, training
     from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
-    training.count_flops_with(partial(costs.training_flops, layers, sizes))
+    flops = partial(costs.training_flops, layers, sizes)
+    training.count_flops_with(flops)
     interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
-    training.write_metrics(
-        Path(args.save) / "metrics.jsonl" if args.save else None, mean_alphas if interpolates else None
-    )
+    path = Path(args.save) / "metrics.jsonl" if args.save else None
+    metrics.write_metrics(path, flops, peak, mean_alphas if interpolates else None)
     if args.save:
         training.write_run(Path(args.save) / "run.json", args, counted)
     datasets.is_distributed = True  # type: ignore[attr-defined]

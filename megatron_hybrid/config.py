@@ -22,6 +22,10 @@ class HybridConfig:
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layer implementations. auto takes Transformer Engine on CUDA when it is installed, else torch."""
 
+    peak_tflops: float | None = None
+    """Dense peak of one GPU in TFLOP/s, against which the log states MFU. Default: that of the GPU and the run's
+    precision where it is known (megatron_hybrid/costs/hardware.py)."""
+
     data_blend: str | None = None
     """YAML file of the training data: sources with a name, a path, a weight and the most epochs; in place of
     --data-path."""

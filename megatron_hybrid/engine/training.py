@@ -1,7 +1,6 @@
-"""Hooks in Megatron's training loop: the FLOPs counter and the run's metrics file."""
+"""Hooks in Megatron's training loop: the FLOPs counter, batches, the check of the loss, and the run's own file."""
 
 import json
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -26,126 +25,6 @@ def count_flops_with(flops: Callable[[int], float]) -> None:
         return flops(batch_size)
 
     training.num_floating_point_operations = num_floating_point_operations
-
-
-def write_metrics(path: Path | None, measure: Callable[[list], dict[str, Any]] | None = None) -> None:
-    """Appends a JSON line for each training step and each validation to ``path``.
-
-    Wraps ``training_log`` (training/training.py:2568), which every rank calls at each step with that step's
-    reduced values, and ``evaluate_and_print_results`` (:4342). The last rank writes, as upstream's own loggers
-    do. After a resume an iteration may stand twice: the last record counts.
-
-    Records: iteration, loss, learning_rate, grad_norm, samples, tokens (all so far), seconds (of this step, None
-    for the first one of a process), tokens_per_second, skipped; or iteration, validation_loss, validation (name).
-
-    Args:
-        path: The file; None writes none.
-        measure: Called by every rank at each ``--log-interval`` with the model's chunks on this rank. What it returns
-            joins the record and is printed.
-    """
-    from megatron.training import training
-    from megatron.training.global_vars import get_args, get_tensorboard_writer
-    from megatron.training.utils import is_last_rank, print_rank_last
-
-    log, evaluate_and_print, evaluate, save = (
-        training.training_log,
-        training.evaluate_and_print_results,
-        training.evaluate,
-        training.save_checkpoint_and_time,
-    )
-    clock: dict[str, float] = {}
-    train = training.train
-    chunks: list = []
-
-    def append(record: dict[str, Any]) -> None:
-        if path and is_last_rank():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def train_model(forward_step: Any, model: list, *args: Any, **kwargs: Any) -> Any:
-        chunks[:] = model
-        return train(forward_step, model, *args, **kwargs)
-
-    def measured(iteration: int) -> dict[str, Any]:
-        found = measure(chunks) if measure and iteration % get_args().log_interval == 0 else {}
-        for name, values in found.items():
-            if not values:
-                continue
-            print_rank_last(f" {name}: " + " | ".join(f"{key} {value:.4f}" for key, value in values.items()))
-            if writer := get_tensorboard_writer():
-                for key, value in values.items():
-                    writer.add_scalar(f"{name}/{key}", value, iteration)
-        return found
-
-    def training_log(
-        loss_dict: dict, total: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        seconds = time.perf_counter() - clock["last"] if "last" in clock else None
-        samples, length = get_args().consumed_train_samples, get_args().seq_length
-        tokens = (samples - clock.get("samples", 0)) * length
-        # the positional order of training_log: loss_scale, report_memory_flag, skipped_iter, grad_norm
-        skipped, grad_norm = args[2], args[3]
-        losses = {name: _number(value) for name, value in loss_dict.items()}
-        append(
-            {
-                "iteration": iteration,
-                "loss": losses.pop("lm loss", None),
-                **losses,
-                "learning_rate": _number(learning_rate),
-                "grad_norm": _number(grad_norm),
-                "samples": samples,
-                "tokens": samples * length,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds if seconds else None,
-                "skipped": bool(skipped),
-                **measured(iteration),
-            }
-        )
-        result = log(loss_dict, total, learning_rate, iteration, *args, **kwargs)
-        clock["last"], clock["samples"] = time.perf_counter(), samples
-        return result
-
-    def evaluate_and_print_results(
-        prefix: str, forward_step: Any, data: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> None:
-        index = 0
-
-        def recorded(*eval_args: Any, **eval_kwargs: Any) -> Any:
-            nonlocal index
-            losses, other, timelimit = evaluate(*eval_args, **eval_kwargs)
-            if not timelimit and losses:
-                value = _number(losses.get("lm loss"))
-                append({"iteration": iteration, "validation_loss": value, "validation": _name(prefix, index)})
-            index += 1
-            return losses, other, timelimit
-
-        training.evaluate = recorded
-        try:
-            evaluate_and_print(prefix, forward_step, data, model, iteration, *args, **kwargs)
-        finally:
-            training.evaluate = evaluate
-        clock.pop("last", None)  # the next step's time would contain the validation
-
-    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
-        clock.pop("last", None)  # the next step's time would contain the save
-        return save(*args, **kwargs)
-
-    training.train = train_model
-    training.training_log = training_log
-    training.save_checkpoint_and_time = save_checkpoint_and_time
-    training.evaluate_and_print_results = evaluate_and_print_results
-
-
-def _name(prefix: str, index: int) -> str:
-    split = "test" if "test set" in prefix else "validation"
-    return split if index == 0 else f"{split}-{index}"
-
-
-def _number(value: Any) -> float | None:
-    if value is None:
-        return None
-    return float(value.item() if hasattr(value, "item") else value)
 
 
 def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:

@@ -220,7 +220,11 @@ CONTRACTS = [
         "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag skipped_iter grad_norm "
         "params_norm num_zeros_in_grad max_attention_logit pg_collection is_first_iteration "
         "seqlen_squared_sum_in_batch total_real_tokens_in_batch",
-        ("should_reset = not is_first_iteration",),
+        (
+            "should_reset = not is_first_iteration",
+            "batch_size = args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size * "
+            "get_num_microbatches()",
+        ),
     ),
     _C(
         "write_metrics",
