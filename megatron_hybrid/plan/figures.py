@@ -3,11 +3,9 @@
 from typing import Any
 
 from megatron_hybrid import costs
+from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, layer_cache, model_cache
 from megatron_hybrid.pattern import LAYERS, Pattern
 from megatron_hybrid.plan.subject import Subject
-
-CACHE_LENGTHS = [2**i for i in range(12, 21)]
-"""Context lengths of the cache table: 4K to 1M tokens."""
 
 Figures = dict[str, Any]
 
@@ -29,6 +27,7 @@ def figures(subject: Subject) -> Figures:
         "parameters": _parameters(s),
         "parts": _parts(s),
         "flops": {convention: _flops(s, convention) for convention in ("model", "study")},
+        "cache": _cache(s),
         "pipeline": _pipeline(s, layout),
     }
 
@@ -103,6 +102,19 @@ def _flops(s: Subject, convention: costs.Convention) -> Figures:
         "per_token": per_token,
         "per_sample": per_token * s.sizes.seq_length,
         "run": per_token * s.tokens if s.tokens else None,
+    }
+
+
+def _cache(s: Subject) -> Figures:
+    """Bytes of one sequence in bfloat16 by context length: of each layer type (all its layers), and in total."""
+    kinds = [symbol for symbol in LAYERS if symbol in s.pattern.layers and LAYERS[symbol].kind == "mixer"]
+    return {
+        "lengths": list(CONTEXT_LENGTHS),
+        "layers": {
+            symbol: [s.pattern.layers.count(symbol) * layer_cache(symbol, s.sizes, n).size() for n in CONTEXT_LENGTHS]
+            for symbol in kinds
+        },
+        "total": [model_cache(s.pattern, s.sizes, n).size() for n in CONTEXT_LENGTHS],
     }
 
 

@@ -6,6 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_hybrid.pattern import LAYERS
 from megatron_hybrid.plan.figures import Figures
 
 BAR = 40
@@ -17,12 +18,57 @@ def show(found: Figures, console: Console) -> None:
     console.print(Group(*_plan(found)))
 
 
+def show_comparison(found: Figures, console: Console) -> None:
+    """Prints architectures side by side."""
+    console.print(_comparison(found))
+
+
+def _comparison(found: Figures) -> Table:
+    rows = found["architectures"]
+    lengths = [(rows[0]["cache"]["lengths"].index(n), f"{n // 1024}K") for n in (8192, 131072)]
+    words = {
+        None: "Architectures, each as it is",
+        "parameters": f"P-match: blocks that come nearest the parameters of {rows[0]['name']}, and its tokens",
+        "flops": f"F-match: tokens that the training FLOPs of {rows[0]['name']} pay for ({found['convention']})",
+    }
+    return table(
+        words[found["match"]],
+        [
+            "architecture",
+            "blocks",
+            "non-embedding",
+            "active",
+            "FLOPs/token, study",
+            "model",
+            "tokens",
+            "iterations",
+            "FLOPs, study",
+            *(f"cache {name}, MiB" for _, name in lengths),
+        ],
+        [
+            [
+                f["name"],
+                str(sum(LAYERS[c].kind == "mixer" for c in f["pattern"].partition("/")[0] if c in LAYERS)),
+                quantity(f["parameters"]["non_embedding"]),
+                quantity(f["parameters"]["active_non_embedding"]),
+                *(f"{f['flops'][c]['per_token']:.3e}" for c in ("study", "model")),
+                quantity(f["tokens"]),
+                f"{f['iterations']:,}" if f["iterations"] else "",
+                f"{f['flops']['study']['run']:.3e}" if f["tokens"] else "",
+                *(mib(f["cache"]["total"][i]) for i, _ in lengths),
+            ]
+            for f in rows
+        ],
+    )
+
+
 def _plan(f: Figures) -> Iterable[RenderableType]:
     yield Text(f"{f['name']}   {f['pattern']}", style="bold")
     yield Text(_layout(f))
     yield Text("")
     yield _parts(f)
     yield _flops(f)
+    yield _cache(f)
     yield _pipeline(f)
 
 
@@ -95,6 +141,17 @@ def _flops(f: Figures) -> Table:
     )
 
 
+def _cache(f: Figures) -> Table:
+    cache = f["cache"]
+    lengths = [f"{n // 2**20}M" if n >= 2**20 else f"{n // 2**10}K" for n in cache["lengths"]]
+    return table(
+        "Cache of one sequence by context length, MiB in bfloat16",
+        ["layers", *lengths],
+        [[f"{symbol} {LAYERS[symbol].name}", *map(mib, sizes)] for symbol, sizes in cache["layers"].items()],
+        ["  total", *map(mib, cache["total"])],
+    )
+
+
 def _pipeline(f: Figures) -> RenderableType:
     stages = f["pipeline"]["stages"]
     if len(stages) == 1:
@@ -118,6 +175,11 @@ def quantity(value: float | None, unit: str = "") -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}{unit}"
     return f"{value:.3g}{unit}"
+
+
+def mib(value: float) -> str:
+    """Bytes as MiB."""
+    return f"{value / 2**20:,.1f}"
 
 
 def gib(value: float) -> str:
