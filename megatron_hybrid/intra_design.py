@@ -196,25 +196,6 @@ class IntraDesign:
         """Length of the four vectors of diff-lambda: that of a query head, or of an SSM head without attention."""
         return self.qk_head_dim if "attention" in self.branches else self.ssm_head_dim
 
-    def small_parameters(self) -> int:
-        """Parameters beside the two projections."""
-        total = 0
-        for branch, kind in enumerate(self.branches):
-            if kind == "mamba":
-                conv = self.ssm_dim + 2 * self.ssm_groups * self.state_dim
-                total += conv * (CONV_WIDTH + 1) + 3 * self.ssm_heads
-            if self.scale == "vector":
-                total += self.width(branch)
-            if self.norm == "group":
-                total += self.width(branch)
-        if self.norm == "fused":
-            total += sum(self.out_parts.values())
-        if self.scale == "scalar":
-            total += 2
-        if self.scale == "diff-lambda":
-            total += 4 * self.lambda_dim
-        return total
-
 
 def design(args: Any) -> IntraDesign:
     """The design that flags ask for: the preset's axes, each flag on top, and the study's default widths.

@@ -115,51 +115,147 @@ def weights(linears: list[Linear]) -> int:
 # Parameters --------------------------------------------------------------------------------------
 
 
+class Tensor(NamedTuple):
+    """One parameter of the model."""
+
+    size: int
+    """Elements."""
+    expert: bool = False
+    """Of a routed expert."""
+    own_bucket: bool = False
+    """A copy of the embedding that pipeline stages keep equal: gradient buffers give it a bucket of its own."""
+
+
+def layer_tensors(symbol: str, sizes: Sizes, tp: int = 1, ep: int = 1, etp: int | None = None) -> list[Tensor]:
+    """The parameters of one layer on one rank, its input norm included, in the order of the model.
+
+    That is the order of registration of backend ``torch``; in ``te`` the norms come inside of the linear layers and all
+    first products of experts before all second ones. The expert bias of the router is a buffer: no parameter.
+
+    Args:
+        sizes: Of the whole layer.
+        tp: Tensor-parallel ranks; ep: expert-parallel ranks; etp: of each expert, default tp.
+
+    Raises:
+        ValueError: for an unknown symbol or sizes that do not divide.
+    """
+    layer_linears(symbol, sizes)
+    s = sizes.shard(tp, ep, etp)
+    if symbol == "E":
+        return _dense(norm_sizes(s)) + _moe_tensors(s)
+    if symbol == "M":  # upstream registers the norm behind the mixer
+        return _dense(_mamba_tensors(sizes, s, tp) + norm_sizes(s))
+    if symbol == "P":
+        return _dense(norm_sizes(s) + _intra_tensors(sizes, s, tp))
+    tensors = {"*": _attention_tensors, "W": _attention_tensors, "G": _delta_tensors, "-": _ffn_tensors}
+    return _dense(norm_sizes(s) + tensors[symbol](s))
+
+
 def layer_parameters(symbol: str, sizes: Sizes) -> Parameters:
     """Parameters of one layer, its input norm included. The expert bias is a buffer: not counted.
 
     Raises:
         ValueError: for an unknown symbol or sizes that do not divide.
     """
-    s = sizes
-    linears = layer_linears(symbol, s)
-    active = norm(s) + weights(linears) + _small_parameters(symbol, s)
+    tensors = layer_tensors(symbol, sizes)
+    total = sum(t.size for t in tensors)
     if symbol != "E":
-        return Parameters(active, active)
-    one = _ffn_linears(s, s.expert_ffn)
-    idle = s.experts // s.expert_ranks - s.topk  # below 0 where a rank has fewer experts than a token meets
-    return Parameters(active + idle * (weights(one) + s.bias * _outputs(one)), active)
+        return Parameters(total, total)
+    held = sizes.experts // sizes.expert_ranks
+    one = sum(t.size for t in tensors if t.expert) // held
+    return Parameters(total, total - (held - sizes.topk) * one)  # a rank may have fewer than a token meets
 
 
-def _small_parameters(symbol: str, s: Sizes) -> int:
-    """All parameters of a layer but its input norm and weight matrices."""
-    if symbol == "M":
-        return _ssm_parameters(s, s.mamba_heads * s.mamba_head_dim)
-    if symbol == "P":
-        return intra(s).small_parameters()
-    if symbol == "G":
-        # dt_bias, A_log, the output norm over one head, and a convolution without bias.
-        return 2 * s.delta_value_heads + norm(s, s.delta_value_dim) + delta_conv(s)
-    if symbol in "*W":
-        (_, qkv), (_, out) = _attention_linears(s)
-        biases = qkv * (s.bias or s.qkv_bias) + out * s.bias
-        return biases + 2 * s.qk_norm * norm(s, s.head_dim)
-    # The shared expert's gate has no bias, and the shared expert itself allows none.
-    return s.bias * _outputs(layer_linears(symbol, s)) - s.bias * (symbol == "E") * s.shared_gate
+def _dense(sizes: list[int]) -> list[Tensor]:
+    return [Tensor(size) for size in sizes]
 
 
-def _outputs(linears: list[Linear]) -> int:
-    return sum(n_out for _, n_out in linears)
+def norm_sizes(s: Sizes, width: int | None = None) -> list[int]:
+    """Weight, and bias of a LayerNorm, over the hidden size or another width."""
+    return [s.hidden if width is None else width] * (1 + s.layer_norm)
+
+
+def _linear(linear: Linear, bias: bool) -> list[int]:
+    n_in, n_out = linear
+    return [n_in * n_out, n_out] if bias else [n_in * n_out]
+
+
+def _attention_tensors(s: Sizes) -> list[int]:
+    qkv, out = _attention_linears(s)
+    qk_norms = norm_sizes(s, s.head_dim) * 2 if s.qk_norm else []
+    return _linear(out, s.bias) + _linear(qkv, s.bias or s.qkv_bias) + qk_norms
+
+
+def _ffn_tensors(s: Sizes, width: int | None = None) -> list[int]:
+    first, second = _ffn_linears(s, s.ffn if width is None else width)
+    return _linear(first, s.bias) + _linear(second, s.bias)
+
+
+def _moe_tensors(s: Sizes) -> list[Tensor]:
+    """Router, routed experts one by one, shared expert; its gate has no bias, and itself allows none."""
+    router = _dense(_linear((s.hidden, s.experts), s.bias))
+    experts = [Tensor(size, expert=True) for size in _ffn_tensors(s, s.expert_ffn)] * (s.experts // s.expert_ranks)
+    gate = [s.hidden] if s.shared_gate and s.shared_ffn else []
+    return router + experts + _dense(gate + (_ffn_tensors(s, s.shared_ffn) if s.shared_ffn else []))
+
+
+def _ssm_tensors(channels: int, heads: int, shared: int) -> list[int]:
+    """Convolution (weight and bias), dt_bias, A_log and D, and the channels that ranks have in common."""
+    common = [shared * CONV_WIDTH, shared] if shared else []
+    return [channels * CONV_WIDTH, channels, heads, heads, heads, *common]
+
+
+def _shared_states(groups: int, state_dim: int, tp: int) -> int:
+    """Rows of B and C that are whole on every rank (model/mamba.py): all, where there are fewer groups than ranks."""
+    return 2 * groups * state_dim if groups < tp else 0
+
+
+def _mamba_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
+    inner = s.mamba_heads * s.mamba_head_dim
+    shared = _shared_states(whole.mamba_groups, s.state_dim, tp)
+    own_states = 0 if shared else 2 * s.mamba_groups * s.state_dim
+    project = [s.hidden * (2 * inner + own_states + s.mamba_heads), *([s.hidden * shared] if shared else [])]
+    return [*_ssm_tensors(inner + own_states, s.mamba_heads, shared), *project, inner, inner * s.hidden]
+
+
+def _intra_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
+    """Branches, fusion (model/fusion.py), input projection with the rows that ranks share (model/parts.py), output."""
+    design, d = intra(whole), intra(s)
+    shared = _shared_states(design.ssm_groups, d.state_dim, tp)
+    own_states = 0 if shared else 2 * d.ssm_groups * d.state_dim
+    branches = _ssm_tensors(d.ssm_dim + own_states, d.ssm_heads, shared) * d.branches.count("mamba")
+    split = sum(part.local_rows(tp) for part in design.in_parts if not part.is_shared(tp))
+    common = sum(part.rows for part in design.in_parts if part.is_shared(tp))
+    project = [s.hidden * split, *([s.hidden * common] if common else [])]
+    return [*branches, *_fusion_tensors(d), *project, sum(d.out_parts.values()) * s.hidden]
+
+
+def _fusion_tensors(d: IntraDesign) -> list[int]:
+    widths = [d.width(0), d.width(1)]
+    norms = {"none": [], "group": widths, "fused": list(d.out_parts.values())}[d.norm]
+    if d.scale == "scalar":
+        return [2, *norms]
+    if d.scale == "diff-lambda":
+        return [4 * d.lambda_dim, *norms]
+    return [*norms, *widths] if d.scale == "vector" else norms
+
+
+def _delta_tensors(s: Sizes) -> list[int]:
+    """dt_bias, A_log, the input projection, a convolution without bias, the output norm over one head, the output."""
+    project, out = _delta_linears(s)
+    heads = s.delta_value_heads
+    return [
+        heads,
+        heads,
+        *_linear(project, False),
+        delta_conv(s),
+        *norm_sizes(s, s.delta_value_dim),
+        *_linear(out, False),
+    ]
 
 
 def norm(s: Sizes, width: int | None = None) -> int:
-    return (1 + s.layer_norm) * (s.hidden if width is None else width)
-
-
-def _ssm_parameters(s: Sizes, inner: int) -> int:
-    """Convolution with bias over x, B and C; A_log, D and dt_bias per head; gated norm."""
-    conv = inner + 2 * s.mamba_groups * s.state_dim
-    return conv * (CONV_WIDTH + 1) + 3 * (inner // s.mamba_head_dim) + inner
+    return sum(norm_sizes(s, width))
 
 
 def delta_conv(s: Sizes) -> int:

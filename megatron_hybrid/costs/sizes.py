@@ -156,7 +156,7 @@ class Sizes:
             mamba_groups=max(1, self.mamba_groups // tp),
             intra=self.intra.shard(tp) if self.intra else None,
             ffn=_share(self.ffn, tp),
-            expert_ranks=ep,
+            expert_ranks=ep * self.expert_ranks,
             expert_ffn=_share(self.expert_ffn, etp),
             shared_ffn=_share(self.shared_ffn, tp),
             delta_key_heads=_share(self.delta_key_heads, tp),
