@@ -89,8 +89,10 @@ def summary(run_dir: Path, metrics: Metrics, info: Record) -> str:
     rows.append(("train loss", _first_last({i: r["loss"] for i, r in metrics.train.items()})))
     rows.append(("validation loss", _first_last(metrics.validation)))
     # The first steps allocate and compile; the median keeps them and other pauses out.
-    speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second")]
-    rows.append(("tokens per second", _number(round(statistics.median(speeds))) if speeds else None))
+    speed = _median(train, "tokens_per_second")
+    rows.append(("tokens per second", None if speed is None else _number(round(speed))))
+    rows.append((f"TFLOP/s per {'GPU' if info.get('device') == 'cuda' else 'rank'}", _utilisation(train)))
+    rows.append(("peak memory", _peak_memory(train)))
     if info.get("processes") and info.get("device"):
         rows.append(("processes", f"{info['processes']} on {info['device']}"))
     return "\n".join(f"  {name:<18} {value}" for name, value in rows if value not in (None, ""))
@@ -127,6 +129,33 @@ def draw(metrics: Metrics, title: str, path: Path) -> None:
     with atomic_write(path) as stream:
         figure.savefig(stream, format="png", dpi=120)
     plt.close(figure)
+
+
+def _median(records: list[Record], key: str) -> float | None:
+    values = [record[key] for record in records if record.get(key)]
+    return statistics.median(values) if values else None
+
+
+def _utilisation(records: list[Record]) -> str | None:
+    """TFLOP/s, and MFU against the peak of the last record that states one."""
+    tflops, stated = _median(records, "tflops_per_gpu"), [record for record in records if record.get("mfu")]
+    if tflops is None:
+        return None
+    text = f"{tflops:.1f}" if tflops >= 10 else f"{tflops:.3g}"
+    if not stated:
+        return text
+    peak, name = stated[-1]["peak_tflops"], stated[-1]["peak_name"]
+    mfu = _median([record for record in stated if record["peak_tflops"] == peak], "mfu")
+    return f"{text}, MFU {mfu:.1%} of {peak:g} ({name})"
+
+
+def _peak_memory(records: list[Record]) -> str | None:
+    """The largest of any rank: torch's allocator, or the whole process on the CPU engine."""
+    for key, what in (("peak_memory_bytes", "a GPU"), ("peak_resident_bytes", "a process")):
+        sizes = [record[key] for record in records if record.get(key)]
+        if sizes:
+            return f"{max(sizes) / 2**30:.1f} GiB of {what}"
+    return None
 
 
 def _parameters(info: Record) -> str | None:

@@ -8,6 +8,7 @@ In the order of its flow; each file imports those above it only:
 ``flops``                 training FLOPs, in two conventions
 ``layout``                how a model is spread over ranks: groups, pipeline stages and what they hold
 ``balance``               pipeline stages of equal work
+``hardware``              GPUs: dense peaks, memory, bandwidths, and where they are stated
 ========================  ==========================================================================
 """
 
@@ -23,12 +24,14 @@ from megatron_hybrid.costs.flops import (
     training_flops,
     training_flops_per_token,
 )
+from megatron_hybrid.costs.hardware import Gpu, gpu, gpu_of_device
 from megatron_hybrid.costs.layout import Layout, Stage, stages
 from megatron_hybrid.costs.parameters import ModelParameters, Parameters, layer_parameters, model_parameters
 from megatron_hybrid.costs.sizes import Sizes
 
 __all__ = [
     "Convention",
+    "Gpu",
     "Layout",
     "ModelParameters",
     "Parameters",
@@ -38,6 +41,8 @@ __all__ = [
     "balance_pipeline",
     "delta_core_flops",
     "equal_count",
+    "gpu",
+    "gpu_of_device",
     "imbalance",
     "layer_flops_per_token",
     "head_flops_per_token",

@@ -31,19 +31,14 @@ def peak(args: Namespace) -> Peak | None:
     The precision is that of the activations, with ``--fp8-format`` too: fp8 is for the linear layers of Transformer
     Engine, while attention, scans and router stay in bf16, and a bf16 run stays comparable. To state MFU against the
     fp8 peak, give it as ``--peak-tflops``.
-
-    Raises:
-        ValueError: The given peak is not above 0.
     """
     if args.peak_tflops is not None:
-        if args.peak_tflops <= 0:
-            raise ValueError(f"--peak-tflops is {args.peak_tflops:g}; give a GPU's dense peak in TFLOP/s, such as 989")
         return Peak(args.peak_tflops, "--peak-tflops")
     if args.device != "cuda":
         return None
     import torch
 
-    gpu = gpu_of_device(torch.cuda.get_device_name())
+    gpu = gpu_of_device(torch.cuda.get_device_name(args.local_rank))
     if gpu is None:
         return None
     float32: Precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
@@ -59,7 +54,7 @@ def peak_notes(args: Namespace, known: Peak | None) -> list[str]:
     if args.device == "cuda":
         import torch
 
-        what, where = "GPU", f"for {torch.cuda.get_device_name()!r}"
+        what, where = "GPU", f"for {torch.cuda.get_device_name(args.local_rank)!r}"
     return [f"MFU is not logged: no peak is known {where}. Give that of one {what} with --peak-tflops N."]
 
 

@@ -77,6 +77,8 @@ def check_sizes(args: Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"{_flag(name)} is {value} and must be at least 1.")
+    if args.peak_tflops is not None and not args.peak_tflops > 0:
+        raise ValueError(f"--peak-tflops is {args.peak_tflops:g}: give a GPU's dense peak in TFLOP/s, such as 989.")
 
 
 def check_world(args: Namespace) -> None:

@@ -122,6 +122,31 @@ def test_summary_of_a_resumed_run(tmp_path):
     assert (run_dir / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_summary_of_throughput_and_memory():
+    """Medians as of tokens per second; MFU against the last peak only; what the records lack is left out."""
+    base = {"loss": 1.0, "tokens": 64, "tokens_per_second": 8.0}
+    rates = [(1, None, None, 900.0), (2, 300.0, 0.3, 1000.0), (3, 200.0, 0.2, 1000.0), (4, 100.0, 0.9, 111.0)]
+    records = [
+        {**base, "iteration": i, "tflops_per_gpu": t, "mfu": m, "peak_tflops": p, "peak_name": "H100 SXM, bf16 dense"}
+        for i, t, m, p in (rates[0], rates[3], *rates[1:3])
+    ]
+    records[2]["peak_memory_bytes"] = 3 * 2**30
+    records[3]["peak_memory_bytes"] = 61.25 * 2**30
+
+    def rows(records, device):
+        metrics = summarize_run.Metrics({i: r for i, r in enumerate(records)}, {})
+        text = summarize_run.summary(Path("run"), metrics, {"device": device, "processes": 8})
+        return {line[2:20].strip(): line[20:].strip() for line in text.splitlines()}
+
+    found = rows(records, "cuda")
+    assert found["TFLOP/s per GPU"] == "200.0, MFU 25.0% of 1000 (H100 SXM, bf16 dense)"
+    assert found["peak memory"] == "61.2 GiB of a GPU"
+    found = rows([{**base, "iteration": 1, "tflops_per_gpu": 0.01234, "peak_resident_bytes": 2**30}], "cpu")
+    assert found["TFLOP/s per rank"] == "0.0123"
+    assert found["peak memory"] == "1.0 GiB of a process"
+    assert not {"TFLOP/s per GPU", "TFLOP/s per rank", "peak memory"} & set(rows([{**base, "iteration": 1}], "cuda"))
+
+
 def test_summary_without_run_json_or_validation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\nnoise\n[1]\n{"loss": 1}\n')
     metrics = summarize_run.collect(summarize_run.read_records(tmp_path / "metrics.jsonl"))
