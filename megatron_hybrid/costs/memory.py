@@ -144,7 +144,7 @@ def rank_memory(
     Raises:
         ValueError: The pattern does not divide over the stages.
     """
-    kinds = _stage_buffers(stage_tensors(pattern, sizes, layout, stage), layout, storage, stage)
+    kinds = stage_buffers(stage_tensors(pattern, sizes, layout, stage), layout, storage, stage)
     ranks = range(layout.world // layout.pp) if rank is None else [rank]
     # Shards go to replicas in their order: a rank has one of the dense parameters' and one of the experts'.
     strides = (layout.tp, layout.etp * layout.ep)
@@ -165,7 +165,7 @@ def largest_rank(pattern: Pattern, sizes: Sizes, layout: Layout, storage: Storag
     return max(found, key=lambda memory: memory.total)
 
 
-def _stage_buffers(
+def stage_buffers(
     chunks: list[list[Tensor]], layout: Layout, storage: Storage, stage: int
 ) -> tuple[list[Buffer], list[Buffer]]:
     """Buffers of dense parameters and of experts, of all chunks of a stage.

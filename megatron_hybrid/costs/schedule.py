@@ -127,7 +127,7 @@ def pipeline_time(forward: Sequence[float], backward: Sequence[float], micro_bat
 
 
 def pipeline_bubble(forward: Sequence[float], backward: Sequence[float], micro_batches: int, vpp: int = 1) -> float:
-    """Share of :func:`pipeline_time` in which a stage waits, mean of the stages; with equal ones ``bubble_fraction``."""
+    """Share of :func:`pipeline_time` in which a stage waits, mean of the stages; of equal ones ``bubble_fraction``."""
     time = pipeline_time(forward, backward, micro_batches, vpp)
     work = micro_batches * (sum(forward) + sum(backward))
     return 1 - work / (time * (len(forward) // vpp)) if time else 0.0

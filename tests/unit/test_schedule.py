@@ -69,7 +69,7 @@ def test_interleaved_order():
 
 
 def test_upstreams_documented_table():
-    """``get_schedule_table``'s own example has groups of 3; with groups of pp = 2 its 4 micro-batches go 0 1, 0 1, 2 3."""
+    """The example beside ``get_schedule_table`` has groups of 3; in groups of 2 the micro-batches go 0 1, 0 1, 2 3."""
     forward = [p for p in passes(2, 1, 4, 2) if p.forward]
     assert [p.micro_batch for p in forward] == [0, 1, 0, 1, 2, 3, 2, 3]
     assert [p.segment for p in forward] == [0, 0, 1, 1, 0, 0, 1, 1]
@@ -93,7 +93,7 @@ def test_micro_batches_in_flight():
 
 
 def test_the_moment_with_most_activations_depends_on_the_segments():
-    """By hand, as (micro-batch, segment): forward 00 10 01, back 01, forward 11, back 11, forward 20: three of segment 0."""
+    """By hand (micro-batch, segment): ahead 00 10 01, back 01, ahead 11, back 11, ahead 20: three of segment 0."""
     assert in_flight(2, 1, 8, 2) == (2, 1)
     assert in_flight(2, 1, 8, 2, weights=[100, 1]) == (3, 0)
 

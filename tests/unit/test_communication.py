@@ -1,0 +1,73 @@
+"""What the formulas of communication say without ranks; tests/distributed/test_communication.py measures them."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_hybrid.costs import Layout, Sizes
+from megatron_hybrid.costs.collectives import (
+    NOTHING,
+    CommunicationSettings,
+    Traffic,
+    all_reduce,
+    layer_communication,
+    scatter,
+)
+from megatron_hybrid.costs.communication import step_communication
+from megatron_hybrid.pattern import parse
+
+SIZES = Sizes(
+    hidden=64,
+    padded_vocab=128,
+    seq_length=64,
+    heads=8,
+    query_groups=4,
+    head_dim=8,
+    mamba_heads=16,
+    mamba_head_dim=8,
+    ffn=128,
+    experts=8,
+    expert_ffn=64,
+    shared_ffn=64,
+)
+SETTINGS = CommunicationSettings()
+
+
+def test_ring_algorithms():
+    assert scatter(4, 100) == Traffic(1, 75)
+    assert all_reduce(4, 100) == Traffic(1, 150)
+    assert scatter(1, 100) == all_reduce(1, 100) == NOTHING
+
+
+def test_one_rank_sends_nothing():
+    sent = step_communication(parse("*-MEWG/*-"), SIZES, Layout(global_batch=4), SETTINGS)
+    assert all(traffic == NOTHING for traffic in sent.values())
+
+
+@pytest.mark.parametrize("symbol", "*WMG-")
+def test_sequence_parallelism_sends_a_quarter_more(symbol):
+    """An all-reduce each way becomes a gather and a scatter each way, and the input is gathered a second time."""
+    plain = layer_communication(symbol, SIZES, Layout(tp=4), SETTINGS)["tensor"]
+    sequence = layer_communication(symbol, SIZES, Layout(tp=4, sequence_parallel=True), SETTINGS)["tensor"]
+    assert sequence.bytes == 1.25 * plain.bytes
+    assert (plain.calls, sequence.calls) == (2, 5)
+
+
+def test_keys_and_values_of_a_long_sequence():
+    """By hand: 2 (K, V) x 2 (forward, backward) x 3/4 of 64 tokens x 4 heads of 8 channels in 16 bits."""
+    sent = layer_communication("*", SIZES, Layout(cp=4), SETTINGS)["context"]
+    assert sent == Traffic(4, 2 * 2 * 0.75 * 64 * 4 * 8 * 2)
+
+
+def test_the_steps_traffic_grows_with_the_micro_batches_but_not_that_of_the_gradients():
+    layout = Layout(tp=2, dp=2, global_batch=2)
+    one, eight = (
+        step_communication(parse("*-"), SIZES, replace(layout, global_batch=size), SETTINGS) for size in (2, 16)
+    )
+    assert eight["tensor"] == one["tensor"] * 8
+    assert eight["data"] == one["data"] != NOTHING
+
+
+def test_unknown_layer():
+    with pytest.raises(ValueError, match="'X' is not a layer"):
+        layer_communication("X", SIZES, Layout(), SETTINGS)
