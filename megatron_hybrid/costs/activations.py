@@ -5,130 +5,17 @@ which of them are measured). Not counted is what lives within one operation: gra
 collectives, the allocator's fragments.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from megatron_hybrid.costs import saved_tensors
+from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
 from megatron_hybrid.costs.layout import Layout, Stage, stages
-from megatron_hybrid.costs.saved_tensors import FP32, ActivationSettings, Rank, Saved
+from megatron_hybrid.costs.saved_tensors import FP32, Rank, Saved
 from megatron_hybrid.costs.schedule import in_flight
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.pattern import Pattern
-
-MODULES = ("core_attn", "mlp", "moe", "shared_experts")
-"""Of --recompute-modules, those that are counted."""
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """What is computed again in the backward pass."""
-
-    method: str | None = None
-    """Of full recomputation, ``uniform`` or ``block``; None: there is none."""
-    layers: int = 1
-    """uniform: in each group; block: recomputed ones of each segment, one by one."""
-    modules: frozenset[str] = frozenset()
-    """core_attn, mlp, moe, shared_experts; ssm, intra (--hybrid-recompute)."""
-    distribute: bool = False
-    """Inputs of recomputed groups are split over the tensor-parallel ranks."""
-
-    @classmethod
-    def from_args(cls, args: Any) -> "Recompute":
-        """As Megatron's arguments and ours say; absent ones have their default.
-
-        Raises:
-            ValueError: A module is not counted, or full recomputation has no method.
-        """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
-        modules = set(get("hybrid_recompute", ()))
-        if get("moe_layer_recompute", False):
-            modules.add("moe")
-        granularity = get("recompute_granularity")
-        if granularity == "selective":
-            chosen = get("recompute_modules", ["core_attn"])
-            unknown = sorted(set(chosen) - set(MODULES))
-            if unknown:
-                raise ValueError(
-                    f"--recompute-modules {' '.join(unknown)} is not counted here: counted are {' '.join(MODULES)}."
-                )
-            modules |= set(chosen)
-        method = get("recompute_method") if granularity == "full" else None
-        if granularity == "full" and method not in ("uniform", "block"):
-            raise ValueError(f"--recompute-method {method}: full recomputation is uniform or block.")
-        layers = get("recompute_num_layers", 1)
-        return cls(method, layers, frozenset(modules), bool(get("distribute_saved_activations", False)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activations(ActivationSettings):
-    """All settings that activation memory depends on, beside sizes and layout."""
-
-    recompute: Recompute = Recompute()
-
-    @classmethod
-    def from_args(cls, args: Any) -> "Activations":
-        """As Megatron's arguments and ours say; ``auto`` is CUDA, and on CUDA Transformer Engine.
-
-        Raises:
-            ValueError: A setting is not counted.
-        """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
-        device = get("device", "auto")
-        device = "cuda" if device == "auto" else device
-        backend = get("backend", "auto")
-        pattern = get("hybrid_layer_pattern", "")
-        _refuse(args, device, pattern)
-        recompute = Recompute.from_args(args)
-        return cls(
-            bytes_each=2 if get("bf16", False) or get("fp16", False) else 4,
-            device=device,
-            backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
-            rope=get("position_embedding_type", "learned_absolute") == "rope",
-            dropout=get("hidden_dropout", 0.1) > 0,
-            packed=bool(get("reset_attention_mask", False)),
-            fused_activation=bool(get("bias_swiglu_fusion", True)),
-            modules=recompute.modules,
-            recompute=recompute,
-        )
-
-
-def _refuse(args: Any, device: str, pattern: str) -> None:
-    def asked(name: str) -> Any:
-        return getattr(args, name, None)
-
-    refused = {
-        "fp8": "quantised activations",
-        "fp4": "quantised activations",
-        "cpu_offloading": "activations on the host",
-        "fine_grained_activation_offloading": "activations on the host",
-        "fp32_residual_connection": "an fp32 residual",
-        "qk_layernorm": "norms of queries and keys",
-        "attention_output_gate": "gates of attention",
-    }
-    for name, what in refused.items():
-        if asked(name):
-            raise ValueError(f"--{name.replace('_', '-')}: activation memory of {what} is not counted. Leave it out.")
-    if device == "cpu" and set(pattern) & set("*WP") and (asked("attention_dropout") or 0) > 0:
-        raise ValueError(
-            f"--attention-dropout {asked('attention_dropout')} on CPU stores the scores, which is not counted: set 0."
-        )
-    if device == "cpu" and asked("reset_attention_mask"):
-        raise ValueError("--reset-attention-mask: activation memory of packed documents on CPU is not counted.")
-    if "E" in pattern and asked("moe_token_dispatcher_type") == "allgather":
-        raise ValueError(
-            "--moe-token-dispatcher-type allgather: its activation memory is not counted. Use alltoall, which is "
-            "smaller too."
-        )
-
 
 # One micro-batch ---------------------------------------------------------------------------------
 
@@ -203,7 +90,7 @@ def total(lines: Sequence[Saved]) -> int:
     return round(sum(line.bytes for line in lines))
 
 
-def activation_table(pattern: Pattern, sizes: Sizes, layout: Layout, settings: Activations) -> dict[str, int]:
+def activation_table(pattern: Pattern, sizes: Sizes, layout: Layout, settings: ActivationSettings) -> dict[str, int]:
     """Bytes of one micro-batch on one rank by part: ``embedding``, each symbol (one layer), ``head``, and ``mtp``.
 
     Without full recomputation; ``mtp`` is one prediction head with its layers.
@@ -225,7 +112,7 @@ def segment_activation_bytes(
     layers: str,
     sizes: Sizes,
     layout: Layout,
-    settings: Activations,
+    settings: ActivationSettings,
     extra: int = 0,
 ) -> tuple[int, int]:
     """One micro-batch in one segment.
@@ -237,8 +124,7 @@ def segment_activation_bytes(
         Bytes kept; and the most that comes alive again, beside these, while something is recomputed.
     """
     each = [layer_activation_bytes(symbol, sizes, layout, settings) for symbol in layers]
-    plain = replace(settings, modules=frozenset())
-    again = [layer_activation_bytes(c, sizes, layout, plain) - kept for c, kept in zip(layers, each, strict=True)]
+    again = [_recomputed_bytes(symbol, sizes, layout, settings) for symbol in layers]
     groups = _recomputed_groups(len(layers), settings.recompute)
     if not groups:
         return sum(each) + extra, max(again, default=0)
@@ -251,6 +137,13 @@ def segment_activation_bytes(
     return kept, max(alive + again[groups[-1].stop :])
 
 
+def _recomputed_bytes(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
+    """What a layer's selective recomputation brings back: the lines that it is without."""
+    plain = replace(settings, recompute=Recompute())
+    lines = Counter(layer_saved(symbol, sizes, layout, plain)) - Counter(layer_saved(symbol, sizes, layout, settings))
+    return total(list(lines.elements()))
+
+
 def _recomputed_groups(layers: int, recompute: Recompute) -> list[range]:
     """Layers of a segment that are recomputed together; all of them first (core/recompute.py)."""
     if recompute.method == "uniform":
@@ -261,7 +154,9 @@ def _recomputed_groups(layers: int, recompute: Recompute) -> list[range]:
     return []
 
 
-def stage_activation_bytes(pattern: Pattern, sizes: Sizes, layout: Layout, settings: Activations, stage: int) -> int:
+def stage_activation_bytes(
+    pattern: Pattern, sizes: Sizes, layout: Layout, settings: ActivationSettings, stage: int
+) -> int:
     """The most bytes of activations that a rank of a pipeline stage holds in a step.
 
     Micro-batches in flight are those of the schedule (:func:`megatron_hybrid.costs.schedule.in_flight`); what is
@@ -273,7 +168,9 @@ def stage_activation_bytes(pattern: Pattern, sizes: Sizes, layout: Layout, setti
     """
     what = stages(pattern, layout.pp)[stage]
     parts = [
-        segment_activation_bytes(layers, sizes, layout, settings, beside_layers(pattern, what, i, sizes, layout, settings))
+        segment_activation_bytes(
+            layers, sizes, layout, settings, beside_layers(pattern, what, i, sizes, layout, settings)
+        )
         for i, layers in enumerate(what.segments)
     ]
     kept = [part[0] for part in parts]
@@ -285,7 +182,7 @@ def stage_activation_bytes(pattern: Pattern, sizes: Sizes, layout: Layout, setti
 
 
 def beside_layers(
-    pattern: Pattern, stage: Stage, segment: int, sizes: Sizes, layout: Layout, settings: Activations
+    pattern: Pattern, stage: Stage, segment: int, sizes: Sizes, layout: Layout, settings: ActivationSettings
 ) -> int:
     """Embedding, output head and prediction heads of a segment."""
     result = 0

@@ -8,10 +8,11 @@ their size stand nowhere. Measured (``tests/distributed/test_activations.py``) a
 the norm's input and output as a norm and a linear do, and flash-linear-attention's ``ChunkGatedDeltaRuleFunction``.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any, NamedTuple
 
+from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.costs.parameters import intra
 from megatron_hybrid.costs.sizes import Sizes
@@ -37,29 +38,6 @@ class Saved(NamedTuple):
     @property
     def bytes(self) -> float:
         return prod(self.shape) * self.each
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationSettings:
-    """What the tables depend on beside sizes and layout."""
-
-    bytes_each: int = 2
-    """Of an activation: 2 in bf16 and fp16, 4 in fp32."""
-    device: str = "cuda"
-    """``cpu`` or ``cuda``."""
-    backend: str = "te"
-    """``te`` or ``torch``."""
-    mamba_ssm: bool = True
-    """On CUDA, the scan is mamba_ssm's."""
-    rope: bool = True
-    dropout: bool = False
-    """Hidden states are dropped."""
-    packed: bool = False
-    """Documents are kept apart."""
-    fused_activation: bool = True
-    """On CUDA, SwiGLU is one operation."""
-    modules: frozenset[str] = field(default_factory=frozenset)
-    """Recomputed alone: core_attn, mlp, moe, shared_experts, ssm, intra."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +76,7 @@ class Rank:
         return FP32 if self.cpu else self.e
 
     def keeps(self, module: str) -> bool:
-        return module not in self.settings.modules
+        return module not in self.settings.recompute.modules
 
 
 def norm(r: Rank, rows: float, width: float, weight: bool = True, groups: float = 1) -> list[Saved]:
@@ -115,6 +93,9 @@ def layer(symbol: str, r: Rank) -> list[Saved]:
     h = r.whole.hidden
     lines = norm(r, r.rows, h) + [Saved("norm: output, input of the projection", (r.rows, h), r.e)]
     lines += _attention(r, symbol) if symbol in "*W" else tables[symbol](r)
+    if not r.keeps("mlp") and symbol in "*WPG" and r.norm_bytes != r.e:
+        # upstream recomputes the empty FFN of these layers too; in fp32 and on CUDA its input is the next norm's
+        lines.append(Saved("output", (r.rows, h), r.e))
     if r.settings.dropout:
         lines.append(Saved("dropout mask", (r.rows, h), r.e if r.cpu else 1))
     return lines
@@ -175,20 +156,19 @@ def _attention(r: Rank, symbol: str) -> list[Saved]:
 # Mamba-2 -----------------------------------------------------------------------------------------
 
 
-def _scan(r: Rank, heads: int, head_dim: int, groups: int, state: int, name: str = "") -> list[Saved]:
+def _scan(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> list[Saved]:
     """Convolution, scan and gate (``kernels/combined.py``); under context parallelism whole samples of fewer heads."""
     cp, e = r.layout.cp, r.e
-    t, heads, groups = r.tokens * cp, heads / cp, max(1, groups // cp)
-    inner, states = heads * head_dim, groups * state
-    lines = [Saved(f"{name}z x B C dt, samples first", (t, 2 * inner + 2 * states + heads), e)]
+    t, inner, states = r.tokens * cp, heads * head_dim // cp, max(1, groups // cp) * state
+    lines = [Saved("z x B C dt, samples first", (t, 2 * inner + 2 * states + heads // cp), e)]
     if not r.cpu and r.settings.mamba_ssm:
-        return [*lines, Saved(f"{name}scan's output before its gate", (t, inner), e)]
+        return [*lines, Saved("scan's output before its gate", (t, inner), e)]
     chunks = r.layout.micro_batch * ceil(r.whole.seq_length / SSM_CHUNK)
     return [
         *lines,
-        Saved(f"{name}dt with bias, its softplus, dt A, clamped", (4, t, heads), FP32),
-        Saved(f"{name}x B C after the convolution", (t, inner + 2 * states), e),
-        Saved(f"{name}state before each chunk", (chunks, inner, state), FP32),
+        Saved("dt with bias, its softplus, dt A, clamped", (4, t, heads // cp), FP32),
+        Saved("x B C after the convolution", (t, inner + 2 * states), e),
+        Saved("state before each chunk", (chunks, inner, state), FP32),
     ]
 
 
@@ -293,7 +273,10 @@ def _fusion(r: Rank, d: IntraDesign) -> list[Saved]:
             lines.append(Saved(f"{name}: before its gate", (t, width), e))
     if d.norm == "fused":
         width = sum(d.out_parts.values())
-        lines += [*norm(r, t, width, False, d.groups(0) * len(d.out_parts)), Saved("before the fused norm's weight", (t, width), e)]
+        lines += [
+            *norm(r, t, width, False, d.groups(0) * len(d.out_parts)),
+            Saved("before the fused norm's weight", (t, width), e),
+        ]
     return lines
 
 

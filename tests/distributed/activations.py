@@ -43,9 +43,9 @@ class Kept:
 
 def _built(pattern: str, flags: str) -> tuple[Any, Any]:
     import torch
+    from megatron.core import mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core import mpu
 
     from megatron_hybrid import flags as command_line
     from megatron_hybrid.engine import arguments
@@ -55,9 +55,7 @@ def _built(pattern: str, flags: str) -> tuple[Any, Any]:
     forget()
     argv = f"{SIZES} {EXPERTS if 'E' in pattern else ''} {flags}".split() + [f"--hybrid-layer-pattern={pattern}"]
     args = arguments.parse(command_line.resolve(argv).argv, "cpu", print_config=True)
-    mpu.initialize_model_parallel(
-        args.tensor_model_parallel_size, context_parallel_size=args.context_parallel_size
-    )
+    mpu.initialize_model_parallel(args.tensor_model_parallel_size, context_parallel_size=args.context_parallel_size)
     model_parallel_cuda_manual_seed(args.seed)
     config = model_config(args)
     model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
@@ -69,17 +67,18 @@ def layers(pattern: str, flags: str = "") -> list[tuple[int, int]]:
     """For each layer of a pattern: bytes that this rank keeps of one micro-batch, and bytes that are counted."""
     import torch
 
-    from megatron_hybrid.costs.activations import Activations, layer_activation_bytes
+    from megatron_hybrid.costs.activation_settings import ActivationSettings
+    from megatron_hybrid.costs.activations import layer_activation_bytes
     from megatron_hybrid.costs.layout import Layout
     from megatron_hybrid.costs.sizes import Sizes
 
     model, args = _built(pattern, flags)
-    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), Activations.from_args(args)
+    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), ActivationSettings.from_args(args)
     rows = args.seq_length // args.context_parallel_size
     rows //= args.tensor_model_parallel_size if args.sequence_parallel else 1
     found = []
     for symbol, layer in zip(pattern, model.decoder.layers, strict=True):
-        x = torch.randn(rows, args.micro_batch_size, args.hidden_size, dtype=settings_dtype(args)).requires_grad_()
+        x = torch.randn(rows, args.micro_batch_size, args.hidden_size, dtype=_dtype(args)).requires_grad_()
         with Kept(model) as kept:
             y = layer(hidden_states=x, attention_mask=None)
         found.append((kept.bytes, layer_activation_bytes(symbol, sizes, layout, settings)))
@@ -87,7 +86,7 @@ def layers(pattern: str, flags: str = "") -> list[tuple[int, int]]:
     return found
 
 
-def settings_dtype(args: Any) -> Any:
+def _dtype(args: Any) -> Any:
     import torch
 
     return torch.bfloat16 if args.bf16 else torch.float32
@@ -98,12 +97,13 @@ def model(pattern: str, flags: str = "") -> tuple[int, int]:
     import torch
 
     from megatron_hybrid import pattern as patterns
-    from megatron_hybrid.costs.activations import Activations, segment_activation_bytes, beside_layers
+    from megatron_hybrid.costs.activation_settings import ActivationSettings
+    from megatron_hybrid.costs.activations import beside_layers, segment_activation_bytes
     from megatron_hybrid.costs.layout import Layout, stages
     from megatron_hybrid.costs.sizes import Sizes
 
     built, args = _built(pattern, flags)
-    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), Activations.from_args(args)
+    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), ActivationSettings.from_args(args)
     length = args.seq_length // args.context_parallel_size
     tokens = torch.randint(0, 1000, (args.micro_batch_size, length))
     positions = torch.arange(length).expand_as(tokens)

@@ -1,0 +1,131 @@
+"""What activation memory depends on beside sizes and layout: precision, implementation, recomputation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+MODULES = ("core_attn", "mlp", "moe", "shared_experts")
+"""Of --recompute-modules, those that are counted."""
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again in the backward pass."""
+
+    method: str | None = None
+    """Of full recomputation, ``uniform`` or ``block``; None: there is none."""
+    layers: int = 1
+    """uniform: in each group; block: recomputed ones of each segment, one by one."""
+    modules: frozenset[str] = frozenset()
+    """core_attn, mlp, moe, shared_experts; ssm, intra (--hybrid-recompute)."""
+    distribute: bool = False
+    """Inputs of recomputed groups are split over the tensor-parallel ranks."""
+
+    @classmethod
+    def from_args(cls, args: Any) -> "Recompute":
+        """As Megatron's arguments and ours say; absent ones have their default.
+
+        Raises:
+            ValueError: A module is not counted, or full recomputation has no method.
+        """
+
+        def get(name: str, default: Any = None) -> Any:
+            value = getattr(args, name, None)
+            return default if value is None else value
+
+        modules = set(get("hybrid_recompute", ()))
+        if get("moe_layer_recompute", False):
+            modules.add("moe")
+        granularity = get("recompute_granularity")
+        if granularity == "selective":
+            chosen = get("recompute_modules", ["core_attn"])
+            unknown = sorted(set(chosen) - set(MODULES))
+            if unknown:
+                raise ValueError(
+                    f"--recompute-modules {' '.join(unknown)} is not counted here: counted are {' '.join(MODULES)}."
+                )
+            modules |= set(chosen)
+        method = get("recompute_method") if granularity == "full" else None
+        if granularity == "full" and method not in ("uniform", "block"):
+            raise ValueError(f"--recompute-method {method}: full recomputation is uniform or block.")
+        layers = get("recompute_num_layers", 1)
+        return cls(method, layers, frozenset(modules), bool(get("distribute_saved_activations", False)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSettings:
+    """What activation memory depends on beside sizes and layout."""
+
+    bytes_each: int = 2
+    """Of an activation: 2 in bf16 and fp16, 4 in fp32."""
+    device: str = "cuda"
+    """``cpu`` or ``cuda``."""
+    backend: str = "te"
+    """``te`` or ``torch``."""
+    mamba_ssm: bool = True
+    """On CUDA, the scan is mamba_ssm's."""
+    rope: bool = True
+    dropout: bool = False
+    """Hidden states are dropped."""
+    packed: bool = False
+    """Documents are kept apart."""
+    fused_activation: bool = True
+    """On CUDA, SwiGLU is one operation."""
+    recompute: Recompute = Recompute()
+
+    @classmethod
+    def from_args(cls, args: Any) -> "ActivationSettings":
+        """As Megatron's arguments and ours say; ``auto`` is CUDA, and on CUDA Transformer Engine.
+
+        Raises:
+            ValueError: A setting is not counted.
+        """
+
+        def get(name: str, default: Any = None) -> Any:
+            value = getattr(args, name, None)
+            return default if value is None else value
+
+        device = get("device", "auto")
+        device = "cuda" if device == "auto" else device
+        backend = get("backend", "auto")
+        pattern = get("hybrid_layer_pattern", "")
+        _refuse(args, device, pattern)
+        recompute = Recompute.from_args(args)
+        return cls(
+            bytes_each=2 if get("bf16", False) or get("fp16", False) else 4,
+            device=device,
+            backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
+            rope=get("position_embedding_type", "learned_absolute") == "rope",
+            dropout=get("hidden_dropout", 0.1) > 0,
+            packed=bool(get("reset_attention_mask", False)),
+            fused_activation=bool(get("bias_swiglu_fusion", True)),
+            recompute=recompute,
+        )
+
+
+def _refuse(args: Any, device: str, pattern: str) -> None:
+    def asked(name: str) -> Any:
+        return getattr(args, name, None)
+
+    refused = {
+        "fp8": "quantised activations",
+        "fp4": "quantised activations",
+        "cpu_offloading": "activations on the host",
+        "fine_grained_activation_offloading": "activations on the host",
+        "fp32_residual_connection": "an fp32 residual",
+        "qk_layernorm": "norms of queries and keys",
+        "attention_output_gate": "gates of attention",
+    }
+    for name, what in refused.items():
+        if asked(name):
+            raise ValueError(f"--{name.replace('_', '-')}: activation memory of {what} is not counted. Leave it out.")
+    if device == "cpu" and set(pattern) & set("*WP") and (asked("attention_dropout") or 0) > 0:
+        raise ValueError(
+            f"--attention-dropout {asked('attention_dropout')} on CPU stores the scores, which is not counted: set 0."
+        )
+    if device == "cpu" and asked("reset_attention_mask"):
+        raise ValueError("--reset-attention-mask: activation memory of packed documents on CPU is not counted.")
+    if "E" in pattern and asked("moe_token_dispatcher_type") == "allgather":
+        raise ValueError(
+            "--moe-token-dispatcher-type allgather: its activation memory is not counted. Use alltoall, which is "
+            "smaller too."
+        )

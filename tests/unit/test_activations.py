@@ -1,0 +1,128 @@
+"""Activation memory of stages from that of layers, and what is refused; layers are in tests/distributed."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
+from megatron_hybrid.costs.activations import (
+    activation_table,
+    embedding_saved,
+    head_saved,
+    layer_activation_bytes,
+    stage_activation_bytes,
+    total,
+)
+from megatron_hybrid.costs.layout import Layout
+from megatron_hybrid.pattern import parse
+from tests.unit.test_costs import SMALL
+
+CUDA = ActivationSettings()
+
+
+def settings(method=None, layers=1, *modules):
+    return replace(CUDA, recompute=Recompute(method, layers, frozenset(modules)))
+
+
+def each(symbol, layout=Layout(), of=CUDA):
+    return layer_activation_bytes(symbol, SMALL, layout, of)
+
+
+def test_a_stage_holds_what_is_in_flight():
+    pattern, layout = parse("M" * 8), Layout(pp=4, global_batch=8)
+    found = [stage_activation_bytes(pattern, SMALL, layout, CUDA, stage) for stage in range(4)]
+    embedding, head = (total(part(SMALL, layout, CUDA)) for part in (embedding_saved, head_saved))
+    assert found == [4 * (2 * each("M") + embedding), 3 * 2 * each("M"), 2 * 2 * each("M"), 2 * each("M") + head]
+    few = replace(layout, global_batch=2)
+    assert stage_activation_bytes(pattern, SMALL, few, CUDA, 1) == 2 * 2 * each("M")
+
+
+def test_an_interleaved_stage_holds_more():
+    """(vpp - 1) pp + 2 (pp - 1) + 1 forward passes of one layer each come before stage 0's first backward pass."""
+    pattern, layout = parse("M|M|M|M"), Layout(pp=2, vpp=2, global_batch=8)
+    embedding = total(embedding_saved(SMALL, layout, CUDA))
+    found = stage_activation_bytes(pattern, SMALL, layout, CUDA, 0)
+    # 5 passes: micro-batches 0, 1 in segment 0, then in segment 1, then 2 in segment 0
+    assert found == 5 * each("M") + 3 * embedding
+
+
+def test_full_recomputation_keeps_inputs_and_one_group():
+    pattern, layout = parse("M-*-"), Layout()
+    beside = total(embedding_saved(SMALL, layout, CUDA)) + total(head_saved(SMALL, layout, CUDA))
+    one_input = 10 * 16 * 2
+    uniform = stage_activation_bytes(pattern, SMALL, layout, settings("uniform", 3), 0)
+    assert uniform == beside + 2 * one_input + each("M") + each("-") + each("*")
+    block = stage_activation_bytes(pattern, SMALL, layout, settings("block", 2), 0)
+    assert block == beside + 2 * one_input + each("*") + each("-") + max(each("M"), each("-"))
+
+
+def test_selective_recomputation_brings_back_one_layer():
+    pattern, layout, mlp = parse("M--"), Layout(), settings(None, 1, "mlp")
+    beside = total(embedding_saved(SMALL, layout, CUDA)) + total(head_saved(SMALL, layout, CUDA))
+    found = stage_activation_bytes(pattern, SMALL, layout, mlp, 0)
+    assert each("-", of=mlp) < each("-")
+    assert found == beside + each("M") + each("-", of=mlp) + each("-")
+
+
+def test_dense_layer_written_out():
+    """h = 16, f = 20, 10 tokens: norm in fp32 on CPU, then SwiGLU in five pieces; fused on CUDA in three."""
+    assert each("-") == 10 * (16 * 2 + 4 + 16 * 2 + 2 * 20 * 2 + 20 * 2)
+    cpu = replace(CUDA, device="cpu", backend="torch", bytes_each=4)
+    assert each("-", of=cpu) == 10 * (16 * 4 + 4 + 16 * 4 + 16 * 4 + 5 * 20 * 4)
+
+
+def test_mamba_layer_on_cuda_written_out():
+    """z x B C dt = 61 and out_x = 24 of mamba_ssm's function, then norm (one group) and projection."""
+    assert each("M") == 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 24 * 2 + 4 + 24 * 2)
+
+
+def test_attention_grows_with_the_square_on_cpu_alone():
+    cpu = replace(CUDA, device="cpu", backend="torch")
+    windowed = {"sizes": replace(SMALL, seq_length=64)}, {"sizes": replace(SMALL, seq_length=128)}
+    on_cpu = [layer_activation_bytes("W", layout=Layout(), settings=cpu, **one) for one in windowed]
+    on_cuda = [layer_activation_bytes("W", layout=Layout(), settings=CUDA, **one) for one in windowed]
+    assert on_cpu[1] - 2 * on_cpu[0] == 2 * (128**2 - 2 * 64**2)
+    assert on_cuda[1] == 2 * on_cuda[0]
+
+
+def test_a_table_has_each_part_once():
+    found = activation_table(parse("M-M-/*-"), SMALL, Layout(), CUDA)
+    assert list(found) == ["embedding", "M", "-", "*", "head", "mtp"]
+    assert found["mtp"] > found["head"] + found["*"] + found["-"] - 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "layernorm is not counted"),
+        ({"recompute_granularity": "full"}, "uniform or block"),
+        ({"fp8": "hybrid"}, "--fp8"),
+        ({"cpu_offloading": True}, "on the host"),
+        ({"device": "cpu", "attention_dropout": 0.1}, "--attention-dropout 0.1"),
+        ({"device": "cpu", "reset_attention_mask": True}, "packed documents"),
+        ({"moe_token_dispatcher_type": "allgather"}, "alltoall"),
+    ],
+)
+def test_what_is_not_counted_is_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        ActivationSettings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", **flags))
+
+
+def test_settings_of_arguments():
+    args = SimpleNamespace(
+        bf16=True,
+        device="cuda",
+        backend="torch",
+        position_embedding_type="rope",
+        hidden_dropout=0.0,
+        hybrid_recompute=["ssm"],
+        recompute_granularity="selective",
+    )
+    found = ActivationSettings.from_args(args)
+    assert (found.bytes_each, found.backend, found.rope, found.dropout) == (2, "torch", True, False)
+    assert found.recompute.modules == {"ssm", "core_attn"}
+    full = Recompute.from_args(
+        SimpleNamespace(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
+    )
+    assert (full.method, full.layers, full.modules) == ("block", 3, frozenset())
