@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-from tests.distributed.single import build
+from tests.distributed.single import build, same_groups
 
 
-def model_counts(argv: list[str], batch: int = 2) -> dict[str, Any]:
+def model_counts(argv: list[str], batch: int) -> dict[str, Any]:
     """A whole model on random tokens, attention written out as plain products.
 
     Returns:
@@ -24,7 +24,13 @@ def model_counts(argv: list[str], batch: int = 2) -> dict[str, Any]:
     return _count(lambda: model.train()(tokens, positions, None, labels=tokens).mean(), args)
 
 
-def layer_counts(argv: list[str], batch: int = 2) -> dict[str, Any]:
+def all_counts(layers: list[list[str]], models: list[list[str]], batch: int) -> list[dict[str, Any]]:
+    """:func:`layer_counts` and :func:`model_counts` of many command lines, in order."""
+    with same_groups():
+        return [layer_counts(argv, batch) for argv in layers] + [model_counts(argv, batch) for argv in models]
+
+
+def layer_counts(argv: list[str], batch: int) -> dict[str, Any]:
     """The only layer of a model, on random input; as :func:`model_counts`."""
     import torch
 

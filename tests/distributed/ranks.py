@@ -119,6 +119,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
     torch.set_num_threads(1)
     cpu.install()
     arguments.import_megatron_quietly()
+    _read_help_once()
     from megatron_hybrid.model.stack import HybridLayerStack
 
     upstream.prepare("cpu", HybridLayerStack)
@@ -142,6 +143,23 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         sys.stdout.flush()
         release_groups()
         pipe.send(answer)
+
+
+def _read_help_once() -> None:
+    """Keeps the texts of Megatron's --help, which it parses out of its sources for every command line.
+
+    They take three quarters of the time in which a small model is built (training/argument_utils.py:233).
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def once(self: Any, described: type) -> dict[str, str]:
+        if described not in known:
+            known[described] = read(self, described)
+        return known[described]
+
+    ArgumentGroupFactory._get_field_docstrings = once
 
 
 def release_groups() -> None:

@@ -2,8 +2,11 @@
 
 import sysconfig
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.distributed.training import MOE, SIZES, forget
 
@@ -29,6 +32,16 @@ def build(argv: list[str], on_meta: bool = False) -> tuple[Any, Namespace]:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with meta_device() if on_meta else nullcontext():
         return config.get_builder_cls()(config).build_model(groups, True, True), args
+
+
+@contextmanager
+def same_groups() -> Iterator[None]:
+    """Lets many models of one process share Megatron's process groups: dozens, which take time and hold threads."""
+    from megatron.core import mpu
+
+    mpu.initialize_model_parallel()
+    with patch.object(mpu, "initialize_model_parallel"), patch.object(mpu, "destroy_model_parallel"):
+        yield
 
 
 def layer(symbol: str, flags: str = "", length: int = 32, batch: int = 2) -> dict[str, Any]:
@@ -152,6 +165,12 @@ def parameters(argv: list[str]) -> dict[str, int]:
         "embedding": counts.embedding,
         "active": counts.active,
     }
+
+
+def parameters_of_all(commands: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+    """:func:`parameters` of many command lines by name."""
+    with same_groups():
+        return {name: parameters(argv) for name, argv in commands.items()}
 
 
 def learn(argv: list[str], steps: int, batch: int, lr: float) -> tuple[str, list[float]]:

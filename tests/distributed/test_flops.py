@@ -25,10 +25,10 @@ LENGTH = 2 * SSD_CHUNK + 44
 LONG = f"--seq-length {LENGTH} --max-position-embeddings {LENGTH}"
 
 
-def command(pattern: str, flags: str) -> list[str]:
+def command(pattern: str, *flags: str) -> list[str]:
     moe = MOE if "E" in pattern else ""
     train = "--micro-batch-size 1 --train-iters 1 --lr 1e-3"
-    return f"{SIZES} {moe} {train} {flags} --hybrid-layer-pattern={pattern}".split()
+    return f"{SIZES} {moe} {train} {' '.join(flags)} --hybrid-layer-pattern={pattern}".split()
 
 
 def attention_widths(symbol: str, s: Sizes) -> list[tuple[int, int, int | None]]:
@@ -121,25 +121,36 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("symbol", "flags"), LAYERS, ids=lambda value: value.replace(" ", "") or "plain")
-def test_a_layer_runs_the_products_that_are_counted(ranks, symbol, flags):
-    found = ranks(1).run(flop_counts.layer_counts, argv=command(symbol, f"{LONG} {flags}"), batch=BATCH)[0]
-    check(found, symbol, layer_flops_per_token(symbol, found["sizes"]), LENGTH)
+MODELS = [
+    ("M*-WPE", ""),
+    ("ME*-/W-/W-", "--untie-embeddings-and-output-weights"),  # two prediction heads
+    ("P-/ME", ""),
+]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "flags"),
-    [
-        ("M*-WPE", ""),
-        ("ME*-/W-/W-", "--untie-embeddings-and-output-weights"),  # two prediction heads
-        ("P-/ME", ""),
-    ],
-)
-def test_a_model_runs_the_products_that_are_counted(ranks, pattern, flags):
-    found = ranks(1).run(flop_counts.model_counts, argv=command(pattern, f"{LONG} {flags}"), batch=BATCH)[0]
-    read = parse(pattern)
-    per_token = training_flops_per_token(read, found["sizes"]) / 3
-    check(found, read.layers + read.mtp * read.mtp_depths, per_token, LENGTH)
+@pytest.fixture(scope="module")
+def counted(ranks):
+    """Pattern and flags to what the real model runs."""
+    layers, models = ([command(*case, LONG) for case in cases] for cases in (LAYERS, MODELS))
+    found = ranks(1).run(flop_counts.all_counts, layers=layers, models=models, batch=BATCH)[0]
+    return dict(zip(LAYERS + MODELS, found, strict=True))
+
+
+def names(cases: list[tuple[str, str]]) -> list[str]:
+    return [f"{pattern} {flags}".strip() for pattern, flags in cases]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=names(LAYERS))
+def test_a_layer_runs_the_products_that_are_counted(counted, case):
+    found = counted[case]
+    check(found, case[0], layer_flops_per_token(case[0], found["sizes"]), LENGTH)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=names(MODELS))
+def test_a_model_runs_the_products_that_are_counted(counted, case):
+    found, pattern = counted[case], parse(case[0])
+    per_token = training_flops_per_token(pattern, found["sizes"]) / 3
+    check(found, pattern.layers + pattern.mtp * pattern.mtp_depths, per_token, LENGTH)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -152,7 +163,7 @@ def test_a_gated_delta_net_runs_the_products_that_are_counted(ranks, chunks):
     tokens, cores = BATCH * length, plain_cores("G", found["sizes"], length)
     heads, key, value = delta(s)
     assert forward["bmm"] == cores * tokens
-    # the convolution runs over four channels' width of padding, 3 tokens, and cuts them off
+    # the convolution runs into the padding behind the last token, 3 tokens, and cuts them off
     taps = 2 * s.delta_conv_width * (2 * s.delta_key_heads * key + heads * value)
     assert forward["convolution"] == taps * BATCH * (length + 3)
     counted = layer_flops_per_token("G", s) - masked_cores("G", s, length) + cores
