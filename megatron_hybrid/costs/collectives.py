@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from megatron_hybrid.costs.activations import Recompute
+from megatron_hybrid.costs.activation_settings import Recompute
 from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.costs.parameters import intra, layer_linears
 from megatron_hybrid.costs.sizes import Sizes
