@@ -21,9 +21,9 @@ In the order of its flow; each file imports those above it only:
 """
 
 from megatron_hybrid.costs.balance import balance_pipeline, equal_count, imbalance, segment_work, stage_work
+from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, Cache, layer_cache, model_cache
 from megatron_hybrid.costs.collectives import GROUPS, CommunicationSettings, Traffic, layer_communication
 from megatron_hybrid.costs.communication import step_communication
-from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, Cache, layer_cache, model_cache
 from megatron_hybrid.costs.flops import (
     Convention,
     attention_core_flops,
@@ -39,6 +39,7 @@ from megatron_hybrid.costs.flops import (
 )
 from megatron_hybrid.costs.hardware import Gpu, gpu, gpu_of_device
 from megatron_hybrid.costs.layout import Layout, Stage, stages
+from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.costs.memory import (
     ModelStates,
     RankMemory,
@@ -47,13 +48,14 @@ from megatron_hybrid.costs.memory import (
     rank_memory,
     stage_parameters,
 )
-from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.costs.parameters import ModelParameters, Parameters, layer_parameters, model_parameters
 from megatron_hybrid.costs.schedule import bubble_fraction, in_flight, pipeline_bubble, pipeline_time
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.costs.storage import Storage
 
 __all__ = [
+    "CONTEXT_LENGTHS",
+    "Cache",
     "CommunicationSettings",
     "Convention",
     "GROUPS",
@@ -80,6 +82,7 @@ __all__ = [
     "imbalance",
     "in_flight",
     "largest_rank",
+    "layer_cache",
     "layer_communication",
     "layer_flops_per_token",
     "layer_parameters",

@@ -114,7 +114,7 @@ def models(draw) -> list[str]:
 
 
 def check_random_models(number: int) -> tuple[int, set[str]]:
-    """In a rank, since a call from outside makes new process groups; how many models, and which layers, were checked."""
+    """In a rank, since each call from outside makes process groups; how many models were checked, of which layers."""
     seen: list[str] = []
 
     @settings(max_examples=number, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
