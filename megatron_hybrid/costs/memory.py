@@ -142,7 +142,7 @@ def rank_memory(
             replicas); None: one that holds the most.
 
     Raises:
-        ValueError: The pattern does not divide over the stages.
+        ValueError: The pattern does not divide over the stages, or the replicas over the optimizer's instances.
     """
     kinds = stage_buffers(stage_tensors(pattern, sizes, layout, stage), layout, storage, stage)
     ranks = range(layout.world // layout.pp) if rank is None else [rank]
@@ -173,6 +173,9 @@ def stage_buffers(
     Experts have buffers of their own, with other replicas, where they are spread otherwise than the rest
     (``core/tensor_parallel/layers.py:961``, ``core/distributed/param_and_grad_buffer.py:882``). Only the first chunk of
     the first stage is cut into buckets (``training/training.py:1857``).
+
+    Raises:
+        ValueError: The replicas do not divide over the instances of the distributed optimizer.
     """
     apart = layout.ep > 1 or layout.etp != layout.tp
     elements = sum(t.size for chunk in chunks for t in chunk)
@@ -185,7 +188,12 @@ def stage_buffers(
             (experts, [t for t in chunk if apart and t.expert], layout.expert_dp),
         ):
             if tensors and storage.distributed:
-                shards = replicas // storage.optimizer_instances
+                shards, left = divmod(replicas, storage.optimizer_instances)
+                if left or not shards:
+                    raise ValueError(
+                        f"{replicas} replicas do not divide into --num-distributed-optimizer-instances "
+                        f"{storage.optimizer_instances}: change one of them, or the parallel sizes."
+                    )
                 buffers.append(sharded_buffer(tensors, shards, bucket_size, storage.pads_for_bandwidth))
             elif tensors:
                 buffers.append(plain_buffer(tensors))

@@ -163,3 +163,11 @@ def test_settings_that_are_not_counted(name):
 def test_storage_that_is_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         of_flags(**flags)
+
+
+def test_layouts_without_whole_replicas_are_refused():
+    pattern, storage = parse("*E"), Storage(distributed=True, optimizer_instances=3)
+    with pytest.raises(ValueError, match="4 replicas do not divide into .* 3"):
+        largest_rank(pattern, SIZES, Layout(dp=4), storage)
+    with pytest.raises(ValueError, match="0 replicas"):
+        largest_rank(pattern, SIZES, Layout(dp=4, ep=8), Storage(distributed=True))
