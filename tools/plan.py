@@ -11,39 +11,88 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.data import cli
+
+if TYPE_CHECKING:
+    from megatron_hybrid.plan.time import Machine
 
 
 def main() -> None:
     options, argv = parser().parse_known_args()
     from rich.console import Console
 
-    from megatron_hybrid.plan import comparison, figures, subject, tables
+    from megatron_hybrid.plan import comparison, figures, fit, subject, tables
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if options.match and not options.compare:
+        raise ValueError("--match makes architectures comparable: give them with --compare, the reference first.")
     if options.compare:
         chosen = comparison.subjects(options.compare, argv, options.gpus, options.device)
         found = comparison.compare(chosen, options.match, options.convention, options.gpus, options.device)
         show = tables.show_comparison
-    elif options.match:
-        raise ValueError("--match makes architectures comparable: give them with --compare, the reference first.")
+    elif options.fit:
+        if not (options.gpus and options.gpu):
+            raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
+        found, show = fit.fit(argv, options.gpus, machine(options, argv), options.device), tables.show_fit
     else:
-        found, show = figures.figures(subject.read(argv, options.gpus, options.device)), tables.show
+        planned = subject.read(argv, options.gpus, options.device)
+        found = figures.figures(planned, machine(options, argv) if options.gpu else None)
+        show = tables.show
     if options.json:
         print(json.dumps(found, indent=1))
     else:
         show(found, console)
 
 
+def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
+    """The GPU of the options, with the peak of the run's precision."""
+    from megatron_hybrid.costs.hardware import gpu
+    from megatron_hybrid.plan.subject import read
+    from megatron_hybrid.plan.time import Machine
+
+    args = read(argv, None, options.device).args
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    links = {
+        name: options_gbps * 1e9 / 8 if options_gbps else None
+        for name, options_gbps in (("nvlink", options.nvlink_gbps), ("network", options.network_gbps))
+    }
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else None
+    memory = options.memory_gib * 2**30 if options.memory_gib else None
+    return Machine.of(
+        gpu(options.gpu),
+        precision,
+        peak=peak,
+        memory=memory,
+        efficiency=options.efficiency,
+        gpus_per_node=options.gpus_per_node,
+        **links,
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
+    made.add_argument("--json", action="store_true", help="print all figures as JSON")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the run would be")
+    gpus = made.add_argument_group("machine")
+    gpus.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
+    gpus.add_argument("--gpu", help="kind of GPU, such as h100-80gb: adds expected times")
+    gpus.add_argument("--gpus-per-node", type=int, help="default 8")
+    gpus.add_argument("--efficiency", type=float, help="of the dense peak that products reach; default 0.40")
+    gpus.add_argument(
+        "--peak-tflops", type=float, help="dense peak of a GPU in the run's precision, in place of the table's"
+    )
+    gpus.add_argument("--memory-gib", type=float, help="memory of a GPU, in place of the table's")
+    gpus.add_argument("--nvlink-gbps", type=float, help="Gbit/s of a GPU inside a node, one direction")
+    gpus.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU between nodes; default 400")
+    made.add_argument_group("layouts").add_argument(
+        "--fit", action="store_true", help="propose layouts for --gpus N --gpu NAME, fastest first, with their flags"
+    )
     compare = made.add_argument_group("comparison")
     compare.add_argument("--compare", nargs="+", metavar="NAME", help="recipes, or layer patterns, side by side")
     compare.add_argument(
@@ -54,7 +103,6 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--convention", choices=["study", "model"], default="study", help="how --match flops counts FLOPs"
     )
-    made.add_argument("--json", action="store_true", help="print all figures as JSON")
     return made
 
 

@@ -3,22 +3,33 @@
 from typing import Any
 
 from megatron_hybrid import costs
+from megatron_hybrid.costs.activation_settings import ActivationSettings
+from megatron_hybrid.costs.activations import activation_table, stage_activation_bytes
 from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, layer_cache, model_cache
+from megatron_hybrid.costs.collectives import CommunicationSettings
+from megatron_hybrid.costs.communication import step_communication
+from megatron_hybrid.costs.memory import rank_memory
+from megatron_hybrid.costs.storage import Storage
 from megatron_hybrid.pattern import LAYERS, Pattern
 from megatron_hybrid.plan.subject import Subject
+from megatron_hybrid.plan.time import Machine, step_time
 
 Figures = dict[str, Any]
 
 
-def figures(subject: Subject) -> Figures:
-    """What a run costs, wherever it runs.
+def figures(subject: Subject, machine: Machine | None = None) -> Figures:
+    """What a run costs.
 
     Returns:
         Parameters as counts, FLOPs as training FLOPs (forward and backward) in both conventions, caches in bytes of one
-        sequence in bfloat16, work of pipeline stages as a share.
+        sequence in bfloat16, work of pipeline stages as a share, memory in bytes, messages in bytes that a rank sends
+        in a step; with a machine, seconds of a step and what follows from it.
+
+    Raises:
+        ValueError: Something in the flags is not counted.
     """
     s, layout = subject, subject.layout
-    return {
+    found = {
         "name": s.name,
         "pattern": str(s.pattern),
         "layout": _layout(s),
@@ -29,6 +40,66 @@ def figures(subject: Subject) -> Figures:
         "flops": {convention: _flops(s, convention) for convention in ("model", "study")},
         "cache": _cache(s),
         "pipeline": _pipeline(s, layout),
+        "memory": memory(s),
+        "activations": _activations(s),
+        "communication": _communication(s),
+    }
+    return found | {"time": times(s, machine)} if machine else found
+
+
+def memory(s: Subject) -> list[Figures]:
+    """Bytes on the fullest rank of each pipeline stage."""
+    storage, settings = Storage.from_args(s.args), ActivationSettings.from_args(s.args)
+    rows = []
+    for stage in range(s.layout.pp):
+        held = rank_memory(s.pattern, s.sizes, s.layout, storage, stage)
+        kept = stage_activation_bytes(s.pattern, s.sizes, s.layout, settings, stage)
+        rows.append(
+            {
+                "parameters": held.parameters,
+                "gradients": held.gradients,
+                "optimizer": held.optimizer,
+                "activations": kept,
+                "total": held.total + kept,
+            }
+        )
+    return rows
+
+
+def _activations(s: Subject) -> Figures:
+    """Bytes that one micro-batch keeps on one rank, by part of the model."""
+    return activation_table(s.pattern, s.sizes, s.layout, ActivationSettings.from_args(s.args))
+
+
+def _communication(s: Subject) -> Figures:
+    """Calls and bytes that a rank sends in a step, by group: of the pipeline stage that sends most."""
+    settings = CommunicationSettings.from_args(s.args)
+    sent = [step_communication(s.pattern, s.sizes, s.layout, settings, stage) for stage in range(s.layout.pp)]
+    most = max(sent, key=lambda by_group: sum(t.bytes for t in by_group.values()))
+    return {group: {"calls": t.calls, "bytes": t.bytes} for group, t in most.items() if t.calls}
+
+
+def times(s: Subject, machine: Machine) -> Figures:
+    """Seconds of a step and what follows from it."""
+    step = step_time(s, machine)
+    tokens = s.layout.global_batch * s.sizes.seq_length
+    flops = costs.training_flops(s.pattern, s.sizes, s.layout.global_batch)
+    achieved = flops / step.total / s.layout.world
+    return {
+        "gpu": machine.title,
+        "peak_flops": machine.peak,
+        "efficiency": machine.efficiency,
+        "step": step.total,
+        "compute": step.compute,
+        "messages": step.messages,
+        "bubble": step.bubble,
+        "data": step.data,
+        "optimizer": step.optimizer,
+        "tokens_per_second": tokens / step.total,
+        "tokens_per_day": tokens / step.total * 86400,
+        "flops_per_gpu": achieved,
+        "mfu": achieved / machine.peak,
+        "days": s.tokens / tokens * step.total / 86400 if s.tokens else None,
     }
 
 

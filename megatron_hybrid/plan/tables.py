@@ -23,7 +23,7 @@ def show_comparison(found: Figures, console: Console) -> None:
     console.print(_comparison(found))
 
 
-def _comparison(found: Figures) -> Table:
+def _comparison(found: Figures) -> Group:
     rows = found["architectures"]
     lengths = [(rows[0]["cache"]["lengths"].index(n), f"{n // 1024}K") for n in (8192, 131072)]
     words = {
@@ -64,12 +64,16 @@ def _comparison(found: Figures) -> Table:
 
 def _plan(f: Figures) -> Iterable[RenderableType]:
     yield Text(f"{f['name']}   {f['pattern']}", style="bold")
-    yield Text(_layout(f))
-    yield Text("")
+    yield Text(_layout(f) + "\n")
     yield _parts(f)
     yield _flops(f)
     yield _cache(f)
+    yield _memory(f)
+    yield _activations(f)
+    yield _communication(f)
     yield _pipeline(f)
+    if "time" in f:
+        yield _time(f)
 
 
 def _layout(f: Figures) -> str:
@@ -85,20 +89,21 @@ def _layout(f: Figures) -> str:
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] | None = None
-) -> Table:
-    """A table whose first column is words and whose others are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+) -> Group:
+    """A heading and a table whose first column is words and whose others are numbers, or layers and bars."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i else "left", header_style="dim")
+        words = i == 0 or column in ("layers of it", " ")
+        made.add_column(column, justify="left" if words else "right", header_style="dim")
     for row in rows:
         made.add_row(*row)
     if total:
         made.add_section()
         made.add_row(*total, style="bold")
-    return made
+    return Group(Text(title, style="bold"), made, Text(""))
 
 
-def _parts(f: Figures) -> Table:
+def _parts(f: Figures) -> Group:
     parts = f["parts"]
     flops = sum(p["training_flops_per_token"] for p in parts)
 
@@ -123,7 +128,7 @@ def _parts(f: Figures) -> Table:
     )
 
 
-def _flops(f: Figures) -> Table:
+def _flops(f: Figures) -> Group:
     words = {
         "model": "model: every matrix product, output head included",
         "study": "study: arXiv:2510.04800, without embedding and head",
@@ -141,7 +146,7 @@ def _flops(f: Figures) -> Table:
     )
 
 
-def _cache(f: Figures) -> Table:
+def _cache(f: Figures) -> Group:
     cache = f["cache"]
     lengths = [f"{n // 2**20}M" if n >= 2**20 else f"{n // 2**10}K" for n in cache["lengths"]]
     return table(
@@ -152,6 +157,103 @@ def _cache(f: Figures) -> Table:
     )
 
 
+MEMORY = ("parameters", "gradients", "optimizer", "activations", "total")
+
+
+def _memory(f: Figures) -> Group:
+    return table(
+        "Memory of the fullest rank of each pipeline stage, GiB",
+        ["stage", *MEMORY],
+        [[str(i), *(gib(row[name]) for name in MEMORY)] for i, row in enumerate(f["memory"])],
+    )
+
+
+def _activations(f: Figures) -> Group:
+    words = {"head": "output head and loss", "mtp": "an MTP head beside its layers"}
+    return table(
+        "Activations that one micro-batch keeps on a rank, MiB; a recomputed group keeps its input alone",
+        ["part", "each"],
+        [
+            [f"{name} {LAYERS[name].name}" if name in LAYERS else words.get(name, name), mib(size)]
+            for name, size in f["activations"].items()
+        ],
+    )
+
+
+def _communication(f: Figures) -> RenderableType:
+    if not f["communication"]:
+        return Text("No messages between ranks\n")
+    return table(
+        "Sent by a rank in a step, of the stage that sends most",
+        ["group", "calls", "GiB"],
+        [[group, f"{t['calls']:,}", gib(t["bytes"])] for group, t in f["communication"].items()],
+    )
+
+
+def _time(f: Figures) -> Group:
+    t = f["time"]
+    rows = {
+        "step, s": f"{t['step']:.3f}",
+        "products of the busiest stage, s": f"{t['compute']:.3f}",
+        "messages of that stage, s": f"{t['messages']:.3f}",
+        "pipeline bubble": f"{t['bubble']:.1%}",
+        "gradients and parameters of replicas, s": f"{t['data']:.3f}",
+        "optimizer, s": f"{t['optimizer']:.3f}",
+        "tokens per second": f"{t['tokens_per_second']:,.0f}",
+        "tokens per day": quantity(t["tokens_per_day"]),
+        "TFLOP/s per GPU": f"{t['flops_per_gpu'] / 1e12:.1f}",
+        "MFU": f"{t['mfu']:.1%}",
+    }
+    if t["days"]:
+        rows[f"days for {quantity(f['tokens'])} tokens"] = f"{t['days']:.1f}"
+    return table(
+        f"Expected on {t['gpu']}: {t['peak_flops'] / 1e12:,.0f} TFLOP/s dense, products at {t['efficiency']:.0%} of it",
+        ["", ""],
+        [[name, value] for name, value in rows.items()],
+    )
+
+
+def show_fit(found: Figures, console: Console) -> None:
+    """Prints proposed layouts."""
+    console.print(Group(*_fit(found)))
+
+
+def _fit(f: Figures) -> Iterable[RenderableType]:
+    yield Text(
+        f"{f['name']} on {f['gpus']} x {f['gpu']}: {f['fitting']} of {f['tried']} layouts take at most "
+        f"{gib(f['limit'])} of {gib(f['memory'])} GiB"
+    )
+    if not f["proposals"]:
+        least = f["least"]
+        if least:
+            yield Text(f"None fits. The smallest takes {gib(least['bytes'])} GiB:\n  {' '.join(least['flags'])}")
+        return
+    columns = ["", "tensor", "pipeline", "context", "expert", "data", "micro-batch", "GiB", "step s", "bubble", "MFU"]
+    yield table(
+        "Fastest first, by the model of time that megatron_hybrid/plan/time.py explains",
+        [*columns, "tokens per day"],
+        [
+            [
+                str(i),
+                *(str(p["layout"][name]) for name in ("tp",)),
+                f"{p['layout']['pp']}" + (f" x {p['layout']['vpp']}" if p["layout"]["vpp"] > 1 else ""),
+                *(str(p["layout"][name]) for name in ("cp", "ep", "dp", "micro_batch")),
+                gib(p["memory"]["total"]),
+                f"{p['time']['step']:.3f}",
+                f"{p['time']['bubble']:.1%}",
+                f"{p['time']['mfu']:.1%}",
+                quantity(p["time"]["tokens_per_day"]),
+            ]
+            for i, p in enumerate(f["proposals"], 1)
+        ],
+    )
+    yield Text("\nFlags to add")
+    for i, p in enumerate(f["proposals"], 1):
+        more = [str(n) for n in p["micro_batches_that_fit"] if n != p["layout"]["micro_batch"]]
+        fits = f"   (micro-batches of {', '.join(more)} fit too)" if more else ""
+        yield Text(f"  {i}  {' '.join(p['flags'])}{fits}")
+
+
 def _pipeline(f: Figures) -> RenderableType:
     stages = f["pipeline"]["stages"]
     if len(stages) == 1:
@@ -159,7 +261,7 @@ def _pipeline(f: Figures) -> RenderableType:
     most = max(stage["share"] for stage in stages)
     return table(
         f"Work of the pipeline stages; the slowest is {f['pipeline']['imbalance']:.3f} times the mean",
-        ["stage", "share", "", "layers"],
+        ["stage", "share", " ", "layers of it"],
         [
             [str(i), f"{s['share']:.1%}", "█" * round(BAR * s["share"] / most), s["layers"]]
             for i, s in enumerate(stages)

@@ -1,0 +1,184 @@
+"""Seconds of a step on GPUs: an explained model, for ranking layouts and for a first estimate.
+
+A step is the sum of
+
+- **compute**: the FLOPs that run (training FLOPs, and forward passes that recomputation repeats) at ``efficiency``
+  times the GPU's dense peak, spread evenly over tensor- and context-parallel ranks, experts evenly loaded;
+- **messages** of tensor, context, expert and pipeline groups: the bytes that a rank sends over the bandwidth of the
+  slowest link in the group, none of it hidden behind compute;
+- **the pipeline**: the schedule of these passes over unequal stages, bubble included;
+- **once a step**: gradients and parameters between replicas - with ``--overlap-grad-reduce`` only what a micro-batch's
+  compute cannot hide - and the optimizer, which reads and writes its state once.
+
+Not in it: kernels that are slower for some layers than for others, launch overheads of small micro-batches, ring
+latencies, contention, uneven routing of experts. Choose ``efficiency`` from a run of your own: the MFU that its log
+reports with few GPUs.
+"""
+
+from dataclasses import dataclass
+
+from megatron_hybrid import costs
+from megatron_hybrid.costs.activation_settings import Recompute
+from megatron_hybrid.costs.collectives import CommunicationSettings, Group, Traffic
+from megatron_hybrid.costs.communication import step_communication
+from megatron_hybrid.costs.flops import core_flops_per_token
+from megatron_hybrid.costs.hardware import Gpu
+from megatron_hybrid.costs.memory import rank_memory
+from megatron_hybrid.costs.schedule import pipeline_time
+from megatron_hybrid.plan.subject import Subject
+
+EFFICIENCY = 0.40
+"""Of the dense peak. Source: Megatron-LM reports 402.5 TFLOP/s per GPU, 40.7% of 989, for a dense hybrid of 4 billion
+parameters (Nemotron-3 Nano 4B) on 8 H100."""
+NETWORK = 50e9
+"""Bytes per second of one GPU between nodes: a port of 400 Gb/s for each GPU, as NVIDIA's DGX H100 has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The GPUs that a plan is for."""
+
+    title: str
+    peak: float
+    """Dense FLOP/s in the precision of the run."""
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Of its memory, bytes per second."""
+    nvlink: float
+    """Bytes per second of one GPU inside a node, in one direction."""
+    network: float = NETWORK
+    """The same between nodes."""
+    gpus_per_node: int = 8
+    efficiency: float = EFFICIENCY
+
+    @classmethod
+    def of(cls, gpu: Gpu, precision: str, **changes: float | None) -> "Machine":
+        """A known GPU; figures that are given win.
+
+        Raises:
+            ValueError: The GPU has no such precision, or its links are not known and not given.
+        """
+        known = {
+            "title": gpu.title,
+            "peak": gpu.peak(precision),  # type: ignore[arg-type]
+            "memory": gpu.capacity,
+            "bandwidth": gpu.bandwidth,
+            "nvlink": gpu.nvlink,
+        }
+        made = known | {name: value for name, value in changes.items() if value is not None}
+        if made["nvlink"] is None:
+            raise ValueError(f"{gpu.title}: the links inside a node depend on the machine. Give --nvlink-gbps.")
+        return cls(**made)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, of the slowest rank where they differ."""
+
+    pipeline: float
+    """All micro-batches, from the first forward pass to the last backward pass."""
+    data: float
+    """Gradients and parameters between replicas, as far as compute does not hide it."""
+    optimizer: float
+    compute: float
+    """Of ``pipeline``: the busiest stage's products."""
+    messages: float
+    """Of ``pipeline``: the same stage's messages."""
+    bubble: float
+    """Share of ``pipeline`` in which ranks wait for others, their mean."""
+
+    @property
+    def total(self) -> float:
+        return self.pipeline + self.data + self.optimizer
+
+
+def spans(layout: costs.Layout) -> dict[Group, int]:
+    """Neighbouring ranks that a group reaches over, in Megatron's order: tensor, context, expert, data, pipeline."""
+    stage = layout.world // layout.pp
+    return {
+        "tensor": layout.tp,
+        "context": layout.tp * layout.cp,
+        "expert tensor": layout.etp,
+        "expert": layout.etp * layout.ep,
+        "data": stage,
+        "expert data": stage,
+        "pipeline": layout.world,
+        "embedding": layout.world,
+    }
+
+
+def step_time(subject: Subject, machine: Machine) -> StepTime:
+    """Seconds of one step of a run; see the module for what is in it.
+
+    Raises:
+        ValueError: Something in the flags is not counted.
+    """
+    s, layout = subject, subject.layout
+    settings = CommunicationSettings.from_args(s.args)
+    reach = spans(layout)
+
+    def seconds(group: Group, traffic: Traffic) -> float:
+        inside = reach[group] <= machine.gpus_per_node
+        return traffic.bytes / (machine.nvlink if inside else machine.network)
+
+    rate = machine.peak * machine.efficiency
+    tokens = layout.micro_batch * s.sizes.seq_length / (layout.tp * layout.cp)
+    work = costs.segment_work(s.pattern, s.sizes)
+    segments = s.pattern.segments
+    forward, backward, once, compute, messages = [], [], 0.0, [], []
+    sent = [step_communication(s.pattern, s.sizes, layout, settings, stage) for stage in range(layout.pp)]
+    for i, part in enumerate(work):
+        traffic = sent[i % layout.pp]
+        here = sum(seconds(g, t) for g, t in traffic.items() if g not in ("data", "expert data", "embedding"))
+        message = here / layout.micro_batches / layout.vpp
+        again = recomputed_flops(segments[i], s.sizes, settings.recompute)
+        ahead, back = part.total * tokens / rate, (2 * part.total + again) * tokens / rate
+        # a third of the messages are the forward pass's, as of the FLOPs: only their sum matters to the schedule
+        forward.append(ahead + message / 3)
+        backward.append(back + message * 2 / 3)
+        compute.append(ahead + back)
+        messages.append(message)
+    for traffic in sent:
+        once = max(once, sum(seconds(g, t) for g, t in traffic.items() if g in ("data", "expert data", "embedding")))
+    if s.args.overlap_grad_reduce:
+        once = max(0.0, once - min(compute))
+    time = pipeline_time(forward, backward, layout.micro_batches, layout.vpp)
+    busy = [
+        sum(x[stage :: layout.pp]) * layout.micro_batches for x in (compute, messages) for stage in range(layout.pp)
+    ]
+    products, sending = busy[: layout.pp], busy[layout.pp :]
+    slowest = max(range(layout.pp), key=lambda stage: products[stage] + sending[stage])
+    return StepTime(
+        pipeline=time,
+        data=once,
+        optimizer=_optimizer(s, machine, settings),
+        compute=products[slowest],
+        messages=sending[slowest],
+        bubble=max(0.0, 1 - sum(busy) / (layout.pp * time)),
+    )
+
+
+def _optimizer(s: Subject, machine: Machine, settings: CommunicationSettings) -> float:
+    """Each byte of optimizer state is read and written once, each of gradients and parameters touched once."""
+    most = 0.0
+    for stage in range(s.layout.pp):
+        held = rank_memory(s.pattern, s.sizes, s.layout, settings.storage, stage)
+        most = max(most, (2 * held.optimizer + held.gradients + held.parameters) / machine.bandwidth)
+    return most
+
+
+def recomputed_flops(layers: str, sizes: costs.Sizes, recompute: Recompute) -> float:
+    """Forward FLOPs per token of a segment that are run again in the backward pass."""
+    if recompute.method:
+        again = layers if recompute.method == "uniform" else layers[: recompute.layers]
+        return sum(costs.layer_flops_per_token(symbol, sizes) for symbol in again)
+    whole = {"mlp": "-", "moe": "E", "intra": "P"}
+    cores = {"core_attn": "*W", "ssm": "MP"}
+    total = 0.0
+    for symbol in layers:
+        if any(symbol in whole.get(module, "") for module in recompute.modules):
+            total += costs.layer_flops_per_token(symbol, sizes)
+        elif any(symbol in cores.get(module, "") for module in recompute.modules):
+            total += core_flops_per_token(symbol, sizes)
+    return total
