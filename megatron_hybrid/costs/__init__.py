@@ -15,11 +15,16 @@ In the order of its flow; each file imports those above it only:
 ``balance``               pipeline stages of equal work
 ``hardware``              GPUs: dense peaks, memory, bandwidths, and where they are stated
 ``schedule``              the pipeline's schedule: micro-batches in flight, the bubble, a step's time
+``activation_settings``   precision, implementation and recomputation, from flags
+``saved_tensors``         what each layer keeps for its backward pass: a table of tensors
+``activations``           bytes of it: of a layer, a micro-batch, and a stage at its peak
 ``collectives``           what a rank sends for a layer and a micro-batch, by group of ranks
 ``communication``         what a rank sends in a training step
 ========================  ==========================================================================
 """
 
+from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
+from megatron_hybrid.costs.activations import activation_table, layer_activation_bytes, stage_activation_bytes
 from megatron_hybrid.costs.balance import balance_pipeline, equal_count, imbalance, segment_work, stage_work
 from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, Cache, layer_cache, model_cache
 from megatron_hybrid.costs.collectives import GROUPS, CommunicationSettings, Traffic, layer_communication
@@ -54,6 +59,7 @@ from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.costs.storage import Storage
 
 __all__ = [
+    "ActivationSettings",
     "CONTEXT_LENGTHS",
     "Cache",
     "CommunicationSettings",
@@ -65,11 +71,13 @@ __all__ = [
     "ModelStates",
     "Parameters",
     "RankMemory",
+    "Recompute",
     "Sizes",
     "Stage",
     "StageParameters",
     "Storage",
     "Traffic",
+    "activation_table",
     "attention_core_flops",
     "balance_pipeline",
     "bubble_fraction",
@@ -82,6 +90,7 @@ __all__ = [
     "imbalance",
     "in_flight",
     "largest_rank",
+    "layer_activation_bytes",
     "layer_cache",
     "layer_communication",
     "layer_flops_per_token",
@@ -97,6 +106,7 @@ __all__ = [
     "segment_work",
     "ssd_scan_flops",
     "ssm_core_flops",
+    "stage_activation_bytes",
     "stage_parameters",
     "stage_work",
     "stages",

@@ -36,9 +36,10 @@ class Kept:
             self._kept.setdefault(where, t)
         return t
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self._kept.values())
+    def bytes(self, but: Any = None) -> int:
+        """Without the storage of the tensor ``but``."""
+        left_out = None if but is None else but.untyped_storage().data_ptr()
+        return sum(t.untyped_storage().nbytes() for where, t in self._kept.items() if where != left_out)
 
 
 def _built(pattern: str, flags: str) -> tuple[Any, Any]:
@@ -81,8 +82,9 @@ def layers(pattern: str, flags: str = "") -> list[tuple[int, int]]:
         x = torch.randn(rows, args.micro_batch_size, args.hidden_size, dtype=_dtype(args)).requires_grad_()
         with Kept(model) as kept:
             y = layer(hidden_states=x, attention_mask=None)
-        found.append((kept.bytes, layer_activation_bytes(symbol, sizes, layout, settings)))
-        del y
+        y = y[0] if isinstance(y, tuple) else y
+        # a layer's output is kept as the next one's input, and counted there
+        found.append((kept.bytes(but=y), layer_activation_bytes(symbol, sizes, layout, settings)))
     return found
 
 
@@ -111,4 +113,4 @@ def model(pattern: str, flags: str = "") -> tuple[int, int]:
         built(tokens, positions, None, labels=tokens.roll(-1, 1))
     parsed = patterns.parse(pattern)
     extra = beside_layers(parsed, stages(parsed, 1)[0], 0, sizes, layout, settings)
-    return kept.bytes, segment_activation_bytes(parsed.layers, sizes, layout, settings, extra)[0]
+    return kept.bytes(), segment_activation_bytes(parsed.layers, sizes, layout, settings, extra)[0]

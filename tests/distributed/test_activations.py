@@ -74,7 +74,7 @@ ALL = "*WMP-EG"
     ("size", "pattern", "flags"),
     [
         (1, ALL, ""),
-        (1, ALL[:-1], "--bf16"),
+        (1, ALL[:-1], f"--bf16 {SELECTIVE} mlp"),
         (1, "*-MP/W-", "--untie-embeddings-and-output-weights"),
         (1, ALL, f"{FULL} uniform --recompute-num-layers 2"),
         (1, ALL, f"{FULL} block --recompute-num-layers 3"),
