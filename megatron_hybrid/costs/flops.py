@@ -89,8 +89,8 @@ def delta_scan_flops(value_heads: int, key_dim: int, value_dim: int, length: int
     return value_heads * (pairs * (6 * key_dim + 4 * value_dim) + 6 * key_dim * value_dim)
 
 
-def _core_flops(symbol: str, s: Sizes, convention: Convention) -> float:
-    """What attention, the scan or the delta rule costs per token, without its projections."""
+def core_flops_per_token(symbol: str, s: Sizes, convention: Convention = "model") -> float:
+    """Forward FLOPs per token of attention, the scan or the delta rule, without projections; 0 of an FFN."""
     if symbol in "*W":
         width = s.heads * s.head_dim
         seen = s.window + s.sinks if symbol == "W" else None
@@ -129,7 +129,7 @@ def _conv_flops(symbol: str, s: Sizes) -> float:
 def layer_flops_per_token(symbol: str, sizes: Sizes) -> float:
     """Forward FLOPs per token of one layer, convention ``model``."""
     matmuls = 2 * weights(layer_linears(symbol, sizes))
-    return matmuls + _conv_flops(symbol, sizes) + _core_flops(symbol, sizes, "model")
+    return matmuls + _conv_flops(symbol, sizes) + core_flops_per_token(symbol, sizes, "model")
 
 
 def head_flops_per_token(sizes: Sizes) -> float:
@@ -151,7 +151,7 @@ def training_flops_per_token(pattern: Pattern, sizes: Sizes, convention: Convent
     """
     if convention == "study":
         layers = pattern.layers + pattern.mtp * pattern.mtp_depths
-        cores = sum(_core_flops(symbol, sizes, "study") for symbol in layers)
+        cores = sum(core_flops_per_token(symbol, sizes, "study") for symbol in layers)
         return 6 * model_parameters(pattern, sizes).active_non_embedding + 3 * cores
     if convention != "model":
         raise ValueError(f"the FLOPs convention is {convention!r}; use model or study")

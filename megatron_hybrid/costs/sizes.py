@@ -166,8 +166,7 @@ class Sizes:
 
 def _share(whole: int, ranks: int) -> int:
     """A rank's share; a fraction where it does not divide, which only layers that are not in the pattern may."""
-    share = Fraction(whole) / ranks
-    return int(share) if share.denominator == 1 else share  # type: ignore[return-value]
+    return Fraction(whole, ranks) if whole % ranks else whole // ranks  # type: ignore[return-value]
 
 
 def _padded_vocab(args: Any, vocab_size: int) -> int:
