@@ -25,7 +25,7 @@ def main() -> None:
     options, argv = parser().parse_known_args()
     from rich.console import Console
 
-    from megatron_hybrid.plan import comparison, figures, fit, subject, tables
+    from megatron_hybrid.plan import comparison, figures, fit, plots, subject, tables
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     if options.match and not options.compare:
@@ -33,19 +33,23 @@ def main() -> None:
     if options.compare:
         chosen = comparison.subjects(options.compare, argv, options.gpus, options.device)
         found = comparison.compare(chosen, options.match, options.convention, options.gpus, options.device)
-        show = tables.show_comparison
+        show, plot = tables.show_comparison, plots.plot_comparison
     elif options.fit:
         if not (options.gpus and options.gpu):
             raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
-        found, show = fit.fit(argv, options.gpus, machine(options, argv), options.device), tables.show_fit
+        found = fit.fit(argv, options.gpus, machine(options, argv), options.device)
+        show, plot = tables.show_fit, plots.plot_fit
     else:
         planned = subject.read(argv, options.gpus, options.device)
         found = figures.figures(planned, machine(options, argv) if options.gpu else None)
-        show = tables.show
+        show, plot = tables.show, plots.plot
     if options.json:
         print(json.dumps(found, indent=1))
     else:
         show(found, console)
+    if options.plot:
+        plot(found, options.plot)
+        print(f"plot written to {options.plot}", file=sys.stderr)
 
 
 def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
@@ -73,11 +77,19 @@ def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
     )
 
 
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of .png, .svg, .pdf")
+    return path
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--json", action="store_true", help="print all figures as JSON")
+    made.add_argument("--plot", type=picture, metavar="FILE", help="draw it: .png, .svg or .pdf")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the run would be")
     gpus = made.add_argument_group("machine")
     gpus.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
