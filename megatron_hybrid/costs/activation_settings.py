@@ -93,6 +93,7 @@ class ActivationSettings:
         return cls(
             bytes_each=2 if get("bf16", False) or get("fp16", False) else 4,
             device=device,
+            mamba_ssm=bool(get("mamba_ssm", True)),
             backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             dropout=get("hidden_dropout", 0.1) > 0,

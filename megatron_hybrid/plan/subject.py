@@ -34,7 +34,7 @@ class Subject:
         return samples * args.seq_length or None
 
 
-def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> Subject:
+def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mamba_ssm: bool = True) -> Subject:
     """Reads a command line of ``pretrain_hybrid.py`` for a machine that need not be here.
 
     Data and tokenizer need not be given, nor a GPU be there. Without a GPU the CPU engine stands in for one while
@@ -44,11 +44,13 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> 
         argv: Flags, those of a recipe among them.
         gpus: Ranks; default the fewest that the layout fits.
         device: Where the run would be: ``cuda`` or ``cpu``.
+        mamba_ssm: On CUDA: whether its kernels are installed there.
 
     Raises:
         ValueError: What the run itself would be refused for, or no vocabulary size.
     """
-    command = flags.resolve(list(argv))
+    kept, backend = _without_backend(argv)
+    command = flags.resolve(kept)
     from megatron_hybrid.engine import arguments
 
     os.environ.pop("WORLD_SIZE", None)  # the plan's processes are not this program's
@@ -59,6 +61,7 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> 
         args = arguments.parse(command.argv, device, print_config=True, world=gpus)
     finally:
         sys.argv = words
+    args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
             "The plan needs --vocab-size: embedding and output head depend on it. A rounded number will do where a "
@@ -75,3 +78,15 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> 
         sizes=Sizes.from_args(args),
         layout=layout,
     )
+
+
+def _without_backend(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The command line without ``--backend te``, for which a run needs Transformer Engine; and te where it was there."""
+    words = list(argv)
+    if "--backend=te" in words:
+        words.remove("--backend=te")
+        return words, "te"
+    for i, word in enumerate(words[:-1]):
+        if word == "--backend" and words[i + 1] == "te":
+            return [*words[:i], *words[i + 2 :]], "te"
+    return words, None

@@ -1,0 +1,55 @@
+"""Short runs of pretrain_hybrid.py on made-up data, for the benchmarks that time whole steps."""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from summarize_run import Record, read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0
+--save-interval 100000 --no-save-optim --no-save-rng --ckpt-format torch_dist"""
+WARM_UP = 4
+"""Steps of each run that are not timed."""
+
+
+def train(argv: list[str], processes: int, device: str) -> list[Record]:
+    """Trains in processes of its own and returns the records of its steps, those of the warm-up among them.
+
+    Raises:
+        ValueError: The run fails, with what it says, or has no step behind the warm-up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += [str(ROOT / "pretrain_hybrid.py"), *argv, *ALWAYS.split(), "--device", device, "--save", folder]
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+        if done.returncode:
+            output = done.stdout + done.stderr
+            said = [line for line in output.splitlines() if line.startswith("error: ")]
+            raise ValueError(f"the run failed:\n{said[0] if said else output[-3000:]}")
+        found = [r for r in read_records(Path(folder) / "metrics.jsonl") if r.get("loss") is not None]
+    if len(timed(found)) < 1:
+        raise ValueError(f"the run has {len(found)} steps, and {WARM_UP + 1} warm it up: raise --train-iters.")
+    return found
+
+
+def timed(records: list[Record]) -> list[float]:
+    """Seconds of the steps behind the warm-up."""
+    return [r["seconds"] for r in records if r.get("seconds")][WARM_UP:]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and machine, for the head of a report."""
+    found: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
+    found |= {name: metadata.version(name) for name in ("torch", "megatron-core")}
+    if device == "cuda":
+        import torch
+
+        found["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return found
