@@ -8,6 +8,7 @@ collectives, the allocator's fragments.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from megatron_hybrid.costs import saved_tensors
 from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
@@ -29,6 +30,7 @@ def layer_saved(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationS
     return saved_tensors.layer(symbol, Rank(sizes, layout, settings))
 
 
+@lru_cache(maxsize=4096)
 def layer_activation_bytes(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
     """Bytes that one layer keeps of one micro-batch on one rank; see :func:`layer_saved`."""
     return total(layer_saved(symbol, sizes, layout, settings))
@@ -137,6 +139,7 @@ def segment_activation_bytes(
     return kept, max(alive + again[groups[-1].stop :])
 
 
+@lru_cache(maxsize=4096)
 def _recomputed_bytes(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
     """What a layer's selective recomputation brings back: the lines that it is without."""
     plain = replace(settings, recompute=Recompute())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ def equal_count(pattern: Pattern, segments: int) -> Pattern:
     return Pattern(tuple(layers[a:b] for a, b in pairwise(ends)), pattern.mtp, pattern.mtp_depths)
 
 
+@lru_cache(maxsize=256)
 def balance_pipeline(pattern: Pattern, sizes: Sizes, segments: int, pp: int | None = None) -> Pattern:
     """The pattern with ``|`` where its segments cost the same; boundaries that it has are dropped.
 

@@ -72,9 +72,10 @@ def _parts(pattern: Pattern, m: MicroBatch, stage: Stage) -> Iterator[tuple[Part
 
 def _stack(layers: str, m: MicroBatch) -> Iterator[tuple[Part, int]]:
     recompute = m.settings.recompute
+    parts = {symbol: layer_parts(symbol, m.sizes, m.layout, m.settings) for symbol in set(layers)}
     for i, symbol in enumerate(layers):
         again = recompute.method == "uniform" or recompute.method == "block" and i < recompute.layers
-        for part in layer_parts(symbol, m.sizes, m.layout, m.settings):
+        for part in parts[symbol]:
             yield part, again
 
 

@@ -7,6 +7,7 @@ step where gradients are kept in 16 bits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_hybrid.costs.buffers import Buffer, plain_buffer, sharded_buffer
@@ -130,6 +131,7 @@ def stage_parameters(pattern: Pattern, sizes: Sizes, layout: Layout, stage: int)
 # Bytes -------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def rank_memory(
     pattern: Pattern, sizes: Sizes, layout: Layout, storage: Storage, stage: int, rank: int | None = None
 ) -> RankMemory:

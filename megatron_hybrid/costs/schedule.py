@@ -5,11 +5,10 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """One micro-batch through one segment of a stage."""
 
     forward: bool
@@ -64,11 +63,14 @@ def in_flight(
     Returns:
         One number for each of the vpp segments; one segment holds min(pp - stage, micro_batches).
     """
+    if vpp == 1:
+        return (min(pp - stage, micro_batches),)
     weights = weights or [1] * vpp
     held, most = [0] * vpp, (0,) * vpp
-    for one in passes(pp, stage, micro_batches, vpp):
+    # After fewer than 2 pp micro-batches of warm-up, what is held repeats with every pp of them.
+    for one in passes(pp, stage, min(micro_batches, 3 * pp), vpp):
         held[one.segment] += 1 if one.forward else -1
-        if _weigh(held, weights) > _weigh(most, weights):
+        if one.forward and _weigh(held, weights) > _weigh(most, weights):
             most = tuple(held)
     return most
 
@@ -114,7 +116,8 @@ def pipeline_time(forward: Sequence[float], backward: Sequence[float], micro_bat
     ended: dict[tuple[bool, int, int], float] = {}  # (forward, micro-batch, segment of the model) to its end
     while any(done[stage] < len(plans[stage]) for stage in range(pp)):
         for stage, plan in enumerate(plans):
-            for one in plan[done[stage] :]:
+            while done[stage] < len(plan):
+                one = plan[done[stage]]
                 place = one.segment * pp + stage
                 ready = _ready(one, place, segments, ended)
                 if ready is None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from megatron_hybrid import intra_design
@@ -146,22 +147,26 @@ class Sizes:
 
         Whether widths divide is for ``megatron_hybrid.model.checks`` to say, for the layers of the pattern.
         """
-        etp = tp if etp is None else etp
-        return replace(
-            self,
-            padded_vocab=_share(self.padded_vocab, tp),
-            heads=_share(self.heads, tp),
-            query_groups=_share(self.query_groups, tp),
-            mamba_heads=_share(self.mamba_heads, tp),
-            mamba_groups=max(1, self.mamba_groups // tp),
-            intra=self.intra.shard(tp) if self.intra else None,
-            ffn=_share(self.ffn, tp),
-            expert_ranks=ep * self.expert_ranks,
-            expert_ffn=_share(self.expert_ffn, etp),
-            shared_ffn=_share(self.shared_ffn, tp),
-            delta_key_heads=_share(self.delta_key_heads, tp),
-            delta_value_heads=_share(self.delta_value_heads, tp),
-        )
+        return _shard(self, tp, ep, tp if etp is None else etp)
+
+
+@lru_cache(maxsize=1024)  # a plan asks for the same few shares at every layer
+def _shard(whole: Sizes, tp: int, ep: int, etp: int) -> Sizes:
+    return replace(
+        whole,
+        padded_vocab=_share(whole.padded_vocab, tp),
+        heads=_share(whole.heads, tp),
+        query_groups=_share(whole.query_groups, tp),
+        mamba_heads=_share(whole.mamba_heads, tp),
+        mamba_groups=max(1, whole.mamba_groups // tp),
+        intra=whole.intra.shard(tp) if whole.intra else None,
+        ffn=_share(whole.ffn, tp),
+        expert_ranks=ep * whole.expert_ranks,
+        expert_ffn=_share(whole.expert_ffn, etp),
+        shared_ffn=_share(whole.shared_ffn, tp),
+        delta_key_heads=_share(whole.delta_key_heads, tp),
+        delta_value_heads=_share(whole.delta_value_heads, tp),
+    )
 
 
 def _share(whole: int, ranks: int) -> int:

@@ -125,3 +125,18 @@ def test_what_does_not_fit_is_refused():
         bubble_fraction(4, 6, 2)
     with pytest.raises(ValueError, match="5 forward and 5 backward times for 2 segments"):
         pipeline_time([1] * 5, [1] * 5, 8, 2)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.data())
+def test_many_micro_batches_hold_what_the_whole_schedule_holds(pp, vpp, data):
+    """in_flight looks at the first rounds alone."""
+    micro = pp * data.draw(st.integers(4, 8))
+    stage = data.draw(st.integers(0, pp - 1))
+    weights = data.draw(st.lists(st.integers(1, 100), min_size=vpp, max_size=vpp))
+    held, most = [0] * vpp, 0
+    for one in passes(pp, stage, micro, vpp):
+        held[one.segment] += 1 if one.forward else -1
+        most = max(most, sum(n * w for n, w in zip(held, weights, strict=True)))
+    found = in_flight(pp, stage, micro, vpp, weights)
+    assert sum(n * w for n, w in zip(found, weights, strict=True)) == most
