@@ -28,6 +28,8 @@ def main() -> None:
     from megatron_hybrid.plan import comparison, figures, fit, plots, subject, tables
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if options.compare and options.fit:
+        raise ValueError("--compare and --fit are two plans: ask for one at a time.")
     if options.match and not options.compare:
         raise ValueError("--match makes architectures comparable: give them with --compare, the reference first.")
     if options.compare:
@@ -35,7 +37,7 @@ def main() -> None:
         found = comparison.compare(chosen, options.match, options.convention, options.gpus, options.device)
         show, plot = tables.show_comparison, plots.plot_comparison
     elif options.fit:
-        if not (options.gpus and options.gpu):
+        if options.gpus is None or not options.gpu:
             raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
         found = fit.fit(argv, options.gpus, machine(options, argv), options.device)
         show, plot = tables.show_fit, plots.plot_fit
@@ -60,20 +62,19 @@ def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
 
     args = read(argv, None, options.device).args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    links = {
-        name: options_gbps * 1e9 / 8 if options_gbps else None
-        for name, options_gbps in (("nvlink", options.nvlink_gbps), ("network", options.network_gbps))
-    }
-    peak = options.peak_tflops * 1e12 if options.peak_tflops else None
-    memory = options.memory_gib * 2**30 if options.memory_gib else None
+
+    def of(value: float | None, unit: float) -> float | None:
+        return None if value is None else value * unit
+
     return Machine.of(
         gpu(options.gpu),
         precision,
-        peak=peak,
-        memory=memory,
+        peak=of(options.peak_tflops, 1e12),
+        memory=of(options.memory_gib, 2**30),
+        nvlink=of(options.nvlink_gbps, 1e9 / 8),
+        network=of(options.network_gbps, 1e9 / 8),
         efficiency=options.efficiency,
         gpus_per_node=options.gpus_per_node,
-        **links,
     )
 
 

@@ -99,14 +99,19 @@ def core_flops_per_token(symbol: str, s: Sizes, convention: Convention = "model"
         return _scan_flops(s.mamba_heads * s.mamba_head_dim, s.mamba_groups, s.state_dim, s.seq_length, convention)
     if symbol == "P":
         d = intra(s)
-        seen = None if d.window is None else d.window + d.sinks
-        attention = attention_core_flops(d.qk_dim, d.value_dim, s.seq_length, seen)
         mamba = _scan_flops(d.ssm_dim, d.ssm_groups, d.state_dim, s.seq_length, convention)
-        return sum(attention if kind == "attention" else mamba for kind in d.branches)
+        return intra_attention_flops(s) + d.branches.count("mamba") * mamba
     if symbol == "G":
         heads = s.delta_value_heads, s.delta_key_dim, s.delta_value_dim
         return delta_core_flops(*heads) if convention == "study" else delta_scan_flops(*heads, s.seq_length)
     return 0.0
+
+
+def intra_attention_flops(s: Sizes) -> float:
+    """Forward FLOPs per token of the attention branches of a P layer, without projections."""
+    d = intra(s)
+    seen = None if d.window is None else d.window + d.sinks
+    return d.branches.count("attention") * attention_core_flops(d.qk_dim, d.value_dim, s.seq_length, seen)
 
 
 def _scan_flops(inner: int, groups: int, state_dim: int, length: int, convention: Convention) -> float:

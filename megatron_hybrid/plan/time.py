@@ -15,15 +15,17 @@ latencies, contention, uneven routing of experts. Choose ``efficiency`` from a r
 reports with few GPUs.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from megatron_hybrid import costs
 from megatron_hybrid.costs.activation_settings import Recompute
 from megatron_hybrid.costs.collectives import CommunicationSettings, Group, Traffic
 from megatron_hybrid.costs.communication import step_communication
-from megatron_hybrid.costs.flops import core_flops_per_token
+from megatron_hybrid.costs.flops import intra_attention_flops
 from megatron_hybrid.costs.hardware import Gpu
 from megatron_hybrid.costs.memory import rank_memory
+from megatron_hybrid.costs.parameters import layer_linears, weights
 from megatron_hybrid.costs.schedule import pipeline_time
 from megatron_hybrid.plan.subject import Subject
 
@@ -52,12 +54,27 @@ class Machine:
     gpus_per_node: int = 8
     efficiency: float = EFFICIENCY
 
+    def __post_init__(self) -> None:
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"--efficiency {self.efficiency:g} is a share of the peak: give one above 0, at most 1.")
+        figures = {
+            "--peak-tflops": self.peak,
+            "--memory-gib": self.memory,
+            "--nvlink-gbps": self.nvlink,
+            "--network-gbps": self.network,
+            "--gpus-per-node": self.gpus_per_node,
+        }
+        for flag, value in figures.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{flag} must be a number above 0.")
+
     @classmethod
     def of(cls, gpu: Gpu, precision: str, **changes: float | None) -> "Machine":
         """A known GPU; figures that are given win.
 
         Raises:
-            ValueError: The GPU has no such precision, or its links are not known and not given.
+            ValueError: The GPU has no such precision, its links are not known and not given, or a figure is not
+                above 0.
         """
         known = {
             "title": gpu.title,
@@ -170,15 +187,22 @@ def _optimizer(s: Subject, machine: Machine, settings: CommunicationSettings) ->
 
 def recomputed_flops(layers: str, sizes: costs.Sizes, recompute: Recompute) -> float:
     """Forward FLOPs per token of a segment that are run again in the backward pass."""
-    if recompute.method:
-        again = layers if recompute.method == "uniform" else layers[: recompute.layers]
-        return sum(costs.layer_flops_per_token(symbol, sizes) for symbol in again)
-    whole = {"mlp": "-", "moe": "E", "intra": "P"}
-    cores = {"core_attn": "*W", "ssm": "MP"}
-    total = 0.0
-    for symbol in layers:
-        if any(symbol in whole.get(module, "") for module in recompute.modules):
-            total += costs.layer_flops_per_token(symbol, sizes)
-        elif any(symbol in cores.get(module, "") for module in recompute.modules):
-            total += core_flops_per_token(symbol, sizes)
-    return total
+    whole = {"uniform": layers, "block": layers[: recompute.layers]}.get(recompute.method or "", "")
+    again = sum(costs.layer_flops_per_token(symbol, sizes) for symbol in whole)
+    return again + sum(_selectively(symbol, sizes, recompute.modules) for symbol in layers)
+
+
+def _selectively(symbol: str, sizes: costs.Sizes, modules: frozenset[str]) -> float:
+    """The same of one layer, by the modules that ``saved_tensors`` knows; in P, ``intra`` runs around the others."""
+    if symbol in "-E":
+        if {"-": "mlp", "E": "moe"}[symbol] in modules:
+            return costs.layer_flops_per_token(symbol, sizes)
+        shared = replace(sizes, ffn=sizes.shared_ffn)
+        return costs.layer_flops_per_token("-", shared) if symbol == "E" and "shared_experts" in modules else 0.0
+    between = costs.layer_flops_per_token(symbol, sizes) - 2 * weights(layer_linears(symbol, sizes))  # projections
+    if symbol == "P":
+        attention = intra_attention_flops(sizes)
+        parts = {"intra": between, "core_attn": attention, "ssm": between - attention}
+    else:
+        parts = {"core_attn" if symbol in "*W" else "ssm" if symbol == "M" else "": between}
+    return sum(flops for module, flops in parts.items() if module in modules)
