@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quickstart import stop
 from summarize_run import Record, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +29,21 @@ def train(argv: list[str], processes: int, device: str) -> list[Record]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += [str(ROOT / "pretrain_hybrid.py"), *argv, *ALWAYS.split(), "--device", device, "--save", folder]
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-        if done.returncode:
-            output = done.stdout + done.stderr
-            said = [line for line in output.splitlines() if line.startswith("error: ")]
-            raise ValueError(f"the run failed:\n{said[0] if said else output[-3000:]}")
+        log = Path(folder) / "log.txt"
+        with log.open("wb") as stream:
+            # A session of its own: where this program is ended, so are all ranks.
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=os.environ | threads, start_new_session=True
+            )
+            try:
+                process.wait()
+            except BaseException:
+                stop(process)
+                raise
+        if process.returncode:
+            lines = log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if line.startswith("error: ")] or [n for n in lines if "Error" in n]
+            raise ValueError(f"the run failed: {said[0] if said else chr(10).join(lines[-30:])}")
         found = [r for r in read_records(Path(folder) / "metrics.jsonl") if r.get("loss") is not None]
     if len(timed(found)) < 1:
         raise ValueError(f"the run has {len(found)} steps, and {WARM_UP + 1} warm it up: raise --train-iters.")
