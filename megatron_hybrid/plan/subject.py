@@ -10,6 +10,9 @@ from megatron_hybrid import flags, pattern
 from megatron_hybrid.costs import Layout, Sizes, equal_count
 from megatron_hybrid.pattern import Pattern
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+"""What torchrun sets: the plan's processes are not this program's."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -49,18 +52,24 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     Raises:
         ValueError: What the run itself would be refused for, or no vocabulary size.
     """
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"--gpus {gpus}: give at least 1.")
     kept, backend = _without_backend(argv)
     command = flags.resolve(kept)
     from megatron_hybrid.engine import arguments
 
-    os.environ.pop("WORLD_SIZE", None)  # the plan's processes are not this program's
     arguments.choose_device("auto")
-    words = sys.argv  # which Megatron's parser reads, and ours replaces
+    # which Megatron's parser reads, and ours replaces
+    words, environment = sys.argv, dict(os.environ)
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
     try:
         command = arguments.balance(command, device)
         args = arguments.parse(command.argv, device, print_config=True, world=gpus)
     finally:
         sys.argv = words
+        os.environ.clear()
+        os.environ.update(environment)
     args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
