@@ -10,6 +10,7 @@ takes every flag of pretrain_hybrid.py beside its own and checks them as the run
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def main() -> None:
     from megatron_hybrid.plan import comparison, figures, fit, plots, subject, tables
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    plot: Callable[[figures.Figures, Path], None]
     if options.compare and options.fit:
         raise ValueError("--compare and --fit are two plans: ask for one at a time.")
     if options.match and not options.compare:
