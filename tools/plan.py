@@ -21,6 +21,16 @@ from megatron_hybrid.data import cli
 if TYPE_CHECKING:
     from megatron_hybrid.plan.time import Machine
 
+MACHINE = (
+    "--gpus-per-node",
+    "--efficiency",
+    "--peak-tflops",
+    "--memory-gib",
+    "--memory-bandwidth",
+    "--nvlink-gbps",
+    "--network-gbps",
+)
+
 
 def main() -> None:
     options, argv = parser().parse_known_args()
@@ -30,6 +40,10 @@ def main() -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     plot: Callable[[figures.Figures, Path], None]
+    if not options.gpu:
+        needing = [flag for flag in MACHINE if getattr(options, flag[2:].replace("-", "_")) is not None]
+        if needing:
+            raise ValueError(f"{needing[0]} is of a GPU: name it with --gpu, such as --gpu h100-80gb.")
     if options.compare and options.fit:
         raise ValueError("--compare and --fit are two plans: ask for one at a time.")
     if options.match and not options.compare:
@@ -57,27 +71,37 @@ def main() -> None:
 
 
 def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
-    """The GPU of the options, with the peak of the run's precision."""
+    """The GPU of the options, with the peak of the run's precision.
+
+    Raises:
+        ValueError: A GPU that is not known, and whose figures are not all given.
+    """
     from megatron_hybrid.costs.hardware import gpu
     from megatron_hybrid.plan.subject import read
     from megatron_hybrid.plan.time import Machine
 
     args = read(argv, None, options.device).args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-
-    def of(value: float | None, unit: float) -> float | None:
-        return None if value is None else value * unit
-
-    return Machine.of(
-        gpu(options.gpu),
-        precision,
-        peak=of(options.peak_tflops, 1e12),
-        memory=of(options.memory_gib, 2**30),
-        nvlink=of(options.nvlink_gbps, 1e9 / 8),
-        network=of(options.network_gbps, 1e9 / 8),
-        efficiency=options.efficiency,
-        gpus_per_node=options.gpus_per_node,
-    )
+    units = {
+        "peak": ("peak_tflops", 1e12),
+        "memory": ("memory_gib", 2**30),
+        "bandwidth": ("memory_bandwidth", 1e9),
+        "nvlink": ("nvlink_gbps", 1e9 / 8),
+        "network": ("network_gbps", 1e9 / 8),
+        "efficiency": ("efficiency", 1),
+        "gpus_per_node": ("gpus_per_node", 1),
+    }
+    given = {name: getattr(options, flag) for name, (flag, _) in units.items()}
+    figures = {name: value * units[name][1] for name, value in given.items() if value is not None}
+    try:
+        known = gpu(options.gpu)
+    except ValueError as error:
+        needed = ["peak", "memory", "bandwidth", "nvlink"]
+        missing = [f"--{units[name][0].replace('_', '-')}" for name in needed if name not in figures]
+        if missing:
+            raise ValueError(f"{error} A plan also needs {' '.join(missing)}.") from None
+        return Machine(title=options.gpu, **figures)
+    return Machine.of(known, precision, **figures)
 
 
 def picture(text: str) -> Path:
@@ -103,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "--peak-tflops", type=float, help="dense peak of a GPU in the run's precision, in place of the table's"
     )
     gpus.add_argument("--memory-gib", type=float, help="memory of a GPU, in place of the table's")
+    gpus.add_argument("--memory-bandwidth", type=float, help="GB/s of a GPU's memory, in place of the table's")
     gpus.add_argument("--nvlink-gbps", type=float, help="Gbit/s of a GPU inside a node, one direction")
     gpus.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU between nodes; default 400")
     made.add_argument_group("layouts").add_argument(

@@ -28,7 +28,8 @@ def subjects(words: Sequence[str], argv: Sequence[str], gpus: int | None, device
         if not is_pattern:
             recipes.recipe(word)
         try:
-            found.append(read([*_without_recipe(argv, keep=is_pattern), *flags], gpus, device))
+            made = read([*_without_recipe(argv, keep=is_pattern), *flags], gpus, device)
+            found.append(replace(made, name=word) if is_pattern else made)
         except ValueError as error:
             raise ValueError(f"{word}: {error}") from error
     return found

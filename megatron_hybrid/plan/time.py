@@ -60,6 +60,7 @@ class Machine:
         figures = {
             "--peak-tflops": self.peak,
             "--memory-gib": self.memory,
+            "--memory-bandwidth": self.bandwidth,
             "--nvlink-gbps": self.nvlink,
             "--network-gbps": self.network,
             "--gpus-per-node": self.gpus_per_node,
