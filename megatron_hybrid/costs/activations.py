@@ -1,8 +1,8 @@
 """Bytes that forward passes keep for backward passes on one rank: of a layer, a micro-batch, and a stage at its peak.
 
 Counted is what autograd keeps, storage by storage (:mod:`megatron_hybrid.costs.saved_tensors` has the tables and says
-which of them are measured). Not counted is what lives within one operation: gradients of activations, buffers of
-collectives, the allocator's fragments.
+which of them are measured), and at a stage's peak the gradient of the logits. Not counted is what else lives within one
+operation: gradients of activations, buffers of collectives, the allocator's fragments.
 """
 
 from collections import Counter
@@ -65,6 +65,16 @@ def _loss(r: Rank) -> list[Saved]:
         Saved("softmax of the logits", (r.tokens, r.s.padded_vocab), FP32),
         Saved("targets, and which other ranks have", (r.tokens,), 8 + 1),
     ]
+
+
+def logits_gradient_bytes(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
+    """What the backward pass of the loss makes while all else is still kept: the largest of all temporaries.
+
+    The logits' gradient, turned from fp32, which the softmax's own memory takes, to 16 bits. On an H100 it is 1.96 of
+    the 2.03 GiB that the peak of ``paper-1b-intra`` has beyond what is kept (docs/benchmarks/README.md).
+    """
+    r = Rank(sizes, layout, settings)
+    return 0 if r.e == FP32 else r.tokens * r.s.padded_vocab * r.e
 
 
 def mtp_saved(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> list[Saved]:
@@ -163,7 +173,7 @@ def stage_activation_bytes(
     """The most bytes of activations that a rank of a pipeline stage holds in a step.
 
     Micro-batches in flight are those of the schedule (:func:`megatron_hybrid.costs.schedule.in_flight`); what is
-    recomputed is alive for one of them.
+    recomputed, or the gradient of the logits if that is more, is alive for one of them.
 
     Raises:
         ValueError: The pattern does not divide over the stages, interleaving does not fit, or something is not
@@ -180,6 +190,8 @@ def stage_activation_bytes(
     again = max(part[1] for part in parts)
     if what.last and pattern.mtp_depths and settings.recompute.method == "uniform":
         again = max(again, total(mtp_inner_saved(pattern, sizes, layout, settings)))
+    if what.last:
+        again = max(again, logits_gradient_bytes(sizes, layout, settings))
     held = in_flight(layout.pp, stage, layout.micro_batches, len(kept), kept)
     return sum(n * size for n, size in zip(held, kept, strict=True)) + again
 
