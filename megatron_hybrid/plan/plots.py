@@ -19,6 +19,8 @@ COLORS = {
 OTHER = "#555555"
 PARTS = {"parameters": "#4477aa", "gradients": "#66ccee", "optimizer": "#228833", "activations": "#ee6677"}
 
+TIMES = {"compute": "#4477aa", "messages": "#ee6677", "data": "#ccbb44", "optimizer": "#228833", "waiting": "#bbbbbb"}
+
 
 def plot(f: Figures, path: Path) -> None:
     """Draws where parameters and FLOPs are, the cache, and the memory and work of the pipeline stages."""
@@ -41,15 +43,18 @@ def plot_comparison(found: Figures, path: Path) -> None:
     _bars(axes[0], names, [row["parameters"]["non_embedding"] / 1e9 for row in rows], "without embeddings")
     _bars(axes[0], names, [row["parameters"]["active_non_embedding"] / 1e9 for row in rows], "of these active", 0.4)
     axes[0].set_title("parameters, billions")
-    axes[0].legend(fontsize=8)
-    if all(row["tokens"] for row in rows):
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8)
+    if found["match"] == "flops":
+        _bars(axes[1], names, [row["tokens"] / 1e9 for row in rows], "")
+        axes[1].set_title(f"tokens of equal training FLOPs ({found['convention']}), billions")
+    elif all(row["tokens"] for row in rows):
         _bars(axes[1], names, [row["flops"]["study"]["run"] / 1e20 for row in rows], "")
-        for i, row in enumerate(rows):
-            axes[1].text(0, i, f" {row['tokens'] / 1e9:.1f}B tokens", va="center", color="white", fontsize=9)
         axes[1].set_title("training FLOPs (study), 1e20")
     else:
         _bars(axes[1], names, [row["flops"]["study"]["per_token"] / 1e9 for row in rows], "")
         axes[1].set_title("training FLOPs per token (study), 1e9")
+    for i, patch in enumerate(axes[1].patches):
+        axes[1].text(0, i, f" {patch.get_width():.4g}", va="center", color="white", fontsize=9)
     axes[1].tick_params(labelleft=False)
     _cache(axes[2], rows)
     _save(figure, path)
@@ -71,10 +76,13 @@ def plot_fit(found: Figures, path: Path) -> None:
     _stack(axes[0], names, {part: [row["memory"][part] / 2**30 for row in rows] for part in PARTS}, PARTS)
     axes[0].axvline(found["limit"] / 2**30, color="black", linestyle="--", linewidth=1, label="limit")
     axes[0].set_title("fullest rank, GiB")
-    axes[0].legend(fontsize=8)
-    _bars(axes[1], names, [row["time"]["step"] for row in rows], "")
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8)
+    times = {part: [row["time"][part] for row in rows] for part in ("compute", "messages", "data", "optimizer")}
+    waits = [row["time"]["step"] - sum(times[part][i] for part in times) for i, row in enumerate(rows)]
+    _stack(axes[1], names, {**times, "waiting": waits}, TIMES)
     axes[1].tick_params(labelleft=False)
     axes[1].set_title("step, seconds (by the model of time)")
+    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8)
     _save(figure, path)
 
 
@@ -104,9 +112,14 @@ def _parts(axes: Any, f: Figures) -> None:
 
 
 def _cache(axes: Any, rows: list[Figures]) -> None:
-    for row in rows:
+    for i, row in enumerate(rows):
+        line = ("-", "--", ":")[i % 3]  # lines that lie on each other can all be seen
         axes.plot(
-            row["cache"]["lengths"], [size / 2**20 for size in row["cache"]["total"]], marker="o", label=row["name"]
+            row["cache"]["lengths"],
+            [size / 2**20 for size in row["cache"]["total"]],
+            linestyle=line,
+            marker="o",
+            label=row["name"],
         )
     lengths = rows[0]["cache"]["lengths"]
     axes.set_xscale("log", base=2)
@@ -150,7 +163,7 @@ def _stack(axes: Any, names: list[str], parts: dict[str, list[float]], colors: d
         start = [a + b for a, b in zip(start, values, strict=True)]
     axes.invert_yaxis()
     for i, total in enumerate(start):
-        axes.text(total, i, f" {total:.1f}", va="center", fontsize=9)
+        axes.text(total, i, f" {total:.3g}", va="center", fontsize=9)
     axes.margins(x=0.1)
 
 
