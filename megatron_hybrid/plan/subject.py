@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     for name in LAUNCHER:
         os.environ.pop(name, None)
     try:
-        command = arguments.balance(command, device)
-        args = arguments.parse(command.argv, device, print_config=True, world=gpus)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
+            command = arguments.balance(command, device)
+            args = arguments.parse(command.argv, device, print_config=True, world=gpus)
     finally:
         sys.argv = words
         os.environ.clear()
@@ -90,7 +93,7 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
 
 
 def _without_backend(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The command line without ``--backend te``, for which a run needs Transformer Engine; and te where it was there."""
+    """The command line without ``--backend te``, for which a run needs Transformer Engine; and te if it was there."""
     words = list(argv)
     if "--backend=te" in words:
         words.remove("--backend=te")

@@ -274,7 +274,7 @@ def quantity(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
     for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # 999,900 is 1M, not 1e+03K
             return f"{value / size:.3g}{letter}{unit}"
     return f"{value:.3g}{unit}"
 
