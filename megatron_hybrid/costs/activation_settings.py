@@ -1,7 +1,10 @@
 """What activation memory depends on beside sizes and layout: precision, implementation, recomputation."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from megatron_hybrid.costs.sizes import setting
 
 MODULES = ("core_attn", "mlp", "moe", "shared_experts")
 """Of --recompute-modules, those that are counted."""
@@ -27,11 +30,7 @@ class Recompute:
         Raises:
             ValueError: A module is not counted, or full recomputation has no method.
         """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
+        get = partial(setting, args)
         modules = set(get("hybrid_recompute", ()))
         if get("moe_layer_recompute", False):
             modules.add("moe")
@@ -79,11 +78,7 @@ class ActivationSettings:
         Raises:
             ValueError: A setting is not counted.
         """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
+        get = partial(setting, args)
         device = get("device", "auto")
         device = "cuda" if device == "auto" else device
         backend = get("backend", "auto")

@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from megatron_hybrid import intra_design
 from megatron_hybrid.intra_design import IntraDesign
+
+
+def setting(args: Any, name: str, default: Any = None) -> Any:
+    """A setting of Megatron's arguments or ours; ``default`` where it is absent or None."""
+    value = getattr(args, name, None)
+    return default if value is None else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +84,7 @@ class Sizes:
         Raises:
             ValueError: for a missing size, widths that do not divide, or a setting not counted.
         """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
+        get = partial(setting, args)
 
         def need(name: str) -> int:
             if get(name) is None:

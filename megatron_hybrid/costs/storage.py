@@ -1,9 +1,11 @@
 """How many bytes a parameter takes: precisions, optimizer, and how gradient buffers are cut."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_hybrid.costs.layout import Layout
+from megatron_hybrid.costs.sizes import setting
 
 BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2, "fp8": 1, "uint8": 1}
 """By the names of Megatron's flags and of torch."""
@@ -60,11 +62,7 @@ class Storage:
         Raises:
             ValueError: A setting whose memory is not counted here.
         """
-
-        def get(name: str, default: Any = None) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
+        get = partial(setting, args)
         _refuse_uncounted(args)
         parameter = 2 if get("bf16", False) or get("fp16", False) else 4
         distributed = bool(get("use_distributed_optimizer", False))
