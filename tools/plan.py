@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_hybrid.data import cli
 
 if TYPE_CHECKING:
+    from megatron_hybrid.plan.subject import Subject
     from megatron_hybrid.plan.time import Machine
 
 MACHINE = (
@@ -49,17 +50,20 @@ def main() -> None:
     if options.match and not options.compare:
         raise ValueError("--match makes architectures comparable: give them with --compare, the reference first.")
     if options.compare:
-        chosen = comparison.subjects(options.compare, argv, options.gpus, options.device)
-        found = comparison.compare(chosen, options.match, options.convention, options.gpus, options.device)
+        where = comparison.Where(options.gpus, options.device, not options.no_mamba_ssm)
+        chosen = comparison.subjects(options.compare, argv, where)
+        on = machine(options, chosen[0]) if options.gpu else None
+        found = comparison.compare(chosen, options.match, options.convention, where, on)
         show, plot = tables.show_comparison, plots.plot_comparison
     elif options.fit:
         if options.gpus is None or not options.gpu:
             raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
-        found = fit.fit(argv, options.gpus, machine(options, argv), options.device)
+        planned = subject.read(argv, None, options.device)
+        found = fit.fit(argv, options.gpus, machine(options, planned), options.device, not options.no_mamba_ssm)
         show, plot = tables.show_fit, plots.plot_fit
     else:
-        planned = subject.read(argv, options.gpus, options.device)
-        found = figures.figures(planned, machine(options, argv) if options.gpu else None)
+        planned = subject.read(argv, options.gpus, options.device, not options.no_mamba_ssm)
+        found = figures.figures(planned, machine(options, planned) if options.gpu else None)
         show, plot = tables.show, plots.plot
     if options.json:
         print(json.dumps(found, indent=1))
@@ -70,18 +74,16 @@ def main() -> None:
         print(f"plot written to {options.plot}", file=sys.stderr)
 
 
-def machine(options: argparse.Namespace, argv: list[str]) -> "Machine":
-    """The GPU of the options, with the peak of the run's precision.
+def machine(options: argparse.Namespace, planned: "Subject") -> "Machine":
+    """The GPU of the options, with the peak of the planned run's precision.
 
     Raises:
         ValueError: A GPU that is not known, and whose figures are not all given.
     """
     from megatron_hybrid.costs.hardware import gpu
-    from megatron_hybrid.plan.subject import read
     from megatron_hybrid.plan.time import Machine
 
-    args = read(argv, None, options.device).args
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    precision = "bf16" if planned.args.bf16 else "fp16" if planned.args.fp16 else "fp32"
     units = {
         "peak": ("peak_tflops", 1e12),
         "memory": ("memory_gib", 2**30),
@@ -118,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print all figures as JSON")
     made.add_argument("--plot", type=picture, metavar="FILE", help="draw it: .png, .svg or .pdf")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the run would be")
+    made.add_argument("--no-mamba-ssm", action="store_true", help="mamba_ssm is not installed there: torch's scan")
     gpus = made.add_argument_group("machine")
     gpus.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
     gpus.add_argument("--gpu", help="kind of GPU, such as h100-80gb: adds expected times")

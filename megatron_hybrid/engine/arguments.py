@@ -186,6 +186,9 @@ def balance(command: Command, device: str) -> Command:
             "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
             "number will do where the tokenizer knows it better."
         )
+    from megatron_hybrid.model.checks import check_sizes
+
+    check_sizes(args)
     pp = args.pipeline_model_parallel_size
     pp = command.balance if pp == 1 else pp
     cut = costs.balance_pipeline(command.pattern, costs.Sizes.from_args(args), command.balance, pp)

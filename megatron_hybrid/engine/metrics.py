@@ -68,10 +68,12 @@ def write_metrics(
     do. After a resume an iteration may stand twice: the last record counts.
 
     Records: iteration, loss, learning_rate, grad_norm, samples, tokens (all so far), seconds (of this step; None
-    for the first one of a process and the one behind a validation or a save), tokens_per_second, tflops_per_gpu (of
-    model FLOPs, recomputation not counted), skipped; with a peak mfu, peak_tflops and peak_name; at each
-    ``--log-interval`` peak_memory_bytes (largest of all ranks so far: torch's allocator on CUDA) or, on the CPU
+    for the first one of a process and the one behind a validation, a save or a skipped step), tokens_per_second,
+    tflops_per_gpu (of model FLOPs, recomputation not counted), skipped; with a peak mfu, peak_tflops and peak_name; at
+    each ``--log-interval`` peak_memory_bytes (largest of all ranks so far: torch's allocator on CUDA) or, on the CPU
     engine, peak_resident_bytes (the whole process). Or iteration, validation_loss, validation (name).
+
+    A step's time ends before it is logged, and samples of packed documents are counted whole.
 
     The log's line has the mean over the interval's steps whose time is known, as have TensorBoard's tokens-per-second,
     tflops-per-gpu and mfu; TFLOP/s are left out of it under ``--log-throughput``, whose line of upstream has them.
@@ -88,7 +90,8 @@ def write_metrics(
     metrics = _Metrics(path, flops, peak, measure)
     training.train = metrics.keeping_the_model(training.train)
     training.training_log = metrics.recording_steps(training.training_log)
-    training.save_checkpoint_and_time = metrics.stopping_the_clock(training.save_checkpoint_and_time)
+    for name in ("save_checkpoint_and_time", "dummy_train_step"):  # no step; nor is one of --iterations-to-skip
+        setattr(training, name, metrics.stopping_the_clock(getattr(training, name)))
     training.evaluate_and_print_results = metrics.recording_validations(training.evaluate_and_print_results)
 
 
@@ -141,10 +144,10 @@ class _Metrics:
 
         return recorded
 
-    def stopping_the_clock(self, save: Callable) -> Callable:
+    def stopping_the_clock(self, other: Callable) -> Callable:
         def stopped(*args: Any, **kwargs: Any) -> Any:
-            self._last = None  # the next step's time would contain the save
-            return save(*args, **kwargs)
+            self._last = None  # the next step's time would contain it
+            return other(*args, **kwargs)
 
         return stopped
 

@@ -143,6 +143,12 @@ def check_unsupported(args: Namespace) -> None:
     for name, reason in refused.items():
         if getattr(args, name, False):
             raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
+    uneven = [n for n in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers") if getattr(args, n)]
+    if uneven:
+        raise ValueError(
+            f"{_flag(uneven[0])} is not supported: write | into the pattern where the stages start, or give "
+            "--balance-pipeline."
+        )
     check_packing(args)
     shared_groups = args.mamba_num_groups < _tp(args) and "M" in args.hybrid_layer_pattern
     own_norms = args.backend == "torch" or "P" in args.hybrid_layer_pattern or shared_groups

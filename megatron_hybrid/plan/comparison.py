@@ -7,12 +7,13 @@ from typing import Literal
 from megatron_hybrid import costs, pattern, recipes
 from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.plan.figures import Figures, figures
-from megatron_hybrid.plan.subject import Subject, read
+from megatron_hybrid.plan.subject import Subject, Where, read
+from megatron_hybrid.plan.time import Machine
 
 Match = Literal["parameters", "flops"]
 
 
-def subjects(words: Sequence[str], argv: Sequence[str], gpus: int | None, device: str) -> list[Subject]:
+def subjects(words: Sequence[str], argv: Sequence[str], where: Where) -> list[Subject]:
     """One subject for each word: a recipe's name, or a layer pattern for the sizes of ``argv``.
 
     Args:
@@ -28,7 +29,7 @@ def subjects(words: Sequence[str], argv: Sequence[str], gpus: int | None, device
         if not is_pattern:
             recipes.recipe(word)
         try:
-            made = read([*_without_recipe(argv, keep=is_pattern), *flags], gpus, device)
+            made = read([*_without_recipe(argv, keep=is_pattern), *flags], *where)
             found.append(replace(made, name=word) if is_pattern else made)
         except ValueError as error:
             raise ValueError(f"{word}: {error}") from error
@@ -43,7 +44,11 @@ def _without_recipe(argv: Sequence[str], keep: bool) -> list[str]:
 
 
 def compare(
-    found: Sequence[Subject], match: Match | None, convention: costs.Convention, gpus: int | None, device: str
+    found: Sequence[Subject],
+    match: Match | None,
+    convention: costs.Convention = "study",
+    where: Where = Where(),  # noqa: B008
+    machine: Machine | None = None,
 ) -> Figures:
     """Figures of each subject, the first one being the reference of a match.
 
@@ -59,29 +64,31 @@ def compare(
     reference, *others = found
     if match and not reference.tokens:
         raise ValueError(f"--match needs the length of {reference.name}, its reference: give --train-iters.")
-    rows = [_row(reference, reference.tokens)]
+    rows = [_row(reference, reference.tokens, machine)]
     for other in others:
         tokens: float | None = other.tokens
         if match == "parameters":
-            other, tokens = _matched(other, reference, gpus, device), reference.tokens
+            other, tokens = _matched(other, reference, where), reference.tokens
         elif match == "flops":
             assert reference.tokens
             budget = reference.tokens * costs.training_flops_per_token(reference.pattern, reference.sizes, convention)
             tokens = match_flops(budget, other.pattern, other.sizes, convention)
-        rows.append(_row(other, tokens))
+        rows.append(_row(other, tokens, machine))
     return {"match": match, "convention": convention, "architectures": rows}
 
 
-def _row(subject: Subject, tokens: float | None) -> Figures:
+def _row(subject: Subject, tokens: float | None, machine: Machine | None) -> Figures:
     """Figures of a subject that trains on this many tokens."""
-    found = figures(subject)
+    found = figures(subject, machine)
+    if machine:
+        found["time"]["days"] = tokens / found["time"]["tokens_per_day"] if tokens else None
     for flops in found["flops"].values():
         flops["run"] = flops["per_token"] * tokens if tokens else None
     batch = subject.args.global_batch_size * subject.args.seq_length
     return found | {"tokens": tokens, "iterations": round(tokens / batch) if tokens else None}
 
 
-def _matched(subject: Subject, reference: Subject, gpus: int | None, device: str) -> Subject:
+def _matched(subject: Subject, reference: Subject, where: Where) -> Subject:
     """The subject with as many blocks as come nearest the reference's parameters."""
     args = subject.args
     if not args.num_blocks:
@@ -97,7 +104,7 @@ def _matched(subject: Subject, reference: Subject, gpus: int | None, device: str
     blocks = match_parameters(target, of_blocks, subject.sizes)
     explicit = ["--hybrid-layer-pattern", "--num-blocks", "--recipe"]
     flags = [w for i, w in enumerate(subject.argv) if not _belongs(subject.argv, i, explicit)]
-    return replace(read([*flags, "--num-blocks", str(blocks)], gpus, device), name=subject.name)
+    return replace(read([*flags, "--num-blocks", str(blocks)], *where), name=subject.name)
 
 
 def _belongs(argv: Sequence[str], index: int, names: Sequence[str]) -> bool:

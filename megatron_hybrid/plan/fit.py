@@ -20,7 +20,7 @@ from megatron_hybrid.costs.storage import Storage
 from megatron_hybrid.model.checks import check
 from megatron_hybrid.pattern import Pattern
 from megatron_hybrid.plan.figures import Figures, memory, times
-from megatron_hybrid.plan.subject import Subject, read
+from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine, step_time
 
 RESERVE = 0.1
@@ -42,7 +42,14 @@ class Candidate:
     seconds: float
 
 
-def fit(argv: Sequence[str], gpus: int, machine: Machine, device: str = "cuda", most: int = 5) -> Figures:
+def fit(
+    argv: Sequence[str],
+    gpus: int,
+    machine: Machine,
+    device: str = "cuda",
+    mamba_ssm: bool = True,
+    most: int = 5,
+) -> Figures:
     """The fastest layouts that fit.
 
     Args:
@@ -57,7 +64,7 @@ def fit(argv: Sequence[str], gpus: int, machine: Machine, device: str = "cuda", 
     Raises:
         ValueError: What the run itself would be refused for, whatever the layout.
     """
-    base = _base(argv, device)
+    base = read(argv, None, device, mamba_ssm)
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
     limit = (1 - RESERVE) * machine.memory
@@ -71,7 +78,7 @@ def fit(argv: Sequence[str], gpus: int, machine: Machine, device: str = "cuda", 
         elif least is None or candidate.bytes < least.bytes:
             least = candidate
     found.sort(key=lambda c: (c.seconds, c.bytes))
-    proposals = _checked(found, argv, gpus, machine, device, most)
+    proposals = _checked(found, argv, Where(gpus, device, mamba_ssm), machine, most)
     return {
         "name": base.name,
         "gpus": gpus,
@@ -83,10 +90,6 @@ def fit(argv: Sequence[str], gpus: int, machine: Machine, device: str = "cuda", 
         "proposals": proposals,
         "least": {"flags": least.flags, "bytes": least.bytes} if least and not found else None,
     }
-
-
-def _base(argv: Sequence[str], device: str) -> Subject:
-    return read(argv, None, device)
 
 
 def _given(argv: Sequence[str], *names: str) -> bool:
@@ -219,7 +222,7 @@ def _least_recomputation(subject: Subject, flags: list[str], limit: float, argv:
 
 
 def _checked(
-    found: Sequence[Candidate], argv: Sequence[str], gpus: int, machine: Machine, device: str, most: int
+    found: Sequence[Candidate], argv: Sequence[str], where: Where, machine: Machine, most: int
 ) -> list[Figures]:
     """The first layouts that a run would accept, figured again from their flags alone."""
     proposals: list[Figures] = []
@@ -229,7 +232,7 @@ def _checked(
         if len(proposals) == most or alike in shown:
             continue
         try:
-            subject = read([*argv, *candidate.flags], gpus, device)
+            subject = read([*argv, *candidate.flags], *where)
         except ValueError:
             continue  # a rule of Megatron's own that the search does not know
         shown.add(alike)

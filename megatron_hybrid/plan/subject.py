@@ -6,6 +6,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_hybrid import flags, pattern
 from megatron_hybrid.costs import Layout, Sizes, equal_count
@@ -36,6 +37,14 @@ class Subject:
         args = self.args
         samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
         return samples * args.seq_length or None
+
+
+class Where(NamedTuple):
+    """What :func:`read` takes beside a command line."""
+
+    gpus: int | None = None
+    device: str = "cuda"
+    mamba_ssm: bool = True
 
 
 def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mamba_ssm: bool = True) -> Subject:
@@ -78,6 +87,11 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         raise ValueError(
             "The plan needs --vocab-size: embedding and output head depend on it. A rounded number will do where a "
             "tokenizer will know it better."
+        )
+    if args.moe_expert_capacity_factor is not None:
+        raise ValueError(
+            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}: costs are those of experts that take all "
+            "their tokens. Drop it from the plan."
         )
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):

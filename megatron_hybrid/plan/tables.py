@@ -1,5 +1,6 @@
 """Figures as text."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -26,6 +27,7 @@ def show_comparison(found: Figures, console: Console) -> None:
 def _comparison(found: Figures) -> Group:
     rows = found["architectures"]
     lengths = [(rows[0]["cache"]["lengths"].index(n), f"{n // 1024}K") for n in (8192, 131072)]
+    timed = "time" in rows[0]
     words = {
         None: "Architectures, each as it is",
         "parameters": f"P-match: blocks that come nearest the parameters of {rows[0]['name']}, and its tokens",
@@ -44,6 +46,7 @@ def _comparison(found: Figures) -> Group:
             "iterations",
             "FLOPs, study",
             *(f"cache {name}, MiB" for _, name in lengths),
+            *(["tokens/day", "days"] if timed else []),
         ],
         [
             [
@@ -56,10 +59,15 @@ def _comparison(found: Figures) -> Group:
                 f"{f['iterations']:,}" if f["iterations"] else "",
                 f"{f['flops']['study']['run']:.3e}" if f["tokens"] else "",
                 *(mib(f["cache"]["total"][i]) for i, _ in lengths),
+                *(_days(f["time"]) if timed else []),
             ]
             for f in rows
         ],
     )
+
+
+def _days(time: Figures) -> list[str]:
+    return [quantity(time["tokens_per_day"]), f"{time['days']:.1f}" if time["days"] else ""]
 
 
 def _plan(f: Figures) -> Iterable[RenderableType]:
@@ -79,9 +87,10 @@ def _plan(f: Figures) -> Iterable[RenderableType]:
 def _layout(f: Figures) -> str:
     at = f["layout"]
     sizes = ", ".join(f"{name} {at[name]}" for name in ("tensor", "pipeline", "context", "expert", "data"))
+    plural = "" if at["gpus"] == 1 else "s"
     virtual = f" x {at['segments_per_stage']} segments" if at["segments_per_stage"] > 1 else ""
     return (
-        f"{at['gpus']} GPUs: {sizes}{virtual}{', sequence parallel' if at['sequence_parallel'] else ''}; "
+        f"{at['gpus']} GPU{plural}: {sizes}{virtual}{', sequence parallel' if at['sequence_parallel'] else ''}; "
         f"{at['global_batch']:,} samples of {f['sequence_length']:,} tokens a step, {at['micro_batch']} in a "
         f"micro-batch, {at['micro_batches']} micro-batches"
     )
@@ -214,8 +223,10 @@ def _time(f: Figures) -> Group:
 
 
 def show_fit(found: Figures, console: Console) -> None:
-    """Prints proposed layouts."""
+    """Prints proposed layouts; their flags in one line each, however long, to be copied."""
     console.print(Group(*_fit(found)))
+    for line in _proposed_flags(found):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _fit(f: Figures) -> Iterable[RenderableType]:
@@ -247,11 +258,15 @@ def _fit(f: Figures) -> Iterable[RenderableType]:
             for i, p in enumerate(f["proposals"], 1)
         ],
     )
-    yield Text("\nFlags to add")
+
+
+def _proposed_flags(f: Figures) -> Iterable[str]:
+    if f["proposals"]:
+        yield "Flags to add"
     for i, p in enumerate(f["proposals"], 1):
         more = [str(n) for n in p["micro_batches_that_fit"] if n != p["layout"]["micro_batch"]]
         fits = f"   (micro-batches of {', '.join(more)} fit too)" if more else ""
-        yield Text(f"  {i}  {' '.join(p['flags'])}{fits}")
+        yield f"  {i}  {shlex.join(p['flags'])}{fits}"
 
 
 def _pipeline(f: Figures) -> RenderableType:

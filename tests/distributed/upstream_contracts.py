@@ -243,6 +243,7 @@ CONTRACTS = [
             "report_memory_flag, skipped_iter, grad_norm,",
             "evaluate_and_print_results(prefix, forward_step_func, valid_data_iterator, model, iteration,",
             "num_floating_point_operations(args, batch_size,",
+            "dummy_train_step(train_data_iterator)",
         ),
     ),
     _C(

@@ -48,7 +48,6 @@ def test_stages_are_never_worse_than_those_of_equal_counts(layers, pp, vpp):
     found = balance_pipeline(parse(layers), SMALL, pp * vpp, pp)
     plain = equal_count(parse(layers), pp * vpp)
     assert max(stage_work(found, SMALL, pp)) <= max(stage_work(plain, SMALL, pp))
-    assert imbalance(stage_work(found, SMALL, pp)) >= 1 - 1e-12
 
 
 @pytest.mark.parametrize(
@@ -64,6 +63,20 @@ def test_stages_of_lopsided_patterns_are_better_than_those_of_equal_counts(patte
     found = stage_work(balance_pipeline(parse(pattern), sizes, 2), sizes, 2)
     plain = stage_work(equal_count(parse(pattern), 2), sizes, 2)
     assert max(found) < 0.95 * max(plain)
+
+
+@given(st.sampled_from("*PE"), st.integers(4, 12), st.data())
+def test_clustered_expensive_layers_always_gain(symbol, count, data):
+    """A run of one expensive layer type in front of as many cheap ones: equal counts put all of it on one stage."""
+    sizes = dataclasses.replace(SMALL, seq_length=400, expert_ffn=300, padded_vocab=8)
+    layers = symbol * count + data.draw(st.sampled_from("M-")) * count
+    found = max(stage_work(balance_pipeline(parse(layers), sizes, 2), sizes, 2))
+    plain = max(stage_work(equal_count(parse(layers), 2), sizes, 2))
+    dear, cheap = (costs.layer_flops_per_token(c, sizes) for c in (symbol, layers[-1]))
+    assert dear > 1.5 * cheap
+    # n dear layers on one stage against half of all work, rounded up by at most one layer
+    assert found <= (count * (dear + cheap) + costs.head_flops_per_token(sizes)) / 2 + dear
+    assert found < plain
 
 
 def test_the_work_of_all_segments_is_the_models_training_flops():

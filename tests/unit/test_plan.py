@@ -18,7 +18,7 @@ from megatron_hybrid.costs.parameters import layer_linears, weights
 from megatron_hybrid.pattern import LAYERS
 from megatron_hybrid.plan import comparison, fit, plots, tables
 from megatron_hybrid.plan.figures import figures, memory, times
-from megatron_hybrid.plan.subject import read
+from megatron_hybrid.plan.subject import Where, read
 from megatron_hybrid.plan.time import Machine, recomputed_flops, spans, step_time
 
 SIZES = """--hidden-size 384 --num-attention-heads 6 --kv-channels 64 --ffn-hidden-size 512 --mamba-num-heads 12
@@ -186,8 +186,8 @@ STUDY = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intr
 
 
 def compared(words, match=None, flags=(), convention="study"):
-    found = comparison.subjects(words, flags, None, "cuda")
-    return comparison.compare(found, match, convention, None, "cuda")["architectures"]
+    found = comparison.subjects(words, flags, Where())
+    return comparison.compare(found, match, convention)["architectures"]
 
 
 def test_equal_flops_are_the_studys_tokens():
@@ -566,8 +566,8 @@ def plan_of_stages():
 
 @pytest.fixture(scope="module")
 def comparison_of_recipes():
-    found = comparison.subjects(STUDY, [], None, "cuda")
-    return comparison.compare(found, "flops", "study", None, "cuda")
+    found = comparison.subjects(STUDY, [], Where())
+    return comparison.compare(found, "flops", "study", machine=machine())
 
 
 @pytest.fixture(scope="module")
@@ -613,14 +613,16 @@ def test_the_table_of_a_comparison(comparison_of_recipes):
     assert [row[0] for row in rows] == STUDY
     assert [row[1] for row in rows] == ["16", "16", "13", "13", "13"]
     assert all("4.470e+20" in row for row in rows)
+    for row, f in zip(rows, comparison_of_recipes["architectures"], strict=True):
+        assert row[-1] == f"{f['tokens'] / f['time']['tokens_per_day']:.1f}"
 
 
 def test_the_table_of_layouts(proposals):
-    text = printed(tables.show_fit, proposals, width=400)
+    text = printed(tables.show_fit, proposals)
     for i, p in enumerate(proposals["proposals"], 1):
-        assert f"  {i}  {' '.join(p['flags'])}" in text
+        assert f"  {i}  {' '.join(p['flags'])}" in text  # in one line, to be copied
         assert f"{p['time']['step']:.3f}" in text
-    assert max(map(len, printed(tables.show_fit, proposals).splitlines())) <= 160
+    assert max(map(len, text.partition("Flags to add")[0].splitlines())) <= 160
     nothing = proposals | {"proposals": [], "least": {"flags": ["--a", "1"], "bytes": 2**30}}
     assert "None fits. The smallest takes 1.00 GiB:\n  --a 1" in printed(tables.show_fit, nothing)
 
