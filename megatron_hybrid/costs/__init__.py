@@ -4,6 +4,7 @@ In the order of its flow; each file imports those above it only:
 
 ========================  ==========================================================================
 ``sizes``                 the sizes of a model, from flags; the sizes of one rank's share of a layer
+``refusals``              settings that no count knows are refused
 ``parameters``            parameters of layers and models
 ``flops``                 training FLOPs, in two conventions
 ``caches``                what is remembered of a context in generation: keys and values, states

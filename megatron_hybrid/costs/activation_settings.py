@@ -4,10 +4,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.costs.refusals import refuse, refuse_dispatchers
 from megatron_hybrid.costs.sizes import setting
 
 MODULES = ("core_attn", "mlp", "moe", "shared_experts")
 """Of --recompute-modules, those that are counted."""
+
+NOT_COUNTED = {
+    "fp8": "quantised activations",
+    "fp4": "quantised activations",
+    "cpu_offloading": "activations on the host",
+    "fine_grained_activation_offloading": "activations on the host",
+    "fp32_residual_connection": "an fp32 residual",
+    "qk_layernorm": "norms of queries and keys",
+    "attention_output_gate": "gates of attention",
+    "quick_geglu": "a gate that is not SwiGLU",
+    "use_te_activation_func": "another implementation of the activation",
+    "activation_func_clamp_value": "copies that are clamped",
+    "cuda_graph_impl": "memory pools of CUDA graphs",
+    "enable_cuda_graph": "memory pools of CUDA graphs",
+    "external_cuda_graph": "memory pools of CUDA graphs",
+    "overlap_moe_expert_parallel_comm": "two micro-batches at a time",
+    "delay_wgrad_compute": "inputs that are kept beyond the layer's backward pass",
+    "defer_embedding_wgrad_compute": "inputs of the output head that are kept for the end of the step",
+}
+"""Settings of Megatron whose activation memory this package does not know, and why."""
 
 
 @dataclass(frozen=True)
@@ -99,29 +120,18 @@ class ActivationSettings:
 
 
 def _refuse(args: Any, device: str, pattern: str) -> None:
-    def asked(name: str) -> Any:
-        return getattr(args, name, None)
-
-    refused = {
-        "fp8": "quantised activations",
-        "fp4": "quantised activations",
-        "cpu_offloading": "activations on the host",
-        "fine_grained_activation_offloading": "activations on the host",
-        "fp32_residual_connection": "an fp32 residual",
-        "qk_layernorm": "norms of queries and keys",
-        "attention_output_gate": "gates of attention",
-    }
-    for name, what in refused.items():
-        if asked(name):
-            raise ValueError(f"--{name.replace('_', '-')}: activation memory of {what} is not counted. Leave it out.")
-    if device == "cpu" and set(pattern) & set("*WP") and (asked("attention_dropout") or 0) > 0:
+    get = partial(setting, args)
+    refuse(args, NOT_COUNTED, "activation memory")
+    refuse_dispatchers(args)
+    if device == "cpu" and set(pattern) & set("*WP") and get("attention_dropout", 0) > 0:
         raise ValueError(
-            f"--attention-dropout {asked('attention_dropout')} on CPU stores the scores, which is not counted: set 0."
+            f"--attention-dropout {get('attention_dropout')} on CPU stores the scores, which is not counted: set 0."
         )
-    if device == "cpu" and asked("reset_attention_mask"):
+    if device == "cpu" and get("reset_attention_mask"):
         raise ValueError("--reset-attention-mask: activation memory of packed documents on CPU is not counted.")
-    if "E" in pattern and asked("moe_token_dispatcher_type") == "allgather":
+    group, stages = get("microbatch_group_size_per_vp_stage"), get("pipeline_model_parallel_size", 1)
+    if group not in (None, stages):
         raise ValueError(
-            "--moe-token-dispatcher-type allgather: its activation memory is not counted. Use alltoall, which is "
-            "smaller too."
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group}: schedules are those of groups of as many "
+            f"micro-batches as there are stages, {stages}. Drop it from the plan."
         )

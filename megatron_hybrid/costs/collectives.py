@@ -8,18 +8,20 @@ A layer is a list of :class:`Part`, one for each place that communicates, its fo
 recomputation repeats the forward pass.
 
 Experts are taken to receive equal numbers of tokens; what a rank sends differs, the mean of the ranks does not.
-Attention is our core, which gathers K and V; Transformer Engine's ring (``*`` on ``te``) sends as much forward. Shared
-experts that overlap the dispatcher, and inputs that ``--distribute-saved-activations`` gathers again, are not counted.
+Attention is our core, which gathers K and V; Transformer Engine's ring (``*`` on ``te``) sends as much forward. Inputs
+that ``--distribute-saved-activations`` gathers again are not counted.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from megatron_hybrid.costs.activation_settings import Recompute
 from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.costs.parameters import intra, layer_linears
-from megatron_hybrid.costs.sizes import Sizes
+from megatron_hybrid.costs.refusals import refuse, refuse_dispatchers
+from megatron_hybrid.costs.sizes import Sizes, setting
 from megatron_hybrid.costs.storage import Storage
 
 Group = Literal["tensor", "context", "expert", "expert tensor", "pipeline", "data", "expert data", "embedding"]
@@ -45,6 +47,9 @@ class Traffic:
 
 NOTHING = Traffic()
 
+NOT_COUNTED = {"moe_shared_expert_overlap": "shared experts in between the dispatcher's calls"}
+"""Settings of Megatron whose communication this package does not know, and why."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommunicationSettings:
@@ -58,6 +63,8 @@ class CommunicationSettings:
     """Bytes of parameters and gradients, and who shares the optimizer's state."""
     overlaps_gather: bool = False
     """Parameters are gathered during the next forward pass."""
+    fused_cross_entropy: bool = False
+    """Sums of the loss go in one call."""
     recompute: Recompute = Recompute()
 
     @classmethod
@@ -67,13 +74,21 @@ class CommunicationSettings:
         Raises:
             ValueError: A setting that is not counted.
         """
+        get = partial(setting, args)
+        refuse(args, NOT_COUNTED, "communication")
+        refuse_dispatchers(args)
         storage = Storage.from_args(args)
-        router = getattr(args, "moe_router_dtype", None)
+        if storage.optimizer_instances > 1:
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {storage.optimizer_instances}: gradients that instances sum "
+                "among them are not counted. Drop it from the plan."
+            )
         return cls(
             activation=storage.parameter,
-            probability={"fp32": 4, "fp64": 8}.get(router or "", storage.parameter),
+            probability={"fp32": 4, "fp64": 8}.get(get("moe_router_dtype", ""), storage.parameter),
             storage=storage,
-            overlaps_gather=bool(getattr(args, "overlap_param_gather", False)),
+            overlaps_gather=bool(get("overlap_param_gather")),
+            fused_cross_entropy=bool(get("cross_entropy_loss_fusion")),
             recompute=Recompute.from_args(args),
         )
 

@@ -5,7 +5,7 @@ The convention of counting is that of :mod:`megatron_hybrid.costs.collectives`.
 Left out, since they are a few numbers for each sample, token or step: batches that the first tensor-parallel rank
 hands on, the numbers of tokens of experts and their balancing, losses, gradient norms, checks for NaN, and prediction
 heads' shifted tokens at the borders of context-parallel ranks. With ``--overlap-grad-reduce`` the first stage sends the
-same bytes in a call for each bucket. Several instances of the distributed optimizer are counted as one.
+same bytes in a call for each bucket.
 """
 
 from collections.abc import Iterator
@@ -92,8 +92,13 @@ def _joins_state_and_token(m: MicroBatch) -> list[Part]:
 
 
 def _cross_entropy(m: MicroBatch) -> Part:
-    """Maximum, the label's logit and the sum of exponentials, in fp32 (core/tensor_parallel/cross_entropy.py:130)."""
-    return Part("tensor", all_reduce(m.layout.tp, m.tokens * 4) * 3, NOTHING)
+    """Maximum, the label's logit and the sum of exponentials, in fp32 (core/tensor_parallel/cross_entropy.py:130).
+
+    Fused, the last two are one tensor (core/fusions/fused_cross_entropy.py:111).
+    """
+    one = all_reduce(m.layout.tp, m.tokens * 4)
+    sums = all_reduce(m.layout.tp, 2 * m.tokens * 4) if m.settings.fused_cross_entropy else one * 2
+    return Part("tensor", one + sums, NOTHING)
 
 
 def _messages(m: MicroBatch, stage: Stage) -> Traffic:

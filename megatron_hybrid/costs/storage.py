@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from megatron_hybrid.costs.layout import Layout
+from megatron_hybrid.costs.refusals import refuse
 from megatron_hybrid.costs.sizes import setting
 
 BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2, "fp8": 1, "uint8": 1}
@@ -104,11 +105,7 @@ class Storage:
 
 
 def _refuse_uncounted(args: Any) -> None:
-    for name, reason in NOT_COUNTED.items():
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')} means {reason}, whose memory is not counted here. Drop it from the plan."
-            )
+    refuse(args, NOT_COUNTED, "memory")
     for kind, tp in (("tensor", "tensor_model"), ("expert_tensor", "expert_tensor")):
         shards = getattr(args, f"{kind}_parallel_num_weight_shards", None)
         size = getattr(args, f"{tp}_parallel_size", None) or getattr(args, "tensor_model_parallel_size", None) or 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
+from megatron_hybrid.costs.activation_settings import NOT_COUNTED, ActivationSettings, Recompute
 from megatron_hybrid.costs.activations import (
     activation_table,
     embedding_saved,
@@ -14,6 +14,7 @@ from megatron_hybrid.costs.activations import (
     stage_activation_bytes,
     total,
 )
+from megatron_hybrid.costs.collectives import CommunicationSettings
 from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.pattern import parse
 from tests.unit.test_costs import SMALL
@@ -106,16 +107,31 @@ def test_a_table_has_each_part_once():
     [
         ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "layernorm is not counted"),
         ({"recompute_granularity": "full"}, "uniform or block"),
-        ({"fp8": "hybrid"}, "--fp8"),
-        ({"cpu_offloading": True}, "on the host"),
+        ({"cuda_graph_impl": "local"}, "memory pools"),
+        ({"microbatch_group_size_per_vp_stage": 4, "pipeline_model_parallel_size": 2}, "-stage 4: .* stages, 2"),
         ({"device": "cpu", "attention_dropout": 0.1}, "--attention-dropout 0.1"),
         ({"device": "cpu", "reset_attention_mask": True}, "packed documents"),
-        ({"moe_token_dispatcher_type": "allgather"}, "alltoall"),
+        *(({name: True}, f"--{name.replace('_', '-')} means") for name in NOT_COUNTED),
     ],
 )
 def test_what_is_not_counted_is_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         ActivationSettings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", **flags))
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "flex"])
+def test_dispatchers_other_than_all_to_alls_are_refused_where_there_are_experts(dispatcher):
+    for settings in (ActivationSettings, CommunicationSettings):
+        with pytest.raises(ValueError, match=f"{dispatcher}: .* Use alltoall"):
+            settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*-", moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type="alltoall"))
+
+
+def test_settings_that_are_off_are_no_reason_to_refuse():
+    off = {name: value for name in NOT_COUNTED for value in (None, False)} | {"cuda_graph_impl": "none"}
+    group = {"microbatch_group_size_per_vp_stage": 2, "pipeline_model_parallel_size": 2}
+    assert ActivationSettings.from_args(SimpleNamespace(**off, **group, hidden_dropout=0, bf16=True)).bytes_each == 2
 
 
 def test_settings_of_arguments():

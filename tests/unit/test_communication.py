@@ -1,6 +1,7 @@
 """What the formulas of communication say without ranks; tests/distributed/test_communication.py measures them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,33 @@ def test_the_steps_traffic_grows_with_the_micro_batches_but_not_that_of_the_grad
     )
     assert eight["tensor"] == one["tensor"] * 8
     assert eight["data"] == one["data"] != NOTHING
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"num_distributed_optimizer_instances": 2}, "instances 2: .* not counted"),
+        ({"moe_shared_expert_overlap": True}, "shared experts in between"),
+        ({"fp8": "hybrid"}, "--fp8"),
+    ],
+)
+def test_what_is_not_counted_is_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        CommunicationSettings.from_args(SimpleNamespace(**flags))
+
+
+def test_settings_of_arguments():
+    found = CommunicationSettings.from_args(
+        SimpleNamespace(bf16=True, moe_router_dtype="fp32", overlap_param_gather=True, cross_entropy_loss_fusion=True)
+    )
+    assert (found.activation, found.probability, found.overlaps_gather, found.fused_cross_entropy) == (2, 4, True, True)
+    plain = CommunicationSettings.from_args(SimpleNamespace())
+    assert (plain.activation, plain.probability, plain.overlaps_gather, plain.fused_cross_entropy) == (
+        4,
+        4,
+        False,
+        False,
+    )
 
 
 def test_unknown_layer():
