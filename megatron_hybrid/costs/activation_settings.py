@@ -84,12 +84,14 @@ class ActivationSettings:
     mamba_ssm: bool = True
     """On CUDA, the scan is mamba_ssm's."""
     rope: bool = True
+    rotary_percent: float = 1.0
+    """Share of a head's channels that RoPE turns."""
     dropout: bool = False
     """Hidden states are dropped."""
     packed: bool = False
     """Documents are kept apart."""
     fused_activation: bool = True
-    """On CUDA, SwiGLU is one operation."""
+    """On CUDA, SwiGLU is one operation, routing probabilities included; squared ReLU with them likewise."""
     recompute: Recompute = Recompute()
 
     @classmethod
@@ -112,9 +114,13 @@ class ActivationSettings:
             mamba_ssm=bool(get("mamba_ssm", True)),
             backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
             rope=get("position_embedding_type", "learned_absolute") == "rope",
+            rotary_percent=get("rotary_percent", 1.0),
             dropout=get("hidden_dropout", 0.1) > 0,
             packed=bool(get("reset_attention_mask", False)),
-            fused_activation=bool(get("bias_swiglu_fusion", True)),
+            # without a gate nothing but the experts' weighted squared ReLU can be fused (core/transformer/mlp.py:280)
+            fused_activation=get("bias_swiglu_fusion", True)
+            if get("swiglu")
+            else bool(get("use_fused_weighted_squared_relu")),
             recompute=recompute,
         )
 

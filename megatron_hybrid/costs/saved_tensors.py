@@ -106,8 +106,12 @@ def layer(symbol: str, r: Rank) -> list[Saved]:
 
 def _rope(r: Rank, head_dim: int) -> list[Saved]:
     """Sines and cosines for q and k each (core/models/common/embeddings/rope_utils.py)."""
-    length = r.whole.seq_length // r.layout.cp
-    return [Saved("RoPE: cos, sin of q, k", (4, length, head_dim), r.e)] * r.settings.rope
+    return [Saved("RoPE: cos, sin of q, k", (4, *_angles(r, head_dim)), r.e)] * r.settings.rope
+
+
+def _angles(r: Rank, head_dim: int) -> tuple[int, int]:
+    """Positions, and channels that turn (core/models/common/embeddings/rotary_pos_embedding.py)."""
+    return r.whole.seq_length // r.layout.cp, int(head_dim * r.settings.rotary_percent)
 
 
 def _is_masked(r: Rank, seen: int | None) -> bool:
@@ -203,7 +207,7 @@ def _intra(r: Rank) -> list[Saved]:
     weight = _shared_rows(r, width, min(part.units for part in intra(r.whole).in_parts))
     out = Saved("fused, input of the output projection", (t, sum(d.out_parts.values())), e)
     if not r.keeps("intra"):
-        angles = Saved("RoPE: angles", (r.whole.seq_length // r.layout.cp, d.qk_head_dim), FP32)
+        angles = Saved("RoPE: angles", _angles(r, d.qk_head_dim), FP32)
         return [*weight, projected, *[angles] * (r.settings.rope and "attention" in d.branches), out]
     lines, views = [], False
     for branch, kind in enumerate(d.branches):
@@ -316,6 +320,8 @@ def _experts(r: Rank) -> list[Saved]:
     ]
     if s.shared_ffn and r.keeps("shared_experts"):
         lines += [line._replace(name=f"shared: {line.name}") for line in _ffn(r, r.tokens, s.shared_ffn)]
+        if s.shared_gate:  # core/transformer/moe/shared_experts.py, ``SharedExpertMLP.forward``
+            lines += [Saved("shared: before its gate", (t, s.hidden), e), Saved("shared: its gate", (t,), e)]
     return lines
 
 

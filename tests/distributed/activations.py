@@ -54,9 +54,15 @@ def _built(pattern: str, flags: str) -> tuple[Any, Any]:
     from tests.distributed.training import forget
 
     forget()
-    argv = f"{SIZES} {EXPERTS if 'E' in pattern else ''} {flags}".split() + [f"--hybrid-layer-pattern={pattern}"]
+    sizes = SIZES.replace("--swiglu", "") if "--squared-relu" in flags else SIZES
+    argv = f"{sizes} {EXPERTS if 'E' in pattern else ''} {flags}".split() + [f"--hybrid-layer-pattern={pattern}"]
     args = arguments.parse(command_line.resolve(argv).argv, "cpu", print_config=True)
-    mpu.initialize_model_parallel(args.tensor_model_parallel_size, context_parallel_size=args.context_parallel_size)
+    mpu.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
     model_parallel_cuda_manual_seed(args.seed)
     config = model_config(args)
     model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
