@@ -35,9 +35,9 @@ LEGEND = """
 One layer with its input norm and residual: forward, then gradients of input and weights; no optimizer, one process.
 ms: median (and range) of the repeats, which go round the rows of one block so that a busy machine slows all alike.
 peak MiB: the worst moment beyond weights, input and output gradient: activations and gradients of the weights.
-bound ms: the larger of FLOPs (megatron_hybrid/costs.py, forward x 3) at the speed of a large square product, and least
+bound ms: the larger of FLOPs (megatron_hybrid/costs/flops.py, forward x 3) at the speed of a large square product, and least
   memory traffic (see `traffic` in tools/layer_bench.py) at the speed of a large copy, both measured in this run.
-roofline: bound / median. The SSM core counts as its recurrence, which is fewer FLOPs than a chunked scan runs.
+roofline: bound / median. The scan counts as the chunked products that its mask leaves.
 P overlapped: both branches on two CUDA streams. P in order: --no-intra-overlap.
 attention alone: P's attention branch (its heads, narrow Q and K, wide V) between an input and an output projection of
   its own; upstream's attention cannot have values wider than queries. No norm of its output.
