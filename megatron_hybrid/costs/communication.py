@@ -28,7 +28,7 @@ from megatron_hybrid.costs.collectives import (
 )
 from megatron_hybrid.costs.layout import Layout, Stage, stages
 from megatron_hybrid.costs.memory import stage_buffers, stage_tensors
-from megatron_hybrid.costs.parameters import intra, layer_linears, norm, weights
+from megatron_hybrid.costs.parameters import intra, layer_linears, mtp_weights, norm, weights
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.intra_design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
@@ -135,14 +135,9 @@ def _once(pattern: Pattern, m: MicroBatch, stage: int) -> Iterator[tuple[Group, 
         yield "embedding", all_reduce(2, m.local.padded_vocab * m.sizes.hidden * storage.gradient)
 
 
-def _mtp_weights(pattern: Pattern, sizes: Sizes) -> int:
-    """Sets of weights of the prediction heads."""
-    return min(1, pattern.mtp_depths) if sizes.mtp_repeated else pattern.mtp_depths
-
-
 def _layers(pattern: Pattern, sizes: Sizes, stage: Stage) -> str:
     """Of a stage, those of the prediction heads among them."""
-    return stage.layers + pattern.mtp * (_mtp_weights(pattern, sizes) if stage.last else 0)
+    return stage.layers + pattern.mtp * (mtp_weights(pattern, sizes) if stage.last else 0)
 
 
 def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
@@ -159,7 +154,7 @@ def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
     total = sum(_shared_by_ranks(symbol, s, m.layout.tp) for symbol in layers)
     if m.layout.sequence_parallel:
         total += sum(_not_cut(symbol, s) for symbol in layers)
-        total += norm(s) * (1 + 3 * _mtp_weights(pattern, s)) * stage.last
+        total += norm(s) * (1 + 3 * mtp_weights(pattern, s)) * stage.last
     return total
 
 

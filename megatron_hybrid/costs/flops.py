@@ -11,17 +11,20 @@
 
 from typing import Literal
 
-from megatron_hybrid.costs.parameters import delta_conv, intra, layer_linears, model_parameters, weights
+from megatron_hybrid.costs.parameters import (
+    DELTA_CHUNK,
+    SSD_CHUNK,
+    delta_conv,
+    intra,
+    layer_linears,
+    model_parameters,
+    weights,
+)
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.intra_design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
 
 Convention = Literal["model", "study"]
-
-SSD_CHUNK = 128
-"""Tokens of a chunk of the Mamba-2 scan (core/ssm/mamba_mixer.py:192, ``chunk_size``)."""
-DELTA_CHUNK = 64
-"""Tokens of a chunk of the gated delta rule (core/ssm/gated_delta_net/common.py:807, ``chunk_size``)."""
 
 
 def attention_core_flops(qk_dim: int, value_dim: int, length: int, seen: int | None = None) -> float:

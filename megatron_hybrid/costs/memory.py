@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_hybrid.costs.buffers import Buffer, plain_buffer, sharded_buffer
 from megatron_hybrid.costs.layout import Layout, stages
-from megatron_hybrid.costs.parameters import Tensor, layer_tensors, norm_sizes
+from megatron_hybrid.costs.parameters import Tensor, layer_tensors, mtp_weights, norm_sizes
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.costs.storage import Storage
 from megatron_hybrid.pattern import Pattern
@@ -102,7 +102,7 @@ def _chunk_tensors(
         tensors += known[symbol]
     if last:
         tensors += _norm_tensors(sizes)
-        for _ in range(min(1, pattern.mtp_depths) if sizes.mtp_repeated else pattern.mtp_depths):
+        for _ in range(mtp_weights(pattern, sizes)):
             # [state; token] -> state is cut by rows
             tensors += [*_norm_tensors(sizes) * 2, Tensor(2 * sizes.hidden * sizes.hidden // layout.tp)]
             for symbol in pattern.mtp:

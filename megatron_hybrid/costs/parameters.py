@@ -7,6 +7,11 @@ from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.intra_design import CONV_WIDTH, IntraDesign
 from megatron_hybrid.pattern import LAYERS, Pattern
 
+SSD_CHUNK = 128
+"""Tokens of a chunk of the Mamba-2 scan, for which it keeps one state (core/ssm/mamba_mixer.py:192, ``chunk_size``)."""
+DELTA_CHUNK = 64
+"""Tokens of a chunk of the gated delta rule (core/ssm/gated_delta_net/common.py:807, ``chunk_size``)."""
+
 
 class Parameters(NamedTuple):
     """Parameters of one layer; ``active`` leaves out experts that a token is not routed to."""
@@ -263,13 +268,18 @@ def delta_conv(s: Sizes) -> int:
     return channels * s.delta_conv_width
 
 
+def mtp_weights(pattern: Pattern, sizes: Sizes) -> int:
+    """Sets of weights of the prediction heads."""
+    return min(1, pattern.mtp_depths) if sizes.mtp_repeated else pattern.mtp_depths
+
+
 def model_parameters(pattern: Pattern, sizes: Sizes) -> ModelParameters:
     """Parameters of a whole model: embedding, layers, final norm, and MTP heads."""
     s = sizes
     embedding = s.padded_vocab * s.hidden * (1 if s.tied else 2)
     layers = [layer_parameters(symbol, s) for symbol in pattern.layers]
     other = norm(s)
-    for _ in range(1 if s.mtp_repeated and pattern.mtp_depths else pattern.mtp_depths):
+    for _ in range(mtp_weights(pattern, s)):
         layers += [layer_parameters(symbol, s) for symbol in pattern.mtp]
         other += 3 * norm(s) + 2 * s.hidden * s.hidden  # its three norms; [state; token] -> state
     return ModelParameters(

@@ -14,15 +14,11 @@ from typing import Any, NamedTuple
 
 from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.layout import Layout
-from megatron_hybrid.costs.parameters import intra
+from megatron_hybrid.costs.parameters import DELTA_CHUNK, SSD_CHUNK, intra
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.intra_design import IntraDesign
 from megatron_hybrid.pattern import LAYERS
 
-SSM_CHUNK = 128
-"""Tokens for which the scan keeps one state (core/ssm/mamba_mixer.py, ``chunk_size``)."""
-DELTA_CHUNK = 64
-"""Of the gated delta rule (core/ssm/gated_delta_net/common.py, ``torch_chunk_gated_delta_rule``)."""
 FP32 = 4
 """Bytes."""
 
@@ -167,7 +163,7 @@ def _scan(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> list[S
     lines = [Saved("z x B C dt, samples first", (t, 2 * inner + 2 * states + heads // cp), e)]
     if not r.cpu and r.settings.mamba_ssm:
         return [*lines, Saved("scan's output before its gate", (t, inner), e)]
-    chunks = r.layout.micro_batch * ceil(r.whole.seq_length / SSM_CHUNK)
+    chunks = r.layout.micro_batch * ceil(r.whole.seq_length / SSD_CHUNK)
     return [
         *lines,
         Saved("dt with bias, its softplus, dt A, clamped", (4, t, heads // cp), FP32),
