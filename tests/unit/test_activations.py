@@ -11,6 +11,7 @@ from megatron_hybrid.costs.activations import (
     embedding_saved,
     head_saved,
     layer_activation_bytes,
+    mtp_saved,
     stage_activation_bytes,
     total,
 )
@@ -75,6 +76,34 @@ def test_selective_recomputation_brings_back_one_layer():
     assert found == beside + each("M") + each("-", of=mlp) + each("-")
 
 
+# What M is without under --hybrid-recompute ssm: z x B C dt, the scan's output, its norm's input and 1 / rms
+SCAN_AGAIN = 10 * (61 * 2 + 24 * 2 + 24 * 2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "layers", "kept", "after", "again"),
+    [
+        # the second segment's group is the largest, and one of its scans runs again within it
+        ("M-|M-|M-|MM", "uniform", 2, "", "", "MM"),
+        # the first prediction head is larger still
+        ("M-|M-|M-|MM/*M", "uniform", 2, "", "", None),
+        # a scan behind the recomputed layer takes more than this layer
+        ("-*|-*|-*|-M", "block", 1, "*", "M", ""),
+    ],
+)
+def test_full_recomputation_of_segments_whose_scans_run_again(text, method, layers, kept, after, again):
+    """The last stage: two micro-batches wait behind its first segment while one is in its second."""
+    pattern, layout, of = parse(text), Layout(pp=2, vpp=2, global_batch=2), settings(method, layers, "ssm")
+    one_input = 10 * 16 * 2
+    first, second = (one_input + sum(each(symbol, of) for symbol in symbols) for symbols in (kept, after))
+    second += total(head_saved(SMALL, layout, of))
+    alive = SCAN_AGAIN + sum(each(symbol, of) for symbol in again or "")
+    if again is None:  # three norms, state and token joined, layers; it keeps state and token
+        alive = 10 * (3 * (16 * 2 + 4) + 32 * 2) + each("*", of) + each("M", of)
+        second += total(mtp_saved(SMALL, layout, of)) + 2 * one_input
+    assert stage_activation_bytes(pattern, SMALL, layout, of, 1) == 2 * first + second + alive
+
+
 def test_dense_layer_written_out():
     """h = 16, f = 20, 10 tokens: norm in fp32 on CPU, then SwiGLU in five pieces; fused on CUDA in three."""
     assert each("-") == 10 * (16 * 2 + 4 + 16 * 2 + 2 * 20 * 2 + 20 * 2)
@@ -85,6 +114,42 @@ def test_dense_layer_written_out():
 def test_mamba_layer_on_cuda_written_out():
     """z x B C dt = 61 and out_x = 24 of mamba_ssm's function, then norm (one group) and projection."""
     assert each("M") == 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 24 * 2 + 4 + 24 * 2)
+
+
+# Each layer's own norm on CUDA: input, 1 / rms, output
+NORM = 16 * 2 + 4 + 16 * 2
+
+
+def test_gated_delta_net_on_cuda_written_out():
+    """flash-linear-attention: q = k = 6, v = 20 channels, 2 key and 4 value heads; 3 tokens more in the convolution."""
+    projected = 32 * 2 + 12 * 2 + 2 * 2 * 2 + 2 * 4 * 4 + 4 * 2
+    rule = 2 * 4 * 3 * 2 + 20 * 2 + 4 * 4 + 4 * 64 * 2
+    gated_norm = 20 * 2 + 4 * 4 + 20 * (2 + 4 + 4) + 20 * 2
+    assert each("G") == 10 * (NORM + projected + rule + gated_norm) + (10 + 3) * 32 * 2
+
+
+def test_window_on_cuda_written_out():
+    """RoPE's table, q, k and v, log-sum-exp of 4 heads, FlexAttention's output, and the same in the model's order."""
+    assert each("W") == 10 * (NORM + 4 * 6 * 2 + 24 * 2 + 2 * 12 * 2 + 4 * 4 + 24 * 2 + 24 * 2)
+
+
+def test_attention_of_context_parallel_ranks_on_cuda_written_out():
+    """5 tokens a rank: Transformer Engine keeps the projection with q and k; ours gathers k and v of all ranks."""
+    te, ours = (
+        layer_activation_bytes("*", SMALL, Layout(cp=2), replace(CUDA, backend=backend)) for backend in ("te", "torch")
+    )
+    common = NORM + 4 * 6 * 2 + 24 * 2 + 4 * 4 + 24 * 2  # RoPE's table, q, log-sum-exp, output
+    assert te == 5 * (common + 48 * 2 + 12 * 2)
+    assert ours == 5 * (common + 24 * 2) + 10 * 2 * 12 * 2
+
+
+def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
+    """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads."""
+    windowed = replace(SMALL, intra=replace(SMALL.intra, qk_dim=12, window=4))
+    attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
+    fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
+    found = layer_activation_bytes("P", windowed, Layout(), CUDA)
+    assert found == 10 * (NORM + attention + 44 * 2 + 16 * 2 + fusion)
 
 
 def test_attention_grows_with_the_square_on_cpu_alone():
@@ -147,6 +212,11 @@ def test_settings_of_arguments():
     found = ActivationSettings.from_args(args)
     assert (found.bytes_each, found.backend, found.rope, found.dropout) == (2, "torch", True, False)
     assert found.recompute.modules == {"ssm", "core_attn"}
+    assert (found.mamba_ssm, found.rotary_percent, found.fused_activation) == (True, 1, False)
+    default = ActivationSettings.from_args(SimpleNamespace(moe_layer_recompute=True, mamba_ssm=False, swiglu=True))
+    assert (default.bytes_each, default.device, default.backend) == (4, "cuda", "te")
+    assert (default.dropout, default.mamba_ssm, default.fused_activation) == (True, False, True)
+    assert default.recompute.modules == {"moe"}
     full = Recompute.from_args(
         SimpleNamespace(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
     )
