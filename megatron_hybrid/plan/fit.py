@@ -11,6 +11,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_hybrid import costs
 from megatron_hybrid.costs.activation_settings import ActivationSettings
@@ -113,24 +114,20 @@ def _layouts(base: Subject, argv: Sequence[str], gpus: int, machine: Machine) ->
     eps = sizes("--expert-model-parallel-size", "expert_model_parallel_size", [n for n in powers if experts % n == 0])
     micros = sizes("--micro-batch-size", "micro_batch_size", MICRO_BATCHES)
     pps = [base.layout.pp] if fixed_pipeline else [n for n in range(1, gpus + 1) if gpus % n == 0]
-    for tp in tps:
-        for pp in pps:
-            for vpp in [base.layout.vpp] if fixed_pipeline else SEGMENTS if pp > 1 else (1,):
-                if pp * vpp > len(plain.layers):
-                    continue
-                for cp in cps:
-                    for ep in eps if "E" in plain.layers + plain.mtp else [1]:
-                        for micro in micros:
-                            changes = {
-                                "tensor_model_parallel_size": tp,
-                                "pipeline_model_parallel_size": pp,
-                                "context_parallel_size": cp,
-                                "expert_model_parallel_size": ep,
-                                "micro_batch_size": micro,
-                            }
-                            made = _subject(base, plain, gpus, vpp, changes, fixed_pipeline)
-                            if made:
-                                yield made, _flags(made, argv, fixed_pipeline)
+    eps = eps if "E" in plain.layers + plain.mtp else [1]
+    for tp, pp, cp, ep, micro in product(tps, pps, cps, eps, micros):
+        changes = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "context_parallel_size": cp,
+            "expert_model_parallel_size": ep,
+            "micro_batch_size": micro,
+        }
+        for vpp in [base.layout.vpp] if fixed_pipeline else SEGMENTS if pp > 1 else (1,):
+            if pp * vpp <= len(plain.layers):
+                made = _subject(base, plain, gpus, vpp, changes, fixed_pipeline)
+                if made:
+                    yield made, _flags(made, argv, fixed_pipeline)
 
 
 def _subject(
