@@ -23,21 +23,20 @@ def compare(found: list[tuple[Sent, Sent]], wanted_groups: set[str]) -> None:
 @pytest.mark.parametrize(
     "symbols, flags, groups",
     [
-        ("*WMPG-", SP, {"tensor"}),
+        ("*WMPEG-", SP, {"tensor"}),
         ("*WMPG", CP, {"context"}),
         # fewer key heads, groups of B and C, groups of norms than ranks
         ("*WMP-", f"{TP} --num-query-groups 1 --mamba-num-groups 1 --intra-norm-groups 1", {"tensor"}),
         ("MP", f"{SP} --mamba-num-groups 1 --intra-norm-groups 1 --hybrid-recompute ssm intra", {"tensor"}),
         ("MP", f"{CP} --mamba-num-groups 1 --intra-value shared --hybrid-recompute ssm intra", {"context"}),
         ("P", f"{CP} --intra-preset diff-transformer", {"context"}),
-        ("E", SP, {"tensor", "expert tensor"}),
         ("E", "--expert-model-parallel-size 2 --moe-router-topk 3 --bf16", {"expert"}),
     ],
 )
 def test_layers(ranks, symbols, flags, groups):
     found = ranks(2).run(communication.of_layers, symbols=symbols, flags=flags)
-    for of_one_layer in zip(*found, strict=True):
-        compare(list(of_one_layer), groups)
+    for symbol, *of_one_layer in zip(symbols, *found, strict=True):
+        compare(of_one_layer, groups | ({"expert tensor"} if symbol == "E" and flags == SP else set()))
 
 
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
@@ -46,7 +45,12 @@ FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method
 @pytest.mark.parametrize(
     "pattern, flags, groups",
     [
-        ("*-E", f"{SP} --untie-embeddings-and-output-weights", {"tensor", "expert tensor"}),
+        (
+            "*-E",
+            f"{SP} --untie-embeddings-and-output-weights --cross-entropy-loss-fusion --expert-tensor-parallel-size 1 "
+            "--expert-model-parallel-size 2 --moe-shared-expert-gate",
+            {"tensor", "expert"},
+        ),
         ("*P/M", f"{TP} --mtp-num-layers 1 --mamba-num-groups 1 --intra-scale scalar", {"tensor"}),
         ("M-/*-", f"{SP} --mtp-num-layers 1 {FULL} uniform", {"tensor"}),
         ("GM/-", f"{SP} --mtp-num-layers 1 {FULL} block", {"tensor"}),

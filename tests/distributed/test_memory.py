@@ -55,10 +55,5 @@ def test_counted_bytes_are_those_of_the_real_model(ranks, name):
     largest = found[0][2]
     assert largest in of_bytes
     assert sum(largest.values()) == max(sum(of.values()) for of in of_bytes)
-
-
-def test_cases_tell_ranks_apart(ranks):
-    """A guard of the cases themselves: shards of the distributed optimizer differ, or their order is not tested."""
-    size, pattern, flags = CASES["replicas"]
-    first, second = (of[0]["optimizer"] for of in ranks(size).run(measured_and_counted, pattern=pattern, flags=flags))
-    assert first != second
+    if name == "replicas":  # a guard of the cases: shards of the distributed optimizer differ, or order is not tested
+        assert of_bytes[0]["optimizer"] != of_bytes[1]["optimizer"]
