@@ -34,5 +34,5 @@ def refuse_dispatchers(args: Any) -> None:
     if "E" in setting(args, "hybrid_layer_pattern", "") and dispatcher != "alltoall":
         raise ValueError(
             f"--moe-token-dispatcher-type {dispatcher}: its memory and its communication are not counted here. Use "
-            "alltoall, which takes less of both than allgather."
+            "alltoall."
         )
