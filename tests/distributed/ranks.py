@@ -85,7 +85,8 @@ class Ranks:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.preload"])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             log = self._logs / f"rank{rank}.log"
@@ -114,15 +115,9 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
     )
     import torch
 
-    from megatron_hybrid.engine import arguments, cpu, upstream
+    from tests.distributed import preload  # noqa: F401
 
-    torch.set_num_threads(1)
-    cpu.install()
-    arguments.import_megatron_quietly()
     _read_help_once()
-    from megatron_hybrid.model.stack import HybridLayerStack
-
-    upstream.prepare("cpu", HybridLayerStack)
     store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0)
     cases = 0
     while True:
