@@ -35,7 +35,7 @@ LEGEND = """
 One layer with its input norm and residual: forward, then gradients of input and weights; no optimizer, one process.
 ms: median (and range) of the repeats, which go round the rows of one block so that a busy machine slows all alike.
 peak MiB: the worst moment beyond weights, input and output gradient: activations and gradients of the weights.
-bound ms: the larger of FLOPs (megatron_hybrid/costs/flops.py, forward x 3) at the speed of a large square product, and least
+bound ms: the larger of FLOPs (costs/flops.py, forward x 3) at the speed of a large square product, and least
   memory traffic (see `traffic` in tools/layer_bench.py) at the speed of a large copy, both measured in this run.
 roofline: bound / median. The scan counts as the chunked products that its mask leaves.
 P overlapped: both branches on two CUDA streams. P in order: --no-intra-overlap.

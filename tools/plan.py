@@ -58,7 +58,7 @@ def main() -> None:
     elif options.fit:
         if options.gpus is None or not options.gpu:
             raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
-        planned = subject.read(argv, None, options.device)
+        planned = fit.unplaced(argv, options.device)
         found = fit.fit(argv, options.gpus, machine(options, planned), options.device, not options.no_mamba_ssm)
         show, plot = tables.show_fit, plots.plot_fit
     else:
@@ -137,11 +137,17 @@ def parser() -> argparse.ArgumentParser:
         "--fit", action="store_true", help="propose layouts for --gpus N --gpu NAME, fastest first, with their flags"
     )
     compare = made.add_argument_group("comparison")
-    compare.add_argument("--compare", nargs="+", metavar="NAME", help="recipes, or layer patterns, side by side")
+    compare.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="NAME",
+        help="recipes, or layer patterns for the sizes of the other flags, side by side",
+    )
     compare.add_argument(
         "--match",
         choices=["parameters", "flops"],
-        help="make them comparable to the first: blocks of equal parameters, or tokens of equal training FLOPs",
+        help="make them comparable to the first: blocks of equal parameters (recipes made of blocks), or tokens of "
+        "equal training FLOPs (any)",
     )
     compare.add_argument(
         "--convention", choices=["study", "model"], default="study", help="how --match flops counts FLOPs"

@@ -17,6 +17,7 @@ def check(args: Namespace) -> None:
     counts = layers.counts()
     check_sizes(args)
     check_world(args)
+    check_batch(args)
     check_positions(args)
     check_unsupported(args)
     if counts["*"] or counts["W"]:
@@ -97,6 +98,19 @@ def check_world(args: Namespace) -> None:
             )
     if ep > 1 and args.num_experts:
         check_divides(args.num_experts, "--num-experts", ep, "--expert-model-parallel-size")
+
+
+def check_batch(args: Namespace) -> None:
+    """The batch against the replicas. A batch that grows, and one below 1, are Megatron's to check."""
+    if args.micro_batch_size is None:
+        raise ValueError("--micro-batch-size is not given: a run without --recipe needs it, such as 1.")
+    replicas = args.world_size // (_tp(args) * args.pipeline_model_parallel_size * args.context_parallel_size)
+    batch = args.micro_batch_size * replicas
+    if args.global_batch_size and not args.step_batch_size_schedule and batch > 0 and args.global_batch_size % batch:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
+            f"{args.micro_batch_size} times {replicas} model replicas: change one of them, or the number of processes."
+        )
 
 
 def smallest_world(args: Namespace) -> int:

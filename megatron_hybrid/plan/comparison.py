@@ -62,7 +62,7 @@ def compare(
     if len(found) < 2:
         raise ValueError("--compare takes two or more architectures; the first is the reference of --match.")
     reference, *others = found
-    if match and not reference.tokens:
+    if match == "flops" and not reference.tokens:
         raise ValueError(f"--match needs the length of {reference.name}, its reference: give --train-iters.")
     rows = [_row(reference, reference.tokens, machine)]
     for other in others:

@@ -16,6 +16,9 @@ from megatron_hybrid.plan.time import Machine, step_time
 
 Figures = dict[str, Any]
 
+RESERVE = 0.1
+"""Of a GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
+
 
 def figures(subject: Subject, machine: Machine | None = None) -> Figures:
     """What a run costs.
@@ -42,9 +45,25 @@ def figures(subject: Subject, machine: Machine | None = None) -> Figures:
         "pipeline": _pipeline(s, layout),
         "memory": memory(s),
         "activations": _activations(s),
+        "implementation": _implementation(s),
         "communication": _communication(s),
     }
-    return found | {"time": times(s, machine)} if machine else found
+    return found | {"machine": _machine(machine), "time": times(s, machine)} if machine else found
+
+
+def _machine(machine: Machine) -> Figures:
+    return {"gpu": machine.title, "memory": machine.memory, "limit": (1 - RESERVE) * machine.memory}
+
+
+def _implementation(s: Subject) -> Figures:
+    """What activations are counted for."""
+    settings = ActivationSettings.from_args(s.args)
+    again = settings.recompute
+    return {
+        "backend": settings.backend,
+        "scan": "mamba_ssm" if settings.device == "cuda" and settings.mamba_ssm else "torch",
+        "recompute": again.method or sorted(again.modules),
+    }
 
 
 def memory(s: Subject) -> list[Figures]:
@@ -151,7 +170,9 @@ def _parts(s: Subject) -> list[Figures]:
     if s.pattern.mtp_depths:
         whole, main = (costs.model_parameters(p, s.sizes) for p in (s.pattern, Pattern(s.pattern.segments)))
         flops = 3 * costs.mtp_flops_per_token(s.pattern, s.sizes)
-        rows.append(_part("/", "MTP heads", 1, whole.total - main.total, whole.active - main.active, flops))
+        sets = 1 if s.sizes.mtp_repeated else s.pattern.mtp_depths
+        total, active = whole.total - main.total, whole.active - main.active
+        rows.append(_part("/", "MTP heads", sets, total // sets, active // sets, flops / sets))
     return rows
 
 
@@ -195,7 +216,14 @@ def _pipeline(s: Subject, layout: costs.Layout) -> Figures:
     held = costs.stages(s.pattern, layout.pp)
     return {
         "stages": [
-            {"layers": "|".join(stage.segments), "share": w / sum(work)} for stage, w in zip(held, work, strict=True)
+            {"layers": "|".join(stage.segments), "beside": _beside(s, stage), "share": w / sum(work)}
+            for stage, w in zip(held, work, strict=True)
         ],
         "imbalance": costs.imbalance(work),
     }
+
+
+def _beside(s: Subject, stage: costs.Stage) -> list[str]:
+    """What a stage holds beside its layers."""
+    heads = [f"{s.pattern.mtp_depths} x /{s.pattern.mtp}"] if s.pattern.mtp_depths else []
+    return ["embedding"] * stage.first + [*heads, "output head"] * stage.last

@@ -18,14 +18,13 @@ from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.activations import stage_activation_bytes
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.costs.storage import Storage
+from megatron_hybrid.flags import resolve
 from megatron_hybrid.model.checks import check
 from megatron_hybrid.pattern import Pattern
-from megatron_hybrid.plan.figures import Figures, memory, times
+from megatron_hybrid.plan.figures import RESERVE, Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine, step_time
 
-RESERVE = 0.1
-"""Of the GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
 MICRO_BATCHES = (1, 2, 4, 8)
 SEGMENTS = (1, 2)
 """Virtual stages of a pipeline stage."""
@@ -65,9 +64,9 @@ def fit(
     Raises:
         ValueError: What the run itself would be refused for, whatever the layout.
     """
-    base = read(argv, None, device, mamba_ssm)
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
+    base = unplaced(argv, device, mamba_ssm)
     limit = (1 - RESERVE) * machine.memory
     tried, least = 0, None
     found: list[Candidate] = []
@@ -93,6 +92,32 @@ def fit(
     }
 
 
+def unplaced(argv: Sequence[str], device: str = "cuda", mamba_ssm: bool = True) -> Subject:
+    """The run in the smallest layout that its flags allow, whatever they leave open.
+
+    Raises:
+        ValueError: What the run itself would be refused for, whatever the layout.
+    """
+    return read([*argv, *_free(argv)], None, device, mamba_ssm)
+
+
+def _free(argv: Sequence[str]) -> list[str]:
+    """Flags that let any command line be read before its layout is known: they are varied."""
+    stages = _value(argv, "--pipeline-model-parallel-size")
+    cut = ["--balance-pipeline", stages] if stages and not _cuts_itself(argv) else []
+    return cut if _given(argv, "--micro-batch-size") else [*cut, "--micro-batch-size", "1"]
+
+
+def _cuts_itself(argv: Sequence[str]) -> bool:
+    """Whether the command line says where stages begin."""
+    return _given(argv, "--balance-pipeline") or len(resolve([*argv, "--balance-pipeline=1"]).pattern.segments) > 1
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    words = [w for word in argv for w in word.split("=", 1)] if any("=" in word for word in argv) else list(argv)
+    return words[words.index(flag) + 1] if flag in words[:-1] else None
+
+
 def _given(argv: Sequence[str], *names: str) -> bool:
     return any(word.split("=", 1)[0] in names for word in argv)
 
@@ -100,7 +125,7 @@ def _given(argv: Sequence[str], *names: str) -> bool:
 def _layouts(base: Subject, argv: Sequence[str], gpus: int, machine: Machine) -> Iterator[tuple[Subject, list[str]]]:
     """Every layout that the rules allow, without recomputation, and its flags."""
     args, plain = base.args, base.pattern.without_boundaries()
-    fixed_pipeline = _given(argv, "--pipeline-model-parallel-size", "--balance-pipeline") or base.layout.pp > 1
+    fixed_pipeline = _cuts_itself(argv)
 
     def sizes(flag: str, name: str, values: Sequence[int]) -> Sequence[int]:
         return [getattr(args, name)] if _given(argv, flag) else values
@@ -113,7 +138,8 @@ def _layouts(base: Subject, argv: Sequence[str], gpus: int, machine: Machine) ->
     experts = args.num_experts or 1
     eps = sizes("--expert-model-parallel-size", "expert_model_parallel_size", [n for n in powers if experts % n == 0])
     micros = sizes("--micro-batch-size", "micro_batch_size", MICRO_BATCHES)
-    pps = [base.layout.pp] if fixed_pipeline else [n for n in range(1, gpus + 1) if gpus % n == 0]
+    given_pp = fixed_pipeline or _given(argv, "--pipeline-model-parallel-size")
+    pps = [base.layout.pp] if given_pp else [n for n in range(1, gpus + 1) if gpus % n == 0]
     eps = eps if "E" in plain.layers + plain.mtp else [1]
     for tp, pp, cp, ep, micro in product(tps, pps, cps, eps, micros):
         changes = {
@@ -241,11 +267,17 @@ def _checked(
                 "flags": candidate.flags,
                 "pattern": str(subject.pattern),
                 "layout": subject.layout.__dict__,
+                "recompute": _recompute(subject),
                 "memory": max(rows, key=lambda row: row["total"]),
                 "time": times(subject, machine),
             }
         )
     return proposals
+
+
+def _recompute(subject: Subject) -> str:
+    settings = ActivationSettings.from_args(subject.args).recompute
+    return settings.method and "full" or " ".join(sorted(settings.modules)) or "none"
 
 
 def _but_micro_batch(layout: costs.Layout) -> costs.Layout:

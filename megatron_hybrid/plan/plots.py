@@ -26,7 +26,9 @@ def plot(f: Figures, path: Path) -> None:
     """Draws where parameters and FLOPs are, the cache, and the memory and work of the pipeline stages."""
     plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    figure.suptitle(f"{f['name']}    {_shortened(f['pattern'])}", fontsize=12)
+    name = "" if f["name"] == f["pattern"] else f"{f['name']}    "
+    gpu = f"    {f['layout']['gpus']} x {f['machine']['gpu']}" if "machine" in f else ""
+    figure.suptitle(f"{name}{_shortened(f['pattern'])}{gpu}", fontsize=12)
     _parts(axes[0][0], f)
     _cache(axes[0][1], [f])
     _memory(axes[1][0], f)
@@ -40,9 +42,9 @@ def plot_comparison(found: Figures, path: Path) -> None:
     rows = found["architectures"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 1.8 + max(3.0, 0.4 * len(rows))), layout="constrained")
     names = [row["name"] for row in rows]
-    _bars(axes[0], names, [row["parameters"]["non_embedding"] / 1e9 for row in rows], "without embeddings")
-    _bars(axes[0], names, [row["parameters"]["active_non_embedding"] / 1e9 for row in rows], "of these active", 0.4)
-    axes[0].set_title("parameters, billions")
+    _bars(axes[0], names, [row["parameters"]["non_embedding"] / 1e9 for row in rows], "all")
+    _bars(axes[0], names, [row["parameters"]["active_non_embedding"] / 1e9 for row in rows], "active", 0.4)
+    axes[0].set_title("non-embedding parameters, billions")
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8)
     if found["match"] == "flops":
         _bars(axes[1], names, [row["tokens"] / 1e9 for row in rows], "")
@@ -106,6 +108,7 @@ def _parts(axes: Any, f: Figures) -> None:
                 axes.text(starts[key] + share[key] / 2, i, f"{share[key]:.0%}", ha="center", va="center", color="white")
             starts[key] += share[key]
     axes.set_xlim(0, 1)
+    axes.set_xlabel("share")
     axes.invert_yaxis()
     axes.set_title("where parameters and FLOPs are")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=8)
@@ -135,6 +138,8 @@ def _cache(axes: Any, rows: list[Figures]) -> None:
 def _memory(axes: Any, f: Figures) -> None:
     names = [f"stage {i}" for i in range(len(f["memory"]))]
     _stack(axes, names, {part: [row[part] / 2**30 for row in f["memory"]] for part in PARTS}, PARTS)
+    if "machine" in f:
+        axes.axvline(f["machine"]["limit"] / 2**30, color="black", linestyle="--", linewidth=1, label="limit")
     axes.set_title("memory of the fullest rank, GiB")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=8)
 
@@ -144,7 +149,13 @@ def _stages(axes: Any, f: Figures) -> None:
     _bars(axes, [f"stage {i}" for i in range(len(stages))], [100 * stage["share"] for stage in stages], "")
     for i, stage in enumerate(stages):
         axes.text(
-            0, i, f" {_shortened(stage['layers'], 40)}", va="center", color="white", fontsize=9, family="monospace"
+            0,
+            i,
+            f" {_shortened(' + '.join([stage['layers'], *stage['beside']]), 40)}",
+            va="center",
+            color="white",
+            fontsize=9,
+            family="monospace",
         )
     axes.axvline(100 / len(stages), color="black", linestyle="--", linewidth=1)
     axes.set_title(f"work of the pipeline stages, % (slowest {f['pipeline']['imbalance']:.2f} x the mean)")

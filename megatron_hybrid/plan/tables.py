@@ -30,23 +30,27 @@ def _comparison(found: Figures) -> Group:
     timed = "time" in rows[0]
     words = {
         None: "Architectures, each as it is",
-        "parameters": f"P-match: blocks that come nearest the parameters of {rows[0]['name']}, and its tokens",
+        "parameters": "P-match: blocks that come nearest the active non-embedding parameters of "
+        f"{rows[0]['name']}, and its tokens",
         "flops": f"F-match: tokens that the training FLOPs of {rows[0]['name']} pay for ({found['convention']})",
     }
+    heading = words[found["match"]]
+    if timed:
+        heading += f"; times on {_short_layout(rows[0])}"
     return table(
-        words[found["match"]],
+        heading,
         [
             "architecture",
             "blocks",
             "non-embedding",
             "active",
             "FLOPs/token, study",
-            "model",
+            *([] if timed else ["model"]),
             "tokens",
-            "iterations",
+            *([] if timed else ["iterations"]),
             "FLOPs, study",
             *(f"cache {name}, MiB" for _, name in lengths),
-            *(["tokens/day", "days"] if timed else []),
+            *(["GiB a GPU", "tokens/day", "days"] if timed else []),
         ],
         [
             [
@@ -54,29 +58,41 @@ def _comparison(found: Figures) -> Group:
                 str(sum(LAYERS[c].kind == "mixer" for c in f["pattern"].partition("/")[0] if c in LAYERS)),
                 quantity(f["parameters"]["non_embedding"]),
                 quantity(f["parameters"]["active_non_embedding"]),
-                *(f"{f['flops'][c]['per_token']:.3e}" for c in ("study", "model")),
+                *(f"{f['flops'][c]['per_token']:.3e}" for c in (["study"] if timed else ["study", "model"])),
                 quantity(f["tokens"]),
-                f"{f['iterations']:,}" if f["iterations"] else "",
+                *([] if timed else [f"{f['iterations']:,}" if f["iterations"] else ""]),
                 f"{f['flops']['study']['run']:.3e}" if f["tokens"] else "",
                 *(mib(f["cache"]["total"][i]) for i, _ in lengths),
-                *(_days(f["time"]) if timed else []),
+                *(_days(f) if timed else []),
             ]
             for f in rows
         ],
     )
 
 
-def _days(time: Figures) -> list[str]:
-    return [quantity(time["tokens_per_day"]), f"{time['days']:.1f}" if time["days"] else ""]
+def _days(f: Figures) -> list[str]:
+    """Memory and time; no time where the memory does not do."""
+    need, time = max(row["total"] for row in f["memory"]), f["time"]
+    if need > f["machine"]["limit"]:
+        return [gib(need), "does not fit", ""]
+    return [gib(need), quantity(time["tokens_per_day"]), f"{time['days']:.1f}" if time["days"] else ""]
+
+
+def _short_layout(f: Figures) -> str:
+    at = f["layout"]
+    sizes = [f"{name} {at[name]}" for name in ("tensor", "pipeline", "context", "expert", "data") if at[name] > 1]
+    return f"{at['gpus']} x {f['time']['gpu']}, {f['time']['efficiency']:.0%} of the peak" + ", ".join(["", *sizes])
 
 
 def _plan(f: Figures) -> Iterable[RenderableType]:
-    yield Text(f"{f['name']}   {f['pattern']}", style="bold")
+    yield Text(f["name"] if f["name"] == f["pattern"] else f"{f['name']}   {f['pattern']}", style="bold")
     yield Text(_layout(f) + "\n")
     yield _parts(f)
     yield _flops(f)
     yield _cache(f)
     yield _memory(f)
+    if "machine" in f:
+        yield Text(_fits(f) + "\n")
     yield _activations(f)
     yield _communication(f)
     yield _pipeline(f)
@@ -102,8 +118,8 @@ def table(
     """A heading and a table whose first column is words and whose others are numbers, or layers and bars."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns))
     for i, column in enumerate(columns):
-        words = i == 0 or column in ("layers of it", " ")
-        made.add_column(column, justify="left" if words else "right", header_style="dim")
+        words = i == 0 or column in ("what it holds", " ", "recompute")
+        made.add_column(column, justify="left" if words else "right", header_style="dim", overflow="fold")
     for row in rows:
         made.add_row(*row)
     if total:
@@ -169,6 +185,14 @@ def _cache(f: Figures) -> Group:
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "total")
 
 
+def _fits(f: Figures) -> str:
+    need, machine = max(row["total"] for row in f["memory"]), f["machine"]
+    of = f"{gib(need)} of {gib(machine['memory'])} GiB of {machine['gpu']}"
+    if need <= machine["limit"]:
+        return f"Fits: {of}, which keeps a tenth free for the CUDA context, collectives and fragments."
+    return f"DOES NOT FIT: {of}, a tenth of which stays free. The times below are of a larger GPU; try --fit."
+
+
 def _memory(f: Figures) -> Group:
     return table(
         "Memory of the fullest rank of each pipeline stage, GiB",
@@ -179,8 +203,14 @@ def _memory(f: Figures) -> Group:
 
 def _activations(f: Figures) -> Group:
     words = {"head": "output head and loss", "mtp": "an MTP head beside its layers"}
+    how = f["implementation"]
+    again = how["recompute"]
+    if isinstance(again, str):
+        kept = f"; full recomputation ({again}) keeps the input of each group alone, and one group is alive again"
+    else:
+        kept = f"; recomputed: {', '.join(again)}" if again else ""
     return table(
-        "Activations that one micro-batch keeps on a rank, MiB; a recomputed group keeps its input alone",
+        f"Activations of one micro-batch on a rank, MiB ({how['backend']} layers, {how['scan']} scan){kept}",
         ["part", "each"],
         [
             [f"{name} {LAYERS[name].name}" if name in LAYERS else words.get(name, name), mib(size)]
@@ -239,7 +269,20 @@ def _fit(f: Figures) -> Iterable[RenderableType]:
         if least:
             yield Text(f"None fits. The smallest takes {gib(least['bytes'])} GiB:\n  {' '.join(least['flags'])}")
         return
-    columns = ["", "tensor", "pipeline", "context", "expert", "data", "micro-batch", "GiB", "step s", "bubble", "MFU"]
+    columns = [
+        "",
+        "tensor",
+        "pipeline",
+        "context",
+        "expert",
+        "data",
+        "micro-batch",
+        "recompute",
+        "GiB",
+        "step s",
+        "bubble",
+        "MFU",
+    ]
     yield table(
         "Fastest first, by the model of time that megatron_hybrid/plan/time.py explains",
         [*columns, "tokens per day"],
@@ -249,6 +292,7 @@ def _fit(f: Figures) -> Iterable[RenderableType]:
                 *(str(p["layout"][name]) for name in ("tp",)),
                 f"{p['layout']['pp']}" + (f" x {p['layout']['vpp']}" if p["layout"]["vpp"] > 1 else ""),
                 *(str(p["layout"][name]) for name in ("cp", "ep", "dp", "micro_batch")),
+                p["recompute"],
                 gib(p["memory"]["total"]),
                 f"{p['time']['step']:.3f}",
                 f"{p['time']['bubble']:.1%}",
@@ -276,9 +320,9 @@ def _pipeline(f: Figures) -> RenderableType:
     most = max(stage["share"] for stage in stages)
     return table(
         f"Work of the pipeline stages; the slowest is {f['pipeline']['imbalance']:.3f} times the mean",
-        ["stage", "share", " ", "layers of it"],
+        ["stage", "share", " ", "what it holds"],
         [
-            [str(i), f"{s['share']:.1%}", "█" * round(BAR * s["share"] / most), s["layers"]]
+            [str(i), f"{s['share']:.1%}", "█" * round(BAR * s["share"] / most), " + ".join([s["layers"], *s["beside"]])]
             for i, s in enumerate(stages)
         ],
     )

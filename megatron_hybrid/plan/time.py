@@ -52,6 +52,8 @@ class Machine:
     network: float = NETWORK
     """The same between nodes."""
     gpus_per_node: int = 8
+    nvlink_gpus: int = 8
+    """Joined at ``nvlink``; beyond them inside a node ``network`` is taken too."""
     efficiency: float = EFFICIENCY
 
     def __post_init__(self) -> None:
@@ -83,7 +85,10 @@ class Machine:
             "memory": gpu.capacity,
             "bandwidth": gpu.bandwidth,
             "nvlink": gpu.nvlink,
+            "nvlink_gpus": gpu.nvlink_gpus,
         }
+        if changes.get("nvlink") is not None:
+            known["nvlink_gpus"] = changes.get("gpus_per_node") or cls.gpus_per_node
         made = known | {name: value for name, value in changes.items() if value is not None}
         if made["nvlink"] is None:
             raise ValueError(f"{gpu.title}: the links inside a node depend on the machine. Give --nvlink-gbps.")
@@ -137,7 +142,7 @@ def step_time(subject: Subject, machine: Machine) -> StepTime:
     reach = spans(layout)
 
     def seconds(group: Group, traffic: Traffic) -> float:
-        inside = reach[group] <= machine.gpus_per_node
+        inside = reach[group] <= min(machine.gpus_per_node, machine.nvlink_gpus)
         return traffic.bytes / (machine.nvlink if inside else machine.network)
 
     rate = machine.peak * machine.efficiency

@@ -14,12 +14,14 @@ from rich.console import Console
 from megatron_hybrid import costs
 from megatron_hybrid.costs.activation_settings import Recompute
 from megatron_hybrid.costs.collectives import CommunicationSettings
+from megatron_hybrid.costs.hardware import gpu
 from megatron_hybrid.costs.parameters import layer_linears, weights
 from megatron_hybrid.pattern import LAYERS
 from megatron_hybrid.plan import comparison, fit, plots, tables
 from megatron_hybrid.plan.figures import figures, memory, times
 from megatron_hybrid.plan.subject import Where, read
 from megatron_hybrid.plan.time import Machine, recomputed_flops, spans, step_time
+from megatron_hybrid.recipes import flags_to_argv, recipe
 
 SIZES = """--hidden-size 384 --num-attention-heads 6 --kv-channels 64 --ffn-hidden-size 512 --mamba-num-heads 12
 --mamba-head-dim 64 --mamba-num-groups 2 --seq-length 512 --max-position-embeddings 512 --vocab-size 1000
@@ -108,7 +110,7 @@ def test_stages_that_megatron_cuts_itself_are_in_the_pattern():
         ("--recipe paper-1b-intra --tensor-model-parallel-size 2", 3, "3 processes do not divide"),
         ("--recipe paper-1b-intra --tensor-model-parallel-size 3", 3, "must be a multiple"),
         ("--recipe paper-1b-intra --pipeline-model-parallel-size 4", 4, "do not divide over 4 pipeline stages"),
-        ("--recipe paper-1b-intra --micro-batch-size 3", 8, "Megatron refuses these flags"),
+        ("--recipe paper-1b-intra --micro-batch-size 3", 8, "is no multiple of --micro-batch-size 3 times 8"),
         ("--recipe paper-1b-intra --hiden-size 3", 8, "Did you mean --hidden-size"),
     ],
 )
@@ -652,3 +654,64 @@ def test_there_is_no_picture_of_nothing(tmp_path, proposals):
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.plot_fit(proposals | {"proposals": []}, tmp_path / "plan.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# What a first user met -----------------------------------------------------------------------------
+
+
+def test_a_plan_says_whether_it_fits():
+    line = "--recipe paper-3b-llama --micro-batch-size 1"
+    roomy, tight = (figures(planned(line, 64), machine(memory=gib * 2**30)) for gib in (80, 40))
+    assert "Fits: " in printed(tables.show, roomy)
+    assert "DOES NOT FIT: 45." in printed(tables.show, tight)
+    assert tight["machine"]["limit"] == 0.9 * 40 * 2**30
+
+
+def test_architectures_that_do_not_fit_have_no_time():
+    found = comparison.subjects(["paper-3b-llama", "paper-1b-llama"], [], Where(64))
+    text = printed(tables.show_comparison, comparison.compare(found, None, machine=machine(memory=40 * 2**30)))
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("paper-")}
+    assert "does not fit" in rows["paper-3b-llama"] and "does not fit" not in rows["paper-1b-llama"]
+    assert "times on 64 x " in text
+
+
+def test_layouts_of_a_given_number_of_stages_are_cut_by_work():
+    argv = ["--recipe", "paper-1b-intra", "--pipeline-model-parallel-size", "4"]  # 26 layers do not divide by 4
+    found = fit.fit(argv, 64, machine(), most=3)["proposals"]
+    assert found
+    for proposal in found:
+        assert proposal["layout"]["pp"] == 4
+        assert "--balance-pipeline" in proposal["flags"]
+        assert "--pipeline-model-parallel-size" not in proposal["flags"]
+
+
+def test_a_model_without_a_recipe_needs_no_micro_batch_to_be_fitted():
+    flags = recipe("paper-1b-inter").flags
+    kept = {flag: value for flag, value in flags.items() if flag != "--micro-batch-size"}
+    found = fit.fit(flags_to_argv(kept), 8, machine(), most=1)["proposals"]
+    assert found[0]["micro_batches_that_fit"][0] == 1 and len(found[0]["micro_batches_that_fit"]) > 1
+
+
+def test_parameters_are_matched_without_a_length():
+    found = comparison.subjects(["paper-1b-llama", "paper-1b-mamba"], ["--train-iters", "0"], Where())
+    rows = comparison.compare(found, "parameters")["architectures"]
+    assert [row["tokens"] for row in rows] == [None, None]
+
+
+def test_heads_are_counted_one_by_one_and_stand_on_the_last_stage():
+    f = figures(small("M-*-|M-*-/*-/*-", "--pipeline-model-parallel-size 2", 2))
+    (heads,) = [part for part in f["parts"] if part["symbol"] == "/"]
+    assert heads["count"] == 2 and heads["parameters"] == 2 * heads["parameters_each"]
+    assert [stage["beside"] for stage in f["pipeline"]["stages"]] == [["embedding"], ["2 x /*-", "output head"]]
+
+
+def test_links_beyond_a_bridge_are_the_networks():
+    bridged = Machine.of(gpu("a100-pcie-80gb"), "bf16")
+    assert bridged.nvlink_gpus == 2
+    argv = "--recipe paper-1b-inter --tensor-model-parallel-size"
+    times = [step_time(planned(f"{argv} {tp} --sequence-parallel", 8), bridged).messages for tp in (2, 4)]
+    slow = Machine.of(gpu("a100-pcie-80gb"), "bf16", network=1e9)
+    assert step_time(planned(f"{argv} 2 --sequence-parallel", 8), slow).messages == times[0]
+    assert step_time(planned(f"{argv} 4 --sequence-parallel", 8), slow).messages > 10 * times[1]
+    given = Machine.of(gpu("a100-pcie-80gb"), "bf16", nvlink=3e11, network=1e9)
+    assert step_time(planned(f"{argv} 4 --sequence-parallel", 8), given).messages < times[1]
