@@ -23,11 +23,11 @@ from short_runs import environment, timed, train
 
 from megatron_hybrid.data import cli
 
-SMALL = """--hybrid-layer-pattern MM**---- --hidden-size 192 --ffn-hidden-size 2048 --num-attention-heads 6
+SMALL = """--hybrid-layer-pattern MM**---- --hidden-size 192 --ffn-hidden-size 4096 --num-attention-heads 6
 --group-query-attention --num-query-groups 2 --mamba-num-heads 12 --mamba-head-dim 32 --mamba-state-dim 32
 --mamba-num-groups 1 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
---attention-dropout 0 --hidden-dropout 0 --vocab-size 4096 --seq-length 128 --max-position-embeddings 128
---micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --use-distributed-optimizer --train-iters 24"""
+--attention-dropout 0 --hidden-dropout 0 --vocab-size 1024 --seq-length 512 --max-position-embeddings 512
+--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --use-distributed-optimizer --train-iters 14"""
 
 
 def main() -> None:
