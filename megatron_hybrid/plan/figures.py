@@ -9,6 +9,7 @@ from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, layer_cache, model_cac
 from megatron_hybrid.costs.collectives import CommunicationSettings
 from megatron_hybrid.costs.communication import step_communication
 from megatron_hybrid.costs.memory import rank_memory
+from megatron_hybrid.costs.schedule import pipeline_bubble
 from megatron_hybrid.costs.storage import Storage
 from megatron_hybrid.pattern import LAYERS, Pattern
 from megatron_hybrid.plan.subject import Subject
@@ -213,6 +214,7 @@ def _cache(s: Subject) -> Figures:
 def _pipeline(s: Subject, layout: costs.Layout) -> Figures:
     """Each stage's layers and share of the work, and what unequal stages and the schedule's bubble cost."""
     work = costs.stage_work(s.pattern, s.sizes, layout.pp)
+    each = [segment.total for segment in costs.segment_work(s.pattern, s.sizes)]
     held = costs.stages(s.pattern, layout.pp)
     return {
         "stages": [
@@ -220,6 +222,7 @@ def _pipeline(s: Subject, layout: costs.Layout) -> Figures:
             for stage, w in zip(held, work, strict=True)
         ],
         "imbalance": costs.imbalance(work),
+        "bubble": pipeline_bubble(each, [2 * w for w in each], layout.micro_batches, layout.vpp),
     }
 
 

@@ -319,7 +319,8 @@ def _pipeline(f: Figures) -> RenderableType:
         return Text("")
     most = max(stage["share"] for stage in stages)
     return table(
-        f"Work of the pipeline stages; the slowest is {f['pipeline']['imbalance']:.3f} times the mean",
+        f"Work of the pipeline stages; the slowest is {f['pipeline']['imbalance']:.3f} times the mean, and stages wait "
+        f"{f['pipeline']['bubble']:.1%} of a step's time",
         ["stage", "share", " ", "what it holds"],
         [
             [str(i), f"{s['share']:.1%}", "█" * round(BAR * s["share"] / most), " + ".join([s["layers"], *s["beside"]])]

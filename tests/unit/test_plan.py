@@ -715,3 +715,11 @@ def test_links_beyond_a_bridge_are_the_networks():
     assert step_time(planned(f"{argv} 4 --sequence-parallel", 8), slow).messages > 10 * times[1]
     given = Machine.of(gpu("a100-pcie-80gb"), "bf16", nvlink=3e11, network=1e9)
     assert step_time(planned(f"{argv} 4 --sequence-parallel", 8), given).messages < times[1]
+
+
+def test_the_bubble_of_a_plan():
+    assert figures(small("M-*-", "", 1))["pipeline"]["bubble"] == pytest.approx(0, abs=1e-12)
+    f = figures(small("M-|*-", "--pipeline-model-parallel-size 2 --global-batch-size 1", 2))
+    # one micro-batch: each of two stages waits while the other works, whatever their shares
+    assert f["pipeline"]["bubble"] == pytest.approx(0.5, rel=1e-12)
+    assert "stages wait 50.0% of a step's time" in printed(tables.show, f)
