@@ -12,10 +12,10 @@ COLORS = {
     "W": "#ccbb44",
     "P": "#aa3377",
     "G": "#66ccee",
-    "-": "#bbbbbb",
+    "-": "#997700",
     "E": "#228833",
 }
-"""Of the layers; Paul Tol's bright scheme, which colour-blind readers can tell apart."""
+"""Of the layers; after Paul Tol's bright scheme, which colour-blind readers can tell apart."""
 OTHER = "#555555"
 PARTS = {"parameters": "#4477aa", "gradients": "#66ccee", "optimizer": "#228833", "activations": "#ee6677"}
 
@@ -108,10 +108,9 @@ def _parts(axes: Any, f: Figures) -> None:
                 axes.text(starts[key] + share[key] / 2, i, f"{share[key]:.0%}", ha="center", va="center", color="white")
             starts[key] += share[key]
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share")
     axes.invert_yaxis()
-    axes.set_title("where parameters and FLOPs are")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=8)
+    axes.set_title("shares of parameters and of training FLOPs")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8)
 
 
 def _cache(axes: Any, rows: list[Figures]) -> None:
@@ -141,7 +140,7 @@ def _memory(axes: Any, f: Figures) -> None:
     if "machine" in f:
         axes.axvline(f["machine"]["limit"] / 2**30, color="black", linestyle="--", linewidth=1, label="limit")
     axes.set_title("memory of the fullest rank, GiB")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8)
 
 
 def _stages(axes: Any, f: Figures) -> None:
