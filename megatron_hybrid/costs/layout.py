@@ -1,9 +1,10 @@
 """How a model is spread over ranks: the sizes of the groups, and what each pipeline stage holds."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from megatron_hybrid.costs.sizes import Sizes
+from megatron_hybrid.costs.sizes import Sizes, setting
 from megatron_hybrid.pattern import Pattern, check_pipeline
 
 
@@ -39,10 +40,7 @@ class Layout:
             ValueError: The processes do not divide into model replicas, or the batch into micro-batches.
         """
 
-        def get(name: str, default: Any) -> Any:
-            value = getattr(args, name, None)
-            return default if value is None else value
-
+        get = partial(setting, args)
         tp, pp, cp = (get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "pipeline_model", "context"))
         world = get("world_size", tp * pp * cp)
         if world % (tp * pp * cp):
