@@ -52,7 +52,7 @@ class Command:
         pattern.check_pipeline(balanced, pp, _known(self.argv).num_virtual_stages_per_pipeline_rank)
         argv = self.argv
         for flag in ("--hybrid-layer-pattern", "--balance-pipeline", "--pipeline-model-parallel-size"):
-            argv = _without(argv, flag)
+            argv = without(argv, flag)
         argv = [*argv, "--pipeline-model-parallel-size", str(pp), f"--hybrid-layer-pattern={balanced}"]
         return replace(self, argv=argv, pattern=balanced, balance=None)
 
@@ -78,7 +78,7 @@ def resolve(argv: list[str]) -> Command:
     if known.balance_pipeline is None:
         pattern.check_pipeline(resolved, known.pipeline_model_parallel_size, vpp)
     text = str(resolved)
-    rest = _without(rest, "--hybrid-layer-pattern")
+    rest = without(rest, "--hybrid-layer-pattern")
     if recipe:
         rest = ["--recipe", recipe.name, *rest]
     if known.data_blend is not None:
@@ -147,10 +147,10 @@ def _pattern(known: argparse.Namespace) -> Pattern:
 
 
 def _without_ours(argv: list[str]) -> list[str]:
-    return [arg for arg in _without(argv, "--recipe") if arg != "--print-config"]
+    return [arg for arg in without(argv, "--recipe") if arg != "--print-config"]
 
 
-def _without(argv: list[str], flag: str) -> list[str]:
+def without(argv: list[str], flag: str) -> list[str]:
     """``argv`` without a flag that takes one value, in both of argparse's spellings."""
     kept, skip = [], False
     for arg in argv:
@@ -161,3 +161,14 @@ def _without(argv: list[str], flag: str) -> list[str]:
         elif not arg.startswith(flag + "="):
             kept.append(arg)
     return kept
+
+
+def value(argv: list[str], flag: str, default: str = "") -> str:
+    """The last value that a flag is given, in either of argparse's spellings."""
+    found = default
+    for i, arg in enumerate(argv):
+        if arg == flag and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif arg.startswith(flag + "="):
+            found = arg.split("=", 1)[1]
+    return found

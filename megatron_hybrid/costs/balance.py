@@ -24,13 +24,13 @@ class Work(NamedTuple):
         return sum(self.layers) + self.head
 
 
-def segment_work(pattern: Pattern, sizes: Sizes, segments: tuple[str, ...] | None = None) -> list[Work]:
-    """The work of each segment of a pattern, or of other ``segments`` of its layers.
+def segment_work(pattern: Pattern, sizes: Sizes) -> list[Work]:
+    """The work of each segment of a pattern.
 
     The embedding is a lookup without products, and counts as nothing; the output head is the work of several layers
     and belongs to the last segment, as the MTP heads do.
     """
-    parts = pattern.segments if segments is None else segments
+    parts = pattern.segments
     cost = {symbol: layer_flops_per_token(symbol, sizes) for symbol in set(pattern.layers)}
     head = head_flops_per_token(sizes) + mtp_flops_per_token(pattern, sizes)
     return [
@@ -84,7 +84,7 @@ def balance_pipeline(pattern: Pattern, sizes: Sizes, segments: int, pp: int | No
             f"{segments} pipeline segments do not divide over {pp} stages: give a multiple of {pp} (each stage takes "
             "as many segments), or change --pipeline-model-parallel-size."
         )
-    whole = segment_work(pattern, sizes, (layers,))[0]
+    whole = segment_work(pattern.without_boundaries(), sizes)[0]
     ends = _cut(whole.layers, whole.head, segments)
     cut = Pattern(tuple(layers[a:b] for a, b in pairwise(ends)), pattern.mtp, pattern.mtp_depths)
     plain = equal_count(pattern, segments)

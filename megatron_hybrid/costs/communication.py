@@ -28,7 +28,7 @@ from megatron_hybrid.costs.collectives import (
 )
 from megatron_hybrid.costs.layout import Layout, Stage, stages
 from megatron_hybrid.costs.memory import stage_buffers, stage_tensors
-from megatron_hybrid.costs.parameters import intra, layer_linears, mtp_weights, norm, weights
+from megatron_hybrid.costs.parameters import intra, layer_linears, mtp_weights, norm, shared_states, weights
 from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.intra_design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
@@ -159,9 +159,10 @@ def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
 
 
 def _shared_by_ranks(symbol: str, s: Sizes, tp: int) -> int:
-    conv = 2 * s.mamba_groups * s.state_dim * (CONV_WIDTH + 1) if s.mamba_groups < tp else 0
+    states = shared_states(s.mamba_groups, s.state_dim, tp)
+    conv = states * (CONV_WIDTH + 1)
     if symbol == "M":
-        return conv and conv + 2 * s.mamba_groups * s.state_dim * s.hidden
+        return conv + states * s.hidden
     if symbol != "P":
         return 0
     d = intra(s)

@@ -210,14 +210,14 @@ def _ssm_tensors(channels: int, heads: int, shared: int) -> list[int]:
     return [channels * CONV_WIDTH, channels, heads, heads, heads, *common]
 
 
-def _shared_states(groups: int, state_dim: int, tp: int) -> int:
+def shared_states(groups: int, state_dim: int, tp: int) -> int:
     """Rows of B and C that are whole on every rank (model/mamba.py): all, where there are fewer groups than ranks."""
     return 2 * groups * state_dim if groups < tp else 0
 
 
 def _mamba_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
     inner = s.mamba_heads * s.mamba_head_dim
-    shared = _shared_states(whole.mamba_groups, s.state_dim, tp)
+    shared = shared_states(whole.mamba_groups, s.state_dim, tp)
     own_states = 0 if shared else 2 * s.mamba_groups * s.state_dim
     project = [s.hidden * (2 * inner + own_states + s.mamba_heads), *([s.hidden * shared] if shared else [])]
     return [*_ssm_tensors(inner + own_states, s.mamba_heads, shared), *project, inner, inner * s.hidden]
@@ -226,7 +226,7 @@ def _mamba_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
 def _intra_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
     """Branches, fusion (model/fusion.py), input projection with the rows that ranks share (model/parts.py), output."""
     design, d = intra(whole), intra(s)
-    shared = _shared_states(design.ssm_groups, d.state_dim, tp)
+    shared = shared_states(design.ssm_groups, d.state_dim, tp)
     own_states = 0 if shared else 2 * d.ssm_groups * d.state_dim
     branches = _ssm_tensors(d.ssm_dim + own_states, d.ssm_heads, shared) * d.branches.count("mamba")
     split = sum(part.local_rows(tp) for part in design.in_parts if not part.is_shared(tp))

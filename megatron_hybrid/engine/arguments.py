@@ -20,7 +20,7 @@ from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.engine.upstream import has_module, register_symbols
-from megatron_hybrid.flags import Command
+from megatron_hybrid.flags import Command, value
 from megatron_hybrid.intra_design import IntraDesign, design
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
@@ -143,7 +143,7 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     import_megatron_quietly()
     from megatron.training import arguments
 
-    backend = choose_backend(_value(argv, "--backend", "auto"), device)
+    backend = choose_backend(value(argv, "--backend", "auto"), device)
     sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
     args = arguments.parse_args(add_hybrid_flags)
     args.backend, args.device = backend, device
@@ -215,8 +215,8 @@ def set_single_process_defaults() -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in single.items():
-        os.environ.setdefault(name, str(value))
+    for name, default in single.items():
+        os.environ.setdefault(name, str(default))
 
 
 def check_data(args: Namespace) -> None:
@@ -413,25 +413,14 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
         flags += _TORCH_BACKEND_FLAGS
     elif not has_module("fused_weight_gradient_mlp_cuda"):
         flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
-    if _value(argv, "--yaml-cfg", ""):
+    if value(argv, "--yaml-cfg", ""):
         raise ValueError("--yaml-cfg is not supported: settings come from flags and recipes. Drop it.")
     if device == "cpu":
-        asked = _value(argv, "--distributed-backend", "gloo")
+        asked = value(argv, "--distributed-backend", "gloo")
         if asked != "gloo":
             raise ValueError(f"--distributed-backend {asked}: the CPU engine communicates over gloo. Drop it.")
         flags += [*_CPU_FLAGS, "--distributed-backend=gloo"]
     return flags
-
-
-def _value(argv: list[str], flag: str, default: str) -> str:
-    """The last value that a flag is given."""
-    value = default
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            value = argv[i + 1]
-        elif arg.startswith(flag + "="):
-            value = arg.split("=", 1)[1]
-    return value
 
 
 def _is_number(text: str) -> bool:

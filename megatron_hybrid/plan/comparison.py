@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_hybrid import costs, pattern, recipes
 from megatron_hybrid.costs.match import match_flops, match_parameters
+from megatron_hybrid.flags import without
 from megatron_hybrid.plan.figures import Figures, figures
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine
@@ -29,18 +30,11 @@ def subjects(words: Sequence[str], argv: Sequence[str], where: Where) -> list[Su
         if not is_pattern:
             recipes.recipe(word)
         try:
-            made = read([*_without_recipe(argv, keep=is_pattern), *flags], *where)
+            made = read([*(argv if is_pattern else without(list(argv), "--recipe")), *flags], *where)
             found.append(replace(made, name=word) if is_pattern else made)
         except ValueError as error:
             raise ValueError(f"{word}: {error}") from error
     return found
-
-
-def _without_recipe(argv: Sequence[str], keep: bool) -> list[str]:
-    if keep or "--recipe" not in argv:
-        return list(argv)
-    at = list(argv).index("--recipe")
-    return [*argv[:at], *argv[at + 2 :]]
 
 
 def compare(
@@ -102,12 +96,7 @@ def _matched(subject: Subject, reference: Subject, where: Where) -> Subject:
         return pattern.from_blocks(number, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
 
     blocks = match_parameters(target, of_blocks, subject.sizes)
-    explicit = ["--hybrid-layer-pattern", "--num-blocks", "--recipe"]
-    flags = [w for i, w in enumerate(subject.argv) if not _belongs(subject.argv, i, explicit)]
+    flags = subject.argv
+    for flag in ("--hybrid-layer-pattern", "--num-blocks", "--recipe"):
+        flags = without(flags, flag)
     return replace(read([*flags, "--num-blocks", str(blocks)], *where), name=subject.name)
-
-
-def _belongs(argv: Sequence[str], index: int, names: Sequence[str]) -> bool:
-    """Whether a word is one of these flags, or its value."""
-    word = argv[index]
-    return any(word == name or word.startswith(name + "=") or index and argv[index - 1] == name for name in names)

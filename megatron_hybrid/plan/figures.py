@@ -17,9 +17,6 @@ from megatron_hybrid.plan.time import Machine, step_time
 
 Figures = dict[str, Any]
 
-RESERVE = 0.1
-"""Of a GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
-
 
 def figures(subject: Subject, machine: Machine | None = None) -> Figures:
     """What a run costs.
@@ -53,7 +50,7 @@ def figures(subject: Subject, machine: Machine | None = None) -> Figures:
 
 
 def _machine(machine: Machine) -> Figures:
-    return {"gpu": machine.title, "memory": machine.memory, "limit": (1 - RESERVE) * machine.memory}
+    return {"gpu": machine.title, "memory": machine.memory, "limit": machine.limit}
 
 
 def _implementation(s: Subject) -> Figures:

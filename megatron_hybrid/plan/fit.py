@@ -1,7 +1,7 @@
 """Layouts that fit: every combination that the rules allow, memory first, then ranked by the model of time.
 
 A layout is proposed when the fullest rank's parameters, gradients, optimizer state and activations take no more than
-``1 - RESERVE`` of the GPU's memory. Of one layout and micro-batch the least recomputation that fits is taken. Sequence
+``Machine.limit``. Of one layout and micro-batch the least recomputation that fits is taken. Sequence
 parallelism goes with tensor parallelism, which stays inside a node; the distributed optimizer is always on; pipeline
 stages are cut by work. What the command line sets itself is kept. Each proposal has been through the same
 checks as a run, Megatron's own among them, before it is shown.
@@ -18,10 +18,10 @@ from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.activations import stage_activation_bytes
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.costs.storage import Storage
-from megatron_hybrid.flags import resolve
+from megatron_hybrid.flags import resolve, value
 from megatron_hybrid.model.checks import check
 from megatron_hybrid.pattern import Pattern
-from megatron_hybrid.plan.figures import RESERVE, Figures, memory, times
+from megatron_hybrid.plan.figures import Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine, step_time
 
@@ -67,7 +67,7 @@ def fit(
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
     base = unplaced(argv, device, mamba_ssm)
-    limit = (1 - RESERVE) * machine.memory
+    limit = machine.limit
     tried, least = 0, None
     found: list[Candidate] = []
     for subject, flags in _layouts(base, argv, gpus, machine):
@@ -103,7 +103,7 @@ def unplaced(argv: Sequence[str], device: str = "cuda", mamba_ssm: bool = True) 
 
 def _free(argv: Sequence[str]) -> list[str]:
     """Flags that let any command line be read before its layout is known: they are varied."""
-    stages = _value(argv, "--pipeline-model-parallel-size")
+    stages = value(list(argv), "--pipeline-model-parallel-size")
     cut = ["--balance-pipeline", stages] if stages and not _cuts_itself(argv) else []
     return cut if _given(argv, "--micro-batch-size") else [*cut, "--micro-batch-size", "1"]
 
@@ -111,11 +111,6 @@ def _free(argv: Sequence[str]) -> list[str]:
 def _cuts_itself(argv: Sequence[str]) -> bool:
     """Whether the command line says where stages begin."""
     return _given(argv, "--balance-pipeline") or len(resolve([*argv, "--balance-pipeline=1"]).pattern.segments) > 1
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    words = [w for word in argv for w in word.split("=", 1)] if any("=" in word for word in argv) else list(argv)
-    return words[words.index(flag) + 1] if flag in words[:-1] else None
 
 
 def _given(argv: Sequence[str], *names: str) -> bool:
@@ -137,10 +132,10 @@ def _layouts(base: Subject, argv: Sequence[str], gpus: int, machine: Machine) ->
     cps = sizes("--context-parallel-size", "context_parallel_size", powers if args.seq_length >= LONG else [1])
     experts = args.num_experts or 1
     eps = sizes("--expert-model-parallel-size", "expert_model_parallel_size", [n for n in powers if experts % n == 0])
+    eps = eps if "E" in plain.layers + plain.mtp else [1]
     micros = sizes("--micro-batch-size", "micro_batch_size", MICRO_BATCHES)
     given_pp = fixed_pipeline or _given(argv, "--pipeline-model-parallel-size")
     pps = [base.layout.pp] if given_pp else [n for n in range(1, gpus + 1) if gpus % n == 0]
-    eps = eps if "E" in plain.layers + plain.mtp else [1]
     for tp, pp, cp, ep, micro in product(tps, pps, cps, eps, micros):
         changes = {
             "tensor_model_parallel_size": tp,

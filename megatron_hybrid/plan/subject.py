@@ -64,13 +64,16 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     """
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
-    kept, backend = _without_backend(argv)
-    command = flags.resolve(kept)
+    words = list(argv)
+    backend = "te" if flags.value(words, "--backend") == "te" else None
+    if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
+        words = flags.without(words, "--backend")
+    command = flags.resolve(words)
     from megatron_hybrid.engine import arguments
 
     arguments.choose_device("auto")
     # which Megatron's parser reads, and ours replaces
-    words, environment = sys.argv, dict(os.environ)
+    own, environment = sys.argv, dict(os.environ)
     for name in LAUNCHER:
         os.environ.pop(name, None)
     try:
@@ -79,7 +82,7 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
             command = arguments.balance(command, device)
             args = arguments.parse(command.argv, device, print_config=True, world=gpus)
     finally:
-        sys.argv = words
+        sys.argv = own
         os.environ.clear()
         os.environ.update(environment)
     args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
@@ -104,15 +107,3 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         sizes=Sizes.from_args(args),
         layout=layout,
     )
-
-
-def _without_backend(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """The command line without ``--backend te``, for which a run needs Transformer Engine; and te if it was there."""
-    words = list(argv)
-    if "--backend=te" in words:
-        words.remove("--backend=te")
-        return words, "te"
-    for i, word in enumerate(words[:-1]):
-        if word == "--backend" and words[i + 1] == "te":
-            return [*words[:i], *words[i + 2 :]], "te"
-    return words, None

@@ -32,6 +32,8 @@ from megatron_hybrid.plan.subject import Subject
 EFFICIENCY = 0.40
 """Of the dense peak: about what is published for a dense hybrid of 4 billion parameters (Nemotron-3 Nano 4B) on 8 H100,
 402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/README.md)."""
+RESERVE = 0.1
+"""Of a GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
 NETWORK = 50e9
 """Bytes per second of one GPU between nodes: a port of 400 Gb/s for each GPU, as NVIDIA's DGX H100 has."""
 
@@ -70,6 +72,11 @@ class Machine:
         for flag, value in figures.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{flag} must be a number above 0.")
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a rank may take."""
+        return (1 - RESERVE) * self.memory
 
     @classmethod
     def of(cls, gpu: Gpu, precision: str, **changes: float | None) -> "Machine":
