@@ -201,6 +201,7 @@ def import_megatron_quietly() -> None:
     What is missing and matters is said by :func:`megatron_hybrid.engine.upstream.prepare`.
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of upstream's sources, wherever their bytecode cannot be kept
         for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
             warnings.filterwarnings("ignore", message=f".*{package}")
         import megatron.training.training  # noqa: F401
