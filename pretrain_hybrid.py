@@ -84,7 +84,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import metrics, training
+    from megatron_hybrid.engine import ending, metrics, training
     from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
@@ -96,12 +96,13 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     if args.save:
         training.write_run(Path(args.save) / "run.json", args, counted)
     datasets.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with ending.state_of_the_run(Path(args.save) if args.save else None, args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
 
 
 def datasets(samples: list[int], vp_stage: int | None = None) -> Any:

@@ -20,7 +20,7 @@ class State:
     checkpoint. failed: it gave up, and starting it again as it is would not help. running: its ranks are at work, or
     died without a word."""
     reason: str = ""
-    """Why it is stopped or failed: ``signal``, ``--exit-interval``, ``--exit-duration-in-mins``, ``result validation``."""
+    """Why it is stopped or failed: ``signal``, ``flag`` (such as --exit-interval) or ``result validation``."""
     iteration: int | None = None
     """The last one that is done."""
     train_iters: int | None = None

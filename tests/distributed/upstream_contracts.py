@@ -341,6 +341,19 @@ CONTRACTS = [
         "load_checkpoint",
         holds=("if args.finetune or release:\n", "not release and (not args.finetune or gpt_compat_load_optim)"),
     ),
+    _C("state_of_the_run", TRAINING, "train", holds=("args.curr_iteration = iteration\n", "sys.exit(exit_code)")),
+    _C(
+        "result_validation_codes",
+        "core/rerun_state_machine.py",
+        holds=("EXIT_CODE_RESUME_TO_DISAMBIGUATE: int = 16", "EXIT_CODE_FAILED_ON_RESULT_VALIDATION: int = 17"),
+    ),
+    _C("signal_received", "training/dist_signal_handler.py", "DistributedSignalHandler.signals_received", "self"),
+    _C(
+        "signal_received",
+        TRAINING,
+        "checkpoint_and_decide_exit",
+        holds=("if any(signal_handler.signals_received()):",),
+    ),
     _C(
         "replace in cpu.py",
         "core/tensor_parallel/random.py",

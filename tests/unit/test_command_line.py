@@ -17,6 +17,7 @@ import pytest
 
 from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.recipes import recipes
+from megatron_hybrid.run_folder.state import read_state
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "pretrain_hybrid.py")
@@ -138,6 +139,8 @@ def test_one_process_trains_without_torchrun(first_run):
     told = json.loads((where / "run.json").read_text())
     assert told["pattern"] == "M-M-P-ME*-ME" and told["recipe"] == "demo"
     assert told["parameters_embedding"] == 128 * 128  # 100 tokens, padded to 128, by the hidden size
+    state = read_state(where)
+    assert (state.status, state.iteration, state.train_iters) == ("finished", 3, 3)
 
 
 def test_metrics_hold_each_steps_own_loss(first_run):
@@ -191,6 +194,9 @@ def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
     for where, more in ((straight, []), (stopped, ["--exit-interval", "3"]), (stopped, [])):
         done = run(PROGRAM, *flags, "--save", str(where), "--load", str(where), *more)
         assert done.returncode == 0, done.stderr[-3000:]
+        state = read_state(where)
+        ended = (state.status, state.reason, state.iteration)
+        assert ended == (("stopped", "flag", 3) if more else ("finished", "", 6))
     assert [iteration for iteration, *_ in steps(straight)] == [1, 2, 3, 4, 5, 6]
     assert steps(stopped) == steps(straight)
 

@@ -1,0 +1,55 @@
+"""How a run ends, for who starts it again: Megatron leaves with exit code 0 when it is finished and when it is not."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_hybrid.run_folder.state import State, Status, write_state
+
+
+@contextmanager
+def state_of_the_run(run: Path | None, args: Namespace) -> Iterator[None]:
+    """Keeps state.json of a run while its body trains; rank 0 writes.
+
+    A rank that dies leaves ``running``: nobody could say more. Upstream leaves the training loop through
+    ``sys.exit`` (training/training.py:4155), with code 0 after a signal, an interval or a duration, and with those
+    of core/rerun_state_machine.py:37 when a result was rejected.
+
+    Args:
+        run: The folder; None writes nothing.
+        args: Megatron's global arguments: the loop counts ``curr_iteration`` in them.
+    """
+
+    def say(status: Status, reason: str = "", iteration: int | None = None) -> None:
+        if run is not None and args.rank == 0:
+            write_state(run, State(status=status, reason=reason, iteration=iteration, train_iters=args.train_iters))
+
+    say("running")
+    try:
+        yield
+    except SystemExit as end:
+        begun = getattr(args, "curr_iteration", None)  # counts from 0; None before the training loop
+        if begun is not None and end.code in result_validation_codes():
+            say("failed", "result validation", begun)
+        elif begun is not None and not end.code:
+            say("stopped", "signal" if signal_received(args) else "flag", begun + 1)
+        raise
+    say("finished", iteration=args.iteration if args.skip_train else args.train_iters)
+
+
+def result_validation_codes() -> tuple[int, int]:
+    """Exit codes that ask for a rerun elsewhere, and that say it has failed (core/rerun_state_machine.py:37)."""
+    from megatron.core import rerun_state_machine
+
+    return (
+        rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+        rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    )
+
+
+def signal_received(args: Namespace) -> bool:
+    """Whether any rank got the exit signal; every rank takes part (training/dist_signal_handler.py:54)."""
+    from megatron.training.global_vars import get_signal_handler
+
+    return bool(args.exit_signal_handler) and any(get_signal_handler().signals_received())
