@@ -32,16 +32,17 @@ def main(argv: list[str]) -> None:
         return
     try:
         command = flags.resolve(argv)
-        from megatron_hybrid.engine import arguments, metrics, upstream
+        from megatron_hybrid.engine import arguments, resume, throughput, upstream
 
         device = arguments.choose_device(command.device)
         command = arguments.balance(command, device)
         args = arguments.parse(command.argv, device, command.print_config)
+        args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         arguments.check_checkpoint(args)
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
-        peak = metrics.peak(args)
+        peak = throughput.peak(args)
         from megatron_hybrid.model.build import model_config
 
         with arguments.upstream_errors_as_value_errors():
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack) + args.notes + metrics.peak_notes(args, peak)
+    notes = upstream.prepare(device, HybridLayerStack) + args.notes + throughput.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:
             print(report.describe(args, command, counted, drawn))
@@ -77,7 +78,7 @@ def refuse(error: ValueError) -> NoReturn:
 def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = None) -> None:
     """Hooks our figures into Megatron and hands over.
 
-    config: the model's; counted: stored with the run; peak: of one GPU (:func:`megatron_hybrid.engine.metrics.peak`).
+    config: the model's; counted: stored with the run; peak: of one GPU (:func:`.engine.throughput.peak`).
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

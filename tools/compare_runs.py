@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from summarize_run import Metrics, Record, collect, read_records, read_run_info
+from summarize_run import read_run_info
 
 from megatron_hybrid.data import cli
 from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.run_folder.metrics import Metrics, Record, read_metrics
 
 TRAIN_STEPS = 20
 """The training loss of one step is that of a few samples; this many of the last ones are averaged."""
@@ -35,7 +36,7 @@ class Run(NamedTuple):
 def read_run(directory: Path, flag: str | None) -> Run:
     """Read a run; its label is the value of ``flag``, or the directory's name. Raises ValueError without records."""
     path = directory / "metrics.jsonl"
-    metrics = collect(read_records(path)) if path.is_file() else Metrics({}, {})
+    metrics = read_metrics(path)
     if not metrics.train:
         raise ValueError(f"{path} has no training record; give the --save directories of runs that have trained.")
     info = read_run_info(directory)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from summarize_run import read_records, read_run_info
+from summarize_run import read_run_info
 
 from megatron_hybrid.data import cli
+from megatron_hybrid.run_folder.metrics import Follower, is_step
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -141,11 +142,11 @@ class Progress:
     """A short progress line: rewritten in place on a terminal, else one every 15 seconds."""
 
     def __init__(self, metrics: Path, run_dir: Path) -> None:
-        self.metrics, self.run_dir = metrics, run_dir
+        self.follower, self.run_dir = Follower(metrics, keep=()), run_dir
         self.terminal = sys.stdout.isatty()
         self.shown_at = 0.0
         self.last = ""
-        self.earlier = len(read_records(metrics)) if metrics.exists() else 0
+        self.follower.update()  # of earlier starts
 
     def show(self) -> None:
         """Print the newest training record of this start, if it is time to."""
@@ -153,8 +154,7 @@ class Progress:
         if now - self.shown_at < (1 if self.terminal else 15):
             return
         self.shown_at = now
-        records = read_records(self.metrics)[self.earlier :] if self.metrics.exists() else []
-        train = [record for record in records if record.get("loss") is not None]
+        train = [record for record in self.follower.update() if is_step(record)]
         if train:
             self.print(train[-1])
 

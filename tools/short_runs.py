@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quickstart import stop
-from summarize_run import Record, read_records
+
+from megatron_hybrid.run_folder.metrics import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0
@@ -44,7 +45,7 @@ def train(argv: list[str], processes: int, device: str) -> list[Record]:
             lines = log.read_text(errors="replace").splitlines()
             said = [line for line in lines if line.startswith("error: ")] or [n for n in lines if "Error" in n]
             raise ValueError(f"the run failed: {said[0] if said else chr(10).join(lines[-30:])}")
-        found = [r for r in read_records(Path(folder) / "metrics.jsonl") if r.get("loss") is not None]
+        found = list(read_metrics(Path(folder) / "metrics.jsonl").train.values())
     if len(timed(found)) < 1:
         raise ValueError(f"the run has {len(found)} steps, and {WARM_UP + 1} warm it up: raise --train-iters.")
     return found

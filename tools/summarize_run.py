@@ -10,12 +10,13 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.data import cli
 from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.run_folder.metrics import Metrics, Record, read_metrics
 
 NEXT_STEPS = """\
 Next (after `source .venv/bin/activate`):
@@ -25,46 +26,6 @@ Next (after `source .venv/bin/activate`):
                             --data-path PREFIX --tokenizer-type SentencePieceTokenizer \\
                             --tokenizer-model MODEL --save DIR --load DIR
   on a SLURM cluster    sbatch examples/slurm/pretrain.sbatch"""
-
-Record = dict[str, Any]
-
-
-class Metrics(NamedTuple):
-    """The records of metrics.jsonl, by iteration; of several for one iteration the last counts."""
-
-    train: dict[int, Record]
-    """Keys: iteration, loss, tokens (seen since the start), tokens_per_second, ..."""
-    validation: dict[int, float]
-
-
-def read_records(path: Path) -> list[Record]:
-    """Return the records of a metrics file in the order of writing.
-
-    A line that is no JSON object is passed over: a process that was killed leaves half a line.
-    """
-    records = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("iteration"), int):
-            records.append(record)
-    return records
-
-
-def collect(records: list[Record]) -> Metrics:
-    """Sort records into training and validation, the last of an iteration, by iteration."""
-    train: dict[int, Record] = {}
-    validation: dict[int, float] = {}
-    for record in records:
-        if record.get("loss") is not None:
-            train[record["iteration"]] = record
-        # Several sets may be evaluated; the first validation set is the one that is followed.
-        first_set = record.get("validation", "validation") == "validation"
-        if first_set and record.get("validation_loss") is not None:
-            validation[record["iteration"]] = record["validation_loss"]
-    return Metrics(dict(sorted(train.items())), dict(sorted(validation.items())))
 
 
 def read_run_info(run_dir: Path) -> Record:
@@ -185,7 +146,7 @@ def main() -> None:
     path = args.run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the --save directory of a run that has started to train.")
-    metrics = collect(read_records(path))
+    metrics = read_metrics(path)
     if not metrics.train:
         raise ValueError(f"{path} has no training record yet; look again after some iterations.")
     info = read_run_info(args.run_dir)

@@ -31,6 +31,8 @@ NO_REACH = {
     "write_run": "writes a file",
     "peak": "of torch's public interface",
     "peak_notes": "of torch's public interface",
+    "peak_memory": "of torch's public interface",
+    "short": "has none",
     "is_active": "of the CPU engine",
     "install": "of the CPU engine",
     "choose_device": "of torch's public interface",
@@ -43,9 +45,11 @@ NO_REACH = {
     "check_end_of_document": "of flags, by Megatron's public build_tokenizer",
     "check_tokenizer": "of flags, which parse() would miss",
     "check_provenance": "of flags and of files that we write",
-    "check_checkpoint": "calls stored_checkpoint",
-    "stored_arguments": "of a checkpoint, by a public function of Megatron",
-    "open_checkpoint": "calls stored_checkpoint",
+    "check_checkpoint": "calls stored_arguments",
+    "open_checkpoint": "calls stored_arguments",
+    "verified": "reads files",
+    "agree": "of torch's public store",
+    "rendezvous_store": "of torch's public rendezvous",
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
 }
@@ -456,7 +460,7 @@ def test_a_layout_that_the_sizes_do_not_divide_into(ranks, pattern, flags, words
 
 def test_a_checkpoint_of_other_layers_is_refused_and_other_stages_are_not(ranks, tmp_path):
     where = folder(tmp_path / "checkpoint")
-    ranks(1).run(initial_checkpoint, pattern="M-*-", folder=where)
+    ranks(1).run(initial_checkpoint, pattern="M-*-", folder=where, flags="--verify-integrity")
     code, out, errors = ranks(1).run(cases.program, line=f"--hybrid-layer-pattern M-W- --load {where}")[0]
     assert _is_one_paragraph(code, "", errors), errors
     for word in (where, "M-*-", "M-W-", "--load"):

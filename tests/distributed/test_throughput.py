@@ -57,6 +57,7 @@ class Trained:
         self.said = outputs[-1]  # upstream's log lines are the last rank's
         self.first = outputs[0]
         records = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        self.starts = [r for r in records if "resume" in r]
         self.steps: list[dict[str, Any]] = [r for r in records if "loss" in r]
         before = [0, *(r["samples"] for r in self.steps)]
         self.batches = [r["samples"] - b for r, b in zip(self.steps, before, strict=False)]
@@ -164,3 +165,25 @@ def test_peak_memory_is_the_largest_processes_so_far(replicas, stages):
         assert not any("peak_memory_bytes" in r for r in run.steps)
         for line, (_, size) in zip(run.lines(), sizes, strict=True):
             assert f"peak resident memory: {size / 2**30:.1f} GiB" in line
+
+
+def test_the_file_says_how_a_run_starts(replicas, stages):
+    for run, layout in ((replicas, {"pp": 1, "dp": 2}), (stages, {"pp": 2, "dp": 1})):
+        (start,) = run.starts
+        assert 0 < run.steps[0].pop("time") - start.pop("time") < 600
+        fresh = {"resume": 0, "samples": 0, "tokens": 0, "checkpoint": None}
+        sizes = {"tp": 1, "cp": 1, "ep": 1, **layout}
+        assert start == {**fresh, "processes": 2, "layout": sizes, "device": "cpu", "backend": "torch"}
+
+
+def test_expert_loads_stand_at_each_interval(replicas, stages):
+    """How they are counted is test_expert_loads.py's to say; here the records, the log and what is read from them."""
+    for run, layer in ((replicas, "8"), (stages, "6")):  # of M-P-W-GE*- and M-P-WEG-
+        found = {r["iteration"]: r["expert_loads"] for r in run.steps if "expert_loads" in r}
+        assert list(found) == [2, 4, 6]
+        said = re.findall(r"busiest expert: (\S+) times the mean load, in layer (\d+)", run.said)
+        for (times, name), loads in zip(said, found.values(), strict=True):
+            (shares,) = loads.values()
+            assert list(loads) == [name] == [layer]
+            assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-12)
+            assert float(times) == pytest.approx(max(shares) * 4, abs=0.0051)  # two decimals are printed

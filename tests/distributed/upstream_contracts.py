@@ -17,6 +17,7 @@ MTP = "core/transformer/multi_token_prediction.py"
 MIXER = "core/ssm/mamba_mixer.py"
 DELTA = "core/ssm/gated_delta_net"
 DISPATCHER = "core/transformer/moe/token_dispatcher.py"
+ROUTER = "core/transformer/moe/router.py"
 MAPPINGS = "core/tensor_parallel/mappings.py"
 ADAM = "core/optimizer/distrib_optimizer.py"
 TRAINING = "training/training.py"
@@ -246,6 +247,23 @@ CONTRACTS = [
             "dummy_train_step(train_data_iterator)",
         ),
     ),
+    _C("write_metrics", TRAINING, "train", holds=("iteration = args.iteration\n",)),
+    _C("write_metrics", "training/checkpointing.py", "get_loaded_iteration", ""),
+    _C(
+        "count_tokens_of_experts",
+        ROUTER,
+        "TopKRouter._apply_expert_bias",
+        "self routing_map padding_mask",
+        ("self.local_tokens_per_expert += routing_map.sum(dim=0)",),
+    ),
+    _C(
+        "count_tokens_of_experts",
+        ROUTER,
+        "TopKRouter.routing",
+        holds=("self._apply_expert_bias(routing_map, padding_mask=padding_mask)\n    return (probs, routing_map)",),
+    ),
+    _C("expert_loads", ROUTER, "Router.set_layer_number", "self layer_number", ("self.layer_number = layer_number",)),
+    _C("expert_loads", MTP, holds=("self.layers = torch.nn.ModuleList([shared_layer])", "self.mtp_model_layer = ")),
     _C(
         "meta_device",
         "core/tensor_parallel/layers.py",
@@ -307,8 +325,38 @@ CONTRACTS = [
     ),
     _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory", holds=("def build_group(",)),
     _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory.build_group", "self parser title"),
-    _C("stored_checkpoint", "training/checkpointing.py", "generate_state_dict", holds=("state_dict['args'] = args",)),
-    _C("stored_checkpoint", "training/checkpointing.py", "read_metadata", "tracker_filename"),
+    _C("stored_arguments", "training/checkpointing.py", "generate_state_dict", holds=("state_dict['args'] = args",)),
+    _C(
+        "choose_checkpoint",
+        "training/checkpointing.py",
+        "read_metadata",
+        "tracker_filename",
+        ("release = metastring == 'release'", "sys.exit()"),
+    ),
+    _C(
+        "choose_checkpoint",
+        "training/checkpointing.py",
+        "_load_base_checkpoint",
+        holds=(
+            "if maybe_msc.os.path.isfile(tracker_filename):\n",
+            "iteration, release = read_metadata(tracker_filename)",
+            "if getattr(args, 'ckpt_step', None):\n        iteration = args.ckpt_step\n",
+            "if iteration == -1:\n",
+            "get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
+        ),
+    ),
+    _C(
+        "choose_checkpoint",
+        "training/checkpointing.py",
+        "load_checkpoint",
+        holds=("if pretrained_dir is not None and (not checkpoint_exists(load_dir)):\n", "load_dir = pretrained_dir\n"),
+    ),
+    _C(
+        "skip_second_check",
+        "core/dist_checkpointing/serialization.py",
+        "load",
+        holds=("if verify_integrity:\n        verify_integrity_manifest(checkpoint_dir)\n",),
+    ),
     _C("tensor_shapes", "core/dist_checkpointing/serialization.py", "load_tensors_metadata"),
     _C(
         "read_tensors",

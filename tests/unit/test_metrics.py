@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_hybrid.engine.metrics import _Metrics, peak, peak_notes
+from megatron_hybrid.engine.metrics import _Metrics
+from megatron_hybrid.engine.throughput import peak, peak_notes
 
 
 @pytest.fixture(autouse=True)

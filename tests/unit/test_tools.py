@@ -149,7 +149,7 @@ def test_summary_of_throughput_and_memory():
 
 def test_summary_without_run_json_or_validation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\nnoise\n[1]\n{"loss": 1}\n')
-    metrics = summarize_run.collect(summarize_run.read_records(tmp_path / "metrics.jsonl"))
+    metrics = summarize_run.read_metrics(tmp_path / "metrics.jsonl")
     text = summarize_run.summary(tmp_path, metrics, summarize_run.read_run_info(tmp_path))
     assert [line.split()[0] for line in text.splitlines()] == ["iterations", "train"]
 

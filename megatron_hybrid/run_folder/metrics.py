@@ -1,0 +1,159 @@
+"""metrics.jsonl: what a run measures of itself, one JSON object a line.
+
+Records of steps, of validations and of starts, in the order of writing; :func:`.engine.metrics.write_metrics` says
+what they hold. The file is only ever added to. A run that goes back to a checkpoint does steps again: what was written
+of iterations beyond the checkpoint is then no part of the run any more, whether they have been done again or not.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Metrics:
+    """The records that count: the last of each iteration."""
+
+    train: dict[int, Record] = field(default_factory=dict)
+    """By iteration, in order. Keys: iteration, loss, tokens (seen since the start), tokens_per_second, ..."""
+    validation: dict[int, float] = field(default_factory=dict)
+    """Loss by iteration, in order, of the first validation set: the one that is followed where there are several."""
+    starts: list[Record] = field(default_factory=list)
+    """All of them. Keys: resume (the iteration that the run went on from; 0 for a fresh one), time, processes, ..."""
+
+    def add(self, record: Record, keep: Collection[str] | None = None) -> None:
+        """Takes the next record of the file; ``keep``: all that is kept of a step."""
+        if is_start(record):
+            self.starts.append(record)
+            self._forget_beyond(record["resume"])
+            return
+        iteration = record["iteration"]
+        if is_step(record):
+            if self.train and iteration <= next(reversed(self.train)):
+                self._forget_beyond(iteration - 1)  # the record of the start could not be written
+            self.train[iteration] = record if keep is None else {key: record[key] for key in keep if key in record}
+        elif record.get("validation", "validation") == "validation" and record.get("validation_loss") is not None:
+            self.validation.pop(iteration, None)  # keeps the order
+            self.validation[iteration] = record["validation_loss"]
+
+    def _forget_beyond(self, iteration: int) -> None:
+        for records in (self.train, self.validation):
+            while records and next(reversed(records)) > iteration:
+                records.popitem()
+
+
+def is_step(record: Record) -> bool:
+    """Whether a record is of a training step."""
+    return record.get("loss") is not None
+
+
+def is_start(record: Record) -> bool:
+    """Whether a record says that processes have started, and from where."""
+    return "resume" in record
+
+
+def records_of(line: bytes) -> list[Record]:
+    """The record of a line; none where it is not one: a process that was killed leaves half a line."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return []
+    known = isinstance(record, dict) and any(type(record.get(key)) is int for key in ("iteration", "resume"))
+    return [record] if known else []
+
+
+class Follower:
+    """Reads a metrics file from where it was read last, while a run writes it."""
+
+    def __init__(self, path: Path, keep: Collection[str] | None = None):
+        """``keep``: all that is kept of a step, since a run of weeks has many."""
+        self.path, self.metrics = path, Metrics()
+        self._keep = keep
+        self._offset, self._file = 0, (0, 0)
+
+    def update(self) -> list[Record]:
+        """Takes the whole lines that were added since the last call into ``metrics``.
+
+        It starts over where the file was replaced or cut. Without a file there is nothing new.
+
+        Returns:
+            The records of these lines, all that is in them.
+        """
+        try:
+            with self.path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset:
+                    self._file, self._offset, self.metrics = (stat.st_dev, stat.st_ino), 0, Metrics()
+                file.seek(self._offset)
+                lines = file.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()  # its rest may still come
+        self._offset += sum(map(len, lines))
+        new = [record for line in lines for record in records_of(line)]
+        for record in new:
+            self.metrics.add(record, self._keep)
+        return new
+
+
+def read_metrics(path: Path) -> Metrics:
+    """What counts in a metrics file; nothing if there is no file."""
+    follower = Follower(path)
+    follower.update()
+    return follower.metrics
+
+
+class Appender:
+    """Adds records to a metrics file. A run of weeks is worth more than its metrics: it goes on when that fails."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._in_doubt = True
+        """Whether the file may end in half a line: of a process that was killed, or of a full disk."""
+        self._warned = False
+
+    def append(self, record: Record) -> str:
+        """Writes a record with the ``time`` (seconds since 1970) as one line, by one call.
+
+        Returns:
+            What is to be said, if anything: the first time that it cannot be written.
+        """
+        line = json.dumps({**record, "time": time.time()}).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+", buffering=0) as file:
+                if self._in_doubt and file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else b"\n" + line
+                written = file.write(line)
+            self._in_doubt = written != len(line)
+            reason = "the disk took a part of a record" if self._in_doubt else ""
+        except OSError as error:
+            self._in_doubt, reason = True, str(error)
+        if not reason or self._warned:
+            return ""
+        self._warned = True
+        return f"WARNING: {self.path} lacks records from here on: {reason}. Training goes on; this is said once."
+
+
+class Balance(NamedTuple):
+    """How evenly a layer's tokens go to its experts."""
+
+    max_over_mean: float
+    """The busiest expert's share over an even one: 1 is even, the number of experts all to one."""
+    entropy: float
+    """Of the shares, over the largest that it can be: 1 is even, 0 all to one."""
+
+
+def balance(shares: list[float]) -> Balance:
+    """Of the share of tokens of each expert of a layer (record ``expert_loads``); they add up to 1."""
+    entropy = -sum(share * math.log(share) for share in shares if share > 0)
+    return Balance(max(shares) * len(shares), entropy / math.log(len(shares)) if len(shares) > 1 else 1.0)
