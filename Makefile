@@ -1,6 +1,6 @@
 # `make` alone lists the targets. All of them set up .venv first if need be.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test lint format clean
+.PHONY: help setup setup-dev quickstart test test-slurm lint format clean
 PY := .venv/bin/python
 SOURCES := megatron_hybrid tools tests pretrain_hybrid.py
 
@@ -19,6 +19,9 @@ quickstart: setup ## train a small hybrid on real text, on the CPU; run again to
 
 test: setup-dev ## run all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests
+
+test-slurm: setup-dev ## train on a SLURM of two nodes on this machine, and disturb it (12 minutes on two cores)
+	@$(PY) -m pytest tests/slurm
 
 lint: setup-dev ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check $(SOURCES)
