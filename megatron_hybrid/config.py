@@ -63,6 +63,10 @@ class HybridConfig:
     )
     """M and P layers: range of the uniform distribution that -A starts from (the study: 0.01 2.0)."""
 
+    load_unverified: bool = False
+    """Load checkpoints that have no manifest (integrity.json), from trusted folders that cannot be written. One that
+    differs from its manifest is refused all the same. tools/verify_checkpoint.py --seal makes a manifest."""
+
     hybrid_recompute: list[str] = field(
         default_factory=list, metadata={"argparse_meta": {"nargs": "*", "choices": ["ssm", "intra"]}}
     )

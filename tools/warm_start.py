@@ -273,11 +273,11 @@ def _intra(sources: dict[str, Source], olds: list[Old], intra: IntraDesign) -> d
     return warm_start.intra_layer(mixers, intra)
 
 
-def open_old(folder: str) -> Old:
+def open_old(folder: str, unverified: bool = False) -> Old:
     """Raises: ValueError: no checkpoint there, or not one of a hybrid model."""
     from megatron_hybrid.engine import checkpoints
 
-    where, args = checkpoints.open_checkpoint(folder)
+    where, args = checkpoints.open_checkpoint(folder, unverified)
     text = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     if not text:
         raise ValueError(f"{folder} is not a checkpoint of a hybrid model: its arguments have no layer pattern.")
@@ -285,7 +285,7 @@ def open_old(folder: str) -> Old:
     return Old(where, args, checkpoints.tensor_shapes(where), layers.layers, (layers.mtp, layers.mtp_depths))
 
 
-def make(froms: list[str], layers: list[str], save: Path, run: list[str]) -> str:
+def make(froms: list[str], layers: list[str], save: Path, run: list[str], unverified: bool = False) -> str:
     """Makes the checkpoint and returns the description of its layers.
 
     Raises:
@@ -299,7 +299,7 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str]) -> str
     device, new = arguments.choose_device(command.device), command.pattern
     layout = f"--hybrid-layer-pattern={new.without_boundaries()}"
     args = arguments.parse([*command.argv, *ALONE, layout], device)
-    olds = [open_old(folder) for folder in froms]
+    olds = [open_old(folder, unverified) for folder in froms]
     intra = design(args) if new.counts()["P"] else None
     plan = complete(asked, new.layers, olds, intra)
     model = build(args, device)
@@ -335,10 +335,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="froms", nargs="+", required=True, help="folders of trained checkpoints")
     parser.add_argument("--layers", nargs="+", default=[], help="NEW:BRANCH=OLD,BRANCH=OLD or NEW=OLD")
     parser.add_argument("--save", type=Path, required=True, help="folder to make")
+    parser.add_argument("--load-unverified", action="store_true", help="also from checkpoints without a manifest")
     known = parser.parse_args(argv[:split])
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream speaks of a training that does not take place
-        made = make(known.froms, known.layers, known.save, argv[split + 1 :])
+        made = make(known.froms, known.layers, known.save, argv[split + 1 :], known.load_unverified)
     print(made)
 
 

@@ -316,27 +316,11 @@ def _data_prefixes(args: Namespace) -> list[str]:
     return [word for word in words if not _is_number(word)]
 
 
-def stored_checkpoint(load: str | None, step: int | None = None) -> tuple[str, Namespace | None] | None:
-    """A folder's checkpoint of iteration ``step`` or else its newest; None if there is none.
-
-    Returns:
-        The checkpoint's own folder, and the arguments that upstream stores with each checkpoint
-        (training/checkpointing.py, ``generate_state_dict``).
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.training.checkpointing import get_checkpoint_name, read_metadata
-
-    if load is None or not (Path(load) / "latest_checkpointed_iteration.txt").is_file():
-        return None
-    iteration, release = read_metadata(str(Path(load) / "latest_checkpointed_iteration.txt"))
-    folder = get_checkpoint_name(load, step or iteration, release, return_base_dir=True)
-    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        return None
-    return folder, stored_arguments(folder)
-
-
 def stored_arguments(folder: str) -> Namespace | None:
-    """The arguments in a checkpoint's own folder; None if it has none."""
+    """The arguments that upstream stores with each checkpoint (training/checkpointing.py:1311); None if it has none.
+
+    Unpickles: what is in the folder has to be verified first (:mod:`megatron_hybrid.engine.resume`).
+    """
     from megatron.core import dist_checkpointing
 
     with warnings.catch_warnings():
@@ -364,22 +348,28 @@ def check_end_of_document(args: Namespace) -> None:
 def check_checkpoint(args: Namespace) -> None:
     """Refuses to load a checkpoint of other layers, or of P layers of another design; stage boundaries may differ.
 
+    args: ``checkpoint`` is the folder that :func:`megatron_hybrid.engine.resume.choose_checkpoint` has found.
+
     Raises:
         ValueError: With both patterns, or both designs.
     """
-    for folder, step in ((args.load, args.ckpt_step), (args.pretrained_checkpoint, None)):
-        found = stored_checkpoint(folder, step)
-        saved = getattr(found[1], "hybrid_layer_pattern", None) if found else None
-        if found is None or saved is None:
-            continue
-        if saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
-            raise ValueError(
-                f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
-                f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
-                "recipe, or give another --load."
-            )
-        if "P" in saved:
-            _check_designs(design(found[1]), design(args), str(folder))
+    from megatron.core import dist_checkpointing
+
+    folder = args.checkpoint
+    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return
+    stored = stored_arguments(folder)
+    saved = getattr(stored, "hybrid_layer_pattern", None)
+    if stored is None or saved is None:
+        return
+    if saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+        raise ValueError(
+            f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
+            f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
+            "recipe, or give another --load."
+        )
+    if "P" in saved:
+        _check_designs(design(stored), design(args), folder)
 
 
 def _check_designs(saved: IntraDesign, asked: IntraDesign, folder: str) -> None:

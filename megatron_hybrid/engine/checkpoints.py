@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hybrid.run_folder.checkpoints import is_sealed, seal
 
-def open_checkpoint(folder: str) -> tuple[str, Namespace]:
-    """Finds the newest checkpoint of a run's folder, or a checkpoint by its own folder.
+
+def open_checkpoint(folder: str, unverified: bool = False) -> tuple[str, Namespace]:
+    """Finds the checkpoint to load of a run's folder, or a checkpoint by its own folder, and verifies it.
+
+    Args:
+        folder: A run's, or a checkpoint's own.
+        unverified: Open one that has no manifest, too.
 
     Returns:
         Its folder, and the arguments that it was trained with.
@@ -22,16 +28,13 @@ def open_checkpoint(folder: str) -> tuple[str, Namespace]:
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_hybrid.engine.arguments import stored_arguments, stored_checkpoint
+    from megatron_hybrid.engine.arguments import stored_arguments
+    from megatron_hybrid.engine.resume import verified
 
-    where, args = stored_checkpoint(folder) or (folder, None)
-    if args is None and dist_checkpointing.check_is_distributed_checkpoint(folder):
-        args = stored_arguments(folder)
+    where = str(verified(folder, unverified))
+    args = stored_arguments(where) if dist_checkpointing.check_is_distributed_checkpoint(where) else None
     if args is None:
-        raise ValueError(
-            f"{folder} has no checkpoint that can be read: give the --save folder of a run, or one of its iter_... "
-            "folders, of the format torch_dist."
-        )
+        raise ValueError(f"{where} has no arguments of a run: give a checkpoint of the format torch_dist.")
     return where, args
 
 
@@ -108,6 +111,8 @@ def save_weights(model: Any, folder: Path) -> None:
     args.save, args.async_save, args.no_save_optim, args.no_save_rng = str(temporary), False, True, True
     try:
         save_checkpoint(0, [model], None, None, 0, release=True)
+        if not is_sealed(temporary / "release"):
+            seal(temporary / "release")
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -26,6 +26,7 @@ __all__ = [
     "problems",
     "remove_old",
     "seal",
+    "size",
 ]
 POINTER = "latest_checkpointed_iteration.txt"
 DELETING = ".deleting-"
@@ -77,6 +78,15 @@ def pointer(run: Path) -> int | Literal["release"] | None:
     if text == "release":
         return "release"
     return int(text) if re.fullmatch(r"\d{1,18}", text) else None
+
+
+def size(folder: Path) -> int:
+    """Bytes of a checkpoint's files; 0 if it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    except OSError:
+        return 0
 
 
 def point_to(run: Path, checkpoint: Checkpoint) -> None:

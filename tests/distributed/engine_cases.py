@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from tests.distributed.training import EOD, MOE, SIZES, STEPS, Run, forget
@@ -386,11 +387,12 @@ def check_checkpoint(load: str, pattern: str) -> str:
     from argparse import Namespace
 
     from megatron_hybrid.engine import arguments
+    from megatron_hybrid.run_folder.checkpoints import checkpoints
 
+    found = checkpoints(Path(load))
+    folder = str(found[0].folder) if found else None
     try:
-        arguments.check_checkpoint(
-            Namespace(load=load, ckpt_step=None, pretrained_checkpoint=None, hybrid_layer_pattern=pattern)
-        )
+        arguments.check_checkpoint(Namespace(checkpoint=folder, hybrid_layer_pattern=pattern))
     except ValueError as error:
         return str(error)
     return ""

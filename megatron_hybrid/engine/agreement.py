@@ -1,0 +1,156 @@
+"""What ranks agree on through torchrun's store, before there is a process group."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store
+
+from megatron_hybrid.run_folder.checkpoints import size
+
+SLOWEST = 20e6
+"""Bytes a second at which the slowest rank is taken to read a checkpoint; beyond that it is taken to hang."""
+
+Judge = Callable[[Path, int, int], list[str]]
+"""A checkpoint's folder, this rank and the number of ranks, to what is wrong with this rank's share of it."""
+Decide = Callable[[Callable[[Path], list[str]]], dict[str, Any]]
+"""What the ranks together find wrong with a checkpoint's folder, to a decision that JSON can hold."""
+
+
+def rendezvous_store(patience_s: float) -> Store:
+    """The store of the run's ranks: torchrun's, or one that rank 0 serves where the ranks were started otherwise.
+
+    Megatron's process group will use the same server later; rank 0's ends with the last reference to it.
+    """
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=patience_s))))
+    return store
+
+
+def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, patience_s: float) -> dict[str, Any]:
+    """Rank 0 decides, with what all ranks find in their shares; all ranks come to its decision or to its error.
+
+    Args:
+        store: Of all ranks. What an earlier start of the run left in it does not matter.
+        rank: This one.
+        ranks: Number of ranks.
+        decide: Called on rank 0. A ValueError or OSError of it is every rank's.
+        judge: Called on every rank for each folder that ``decide`` asks about.
+        patience_s: How long to wait for another rank's start, and for its answer beside the time that hashing takes.
+
+    Raises:
+        ValueError: ``decide`` or ``judge`` failed on some rank, or a rank has not answered in time.
+    """
+    try:
+        if rank == 0:
+            session = PrefixStore(_invite(store, ranks, patience_s), store)
+            return _lead(session, ranks, decide, judge, patience_s)
+        session = PrefixStore(_join(store, rank, patience_s), store)
+        return _follow(session, rank, ranks, judge, patience_s)
+    except DistError as error:
+        raise ValueError(
+            f"Rank {rank} of {ranks} lost the others while they agreed on the checkpoint to load ({error}). See what "
+            "the rank that ended first has said; that the nodes see each other and the folder of --load."
+        ) from None
+
+
+def _invite(store: Store, ranks: int, patience_s: float) -> str:
+    """Rank 0: opens a session, whose name only ranks of this start of the run get to know.
+
+    A restarted run finds the keys of the one before in torchrun's store. A rank is invited by a token of its own.
+    """
+    session, deadline = f"megatron_hybrid/{uuid.uuid4().hex}", time.monotonic() + patience_s
+    missing, invited = set(range(1, ranks)), dict[int, bytes]()
+    while missing:
+        for rank in sorted(missing):
+            if not store.check([f"megatron_hybrid/here/{rank}"]):
+                continue
+            token = store.get(f"megatron_hybrid/here/{rank}")
+            if invited.get(rank) != token:
+                store.set(f"megatron_hybrid/invited/{token.decode()}", session)
+                invited[rank] = token
+        missing = {rank for rank in missing if not store.check([f"{session}/joined/{rank}"])}
+        if missing and time.monotonic() > deadline:
+            raise _late(missing, patience_s)
+        time.sleep(0.02 if missing else 0)
+    return session
+
+
+def _join(store: Store, rank: int, patience_s: float) -> str:
+    token = uuid.uuid4().hex
+    store.set(f"megatron_hybrid/here/{rank}", token)
+    key = f"megatron_hybrid/invited/{token}"
+    store.wait([key], timedelta(seconds=patience_s))
+    session = store.get(key).decode()
+    store.set(f"{session}/joined/{rank}", "")
+    return session
+
+
+def _lead(store: Store, ranks: int, decide: Decide, judge: Judge, patience_s: float) -> dict[str, Any]:
+    asked = 0
+
+    def tell(message: dict[str, Any]) -> None:
+        nonlocal asked
+        store.set(f"told/{asked}", json.dumps(message))
+        asked += 1
+
+    def answers(what: str, seconds: float) -> list[str]:
+        keys = {rank: f"{what}/{rank}" for rank in range(1, ranks)}
+        try:
+            store.wait(list(keys.values()), timedelta(seconds=seconds))
+        except DistError:
+            late = {rank for rank, key in keys.items() if not store.check([key])}
+            raise _late(late, seconds) from None
+        return [text.decode() for text in store.multi_get(list(keys.values()))]
+
+    def check(folder: Path) -> list[str]:
+        seconds = patience_s + size(folder) / ranks / SLOWEST
+        tell({"folder": str(folder), "seconds": seconds})
+        found = [_judged(judge, folder, 0, ranks)]
+        found += [json.loads(text) for text in answers(f"found/{asked}", seconds)]
+        return list(dict.fromkeys(text for texts in found for text in texts))
+
+    try:
+        decision: dict[str, Any] = decide(check)
+    except (ValueError, OSError) as error:
+        tell({"error": str(error)})
+        answers("heard", patience_s)  # the store may end with this process
+        raise ValueError(str(error)) from None
+    tell({"decision": decision})
+    return decision
+
+
+def _follow(store: Store, rank: int, ranks: int, judge: Judge, patience_s: float) -> dict[str, Any]:
+    told, seconds = 0, patience_s
+    while True:
+        store.wait([f"told/{told}"], timedelta(seconds=seconds + patience_s))
+        message = json.loads(store.get(f"told/{told}"))
+        told += 1
+        if "folder" in message:
+            seconds = message["seconds"]  # rank 0 waits that long for the slowest
+            store.set(f"found/{told}/{rank}", json.dumps(_judged(judge, Path(message["folder"]), rank, ranks)))
+            continue
+        store.set(f"heard/{rank}", "")
+        if "error" in message:
+            raise ValueError(message["error"])
+        return message["decision"]
+
+
+def _judged(judge: Judge, folder: Path, rank: int, ranks: int) -> list[str]:
+    try:
+        return judge(folder, rank, ranks)
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
+        return [f"could not be checked on rank {rank} ({type(error).__name__}: {error})"]
+
+
+def _late(ranks: set[int], seconds: float) -> ValueError:
+    few = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
+    return ValueError(
+        f"{'Ranks' if len(ranks) > 1 else 'Rank'} {few} did not answer in {seconds:.0f} s while the ranks agreed on "
+        "the checkpoint to load. See what they have said; --distributed-timeout-minutes sets how long the others wait."
+    )

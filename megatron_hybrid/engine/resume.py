@@ -1,0 +1,223 @@
+"""Which checkpoint a run loads: found by content, agreed on by all ranks, before anything is unpickled."""
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.run_folder.checkpoints import (
+    POINTER,
+    Checkpoint,
+    checkpoints,
+    choose,
+    is_sealed,
+    point_to,
+    pointer,
+    problems,
+    size,
+)
+
+Check = Callable[[Path], list[str]]
+
+
+def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
+    """Finds a whole checkpoint and makes Megatron load that one, or nothing if there are none.
+
+    Megatron itself ends with exit code 0 where the pointer is garbled (training/checkpointing.py:353), starts from
+    random weights where it is missing (:1687), and loads flipped bytes. Here all ranks hash their shares of the files
+    and come to one choice. ``args.ckpt_step`` is set to it; ``args.checkpoint`` is its folder, or None. Where the run
+    saves into the same folder and the pointer leads elsewhere, rank 0 writes the pointer anew.
+
+    Args:
+        args: Megatron's, parsed; ``rank`` and ``world_size`` as torchrun says.
+        alone: Decide in this process, and write nothing: for ``--print-config``.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        ValueError: On all ranks alike: checkpoints are there and none can be loaded, or Megatron cannot be led to it.
+    """
+    args.checkpoint = None
+    if args.load is None and args.pretrained_checkpoint is None:
+        return []
+    if args.non_persistent_ckpt_type is not None and not args.load_unverified:
+        raise ValueError(
+            f"--non-persistent-ckpt-type {args.non_persistent_ckpt_type}: such checkpoints have no manifests, and "
+            "would be loaded without a check. Drop it, or give --load-unverified."
+        )
+
+    def judge(folder: Path, part: int, parts: int) -> list[str]:
+        if args.load_unverified and not is_sealed(folder):
+            return _unfinished(folder)
+        return problems(folder, part, parts)
+
+    if alone or args.world_size == 1:
+        try:
+            decision = _decide(args, lambda folder: judge(folder, 0, 1), write=not alone)
+        except OSError as error:
+            raise ValueError(f"The checkpoint to load was not found out: {error}") from None
+    else:
+        decision = _agree(args, judge)
+    if decision["folder"] is not None:
+        args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
+        _see_pointer(decision)
+        skip_second_check(decision["folder"])
+    return decision["notes"]
+
+
+def verified(folder: str, unverified: bool = False) -> Path:
+    """The folder of the checkpoint that a tool is to open: the newest whole one of a run, or the given one by itself.
+
+    Args:
+        folder: A run's folder, or a checkpoint's own.
+        unverified: Take one without a manifest, too.
+
+    Raises:
+        ValueError: It is not whole, or has no manifest.
+    """
+    path = Path(folder)
+
+    def check(where: Path) -> list[str]:
+        return _unfinished(where) if unverified and not is_sealed(where) else problems(where)
+
+    if checkpoints(path):
+        choice = choose(path, None, check)
+        assert choice.checkpoint is not None  # there are some, and else choose() raises
+        return choice.checkpoint.folder
+    if not _is_a_checkpoint(path):
+        raise ValueError(
+            f"{folder} has no checkpoint that can be read: give the --save folder of a run, or one of its iter_... "
+            "folders, of the format torch_dist."
+        )
+    wrong = check(path)
+    if wrong:
+        raise ValueError(
+            f"{folder}: {'; '.join(wrong[:2])}. Give a whole checkpoint; if it has no manifest and is trusted: "
+            f"tools/verify_checkpoint.py --seal {folder}, or --load-unverified."
+        )
+    return path
+
+
+def skip_second_check(folder: str) -> None:
+    """Has Megatron load a checkpoint that is verified here without hashing it again on rank 0, in one thread.
+
+    Megatron does so under ``--verify-integrity`` (core/dist_checkpointing/serialization.py:121), and refuses then
+    what has no manifest; other folders are verified as ever.
+    """
+    from megatron.core.dist_checkpointing import serialization
+
+    verify = serialization.verify_integrity_manifest
+
+    def verify_others(checkpoint_dir: str) -> None:
+        if Path(checkpoint_dir).absolute() != Path(folder).absolute():
+            verify(checkpoint_dir)
+
+    serialization.verify_integrity_manifest = verify_others
+
+
+def _agree(args: Namespace, judge: Callable[[Path, int, int], list[str]]) -> dict[str, Any]:
+    from megatron_hybrid.engine import agreement
+
+    patience_s = 60.0 * args.distributed_timeout_minutes
+    try:
+        _kept.append(agreement.rendezvous_store(patience_s))
+    except RuntimeError as error:
+        raise ValueError(
+            f"Rank {args.rank} of {args.world_size} does not reach the store of the run's ranks ({error}). Start all "
+            "ranks by torchrun, or check MASTER_ADDR and MASTER_PORT."
+        ) from None
+    return agreement.agree(_kept[-1], args.rank, args.world_size, lambda check: _decide(args, check), judge, patience_s)
+
+
+_kept: list[Any] = []
+"""The store, as long as the process lives: without torchrun rank 0 serves it for the others."""
+
+
+def _decide(args: Namespace, check: Check, write: bool = True) -> dict[str, Any]:
+    """What to load: folder (None: nothing), step, what the pointer says then and in which run, and notes."""
+    start, fresh = time.monotonic(), []
+    for flag, name in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if name is None:
+            continue
+        run = Path(name)
+        if not checkpoints(run) and not (run / POINTER).exists() and not _is_a_checkpoint(run):
+            fresh.append(f"{flag} {run} has no checkpoint")
+            continue
+        if _is_a_checkpoint(run):
+            raise ValueError(
+                f"{flag} {run} is a checkpoint's own folder: give {run.parent}, and --ckpt-step for one that is not "
+                "the newest."
+            )
+        choice = choose(run, args.ckpt_step, check)
+        assert choice.checkpoint is not None  # there are some, and else choose() raises
+        return _lead(args, run, flag, choice.checkpoint, write) | {
+            "notes": [*choice.notes, _loaded(choice.checkpoint.folder, time.monotonic() - start)]
+        }
+    if args.pretrained_checkpoint is not None or args.exit_on_missing_checkpoint or args.ckpt_step is not None:
+        raise ValueError(f"There is nothing to load: {', '.join(fresh)}. Give a folder that a run has saved in.")
+    return {"folder": None, "notes": [f"{text}: the run starts from fresh weights" for text in fresh]}
+
+
+def _lead(args: Namespace, run: Path, flag: str, checkpoint: Checkpoint, write: bool) -> dict[str, Any]:
+    """Leads Megatron to a checkpoint: it goes by the pointer, and by ckpt_step where that is above 0.
+
+    Raises:
+        ValueError: It cannot be led there without a change in a folder that is not the run's own.
+    """
+    said: int | str | None = pointer(run)
+    wanted = "release" if checkpoint.release else checkpoint.iteration
+    step = checkpoint.iteration or None
+    own = args.save is not None and Path(args.save).is_dir() and os.path.samefile(run, args.save)
+    kept = said == wanted or (isinstance(said, int) and step is not None)
+    # without a pointer it goes by ckpt_step, but takes --pretrained-checkpoint where one is given
+    kept = kept or not (run / POINTER).exists() and step is not None and args.pretrained_checkpoint is None
+    if own and (not kept or (said != wanted and args.ckpt_step is None)):
+        kept, said = True, wanted
+        if write:
+            point_to(run, checkpoint)
+    if not kept:
+        raise ValueError(
+            f"{flag} {run}: {checkpoint.folder.name} can be loaded, but {POINTER} "
+            f"{'is missing or cannot be read' if said is None else f'says {said}'}, and this run does not write "
+            f"there: write {wanted} into that file, or give the folder as --save, too."
+        )
+    return {"folder": str(checkpoint.folder), "step": step, "run": str(run), "pointer": said if write else None}
+
+
+def _see_pointer(decision: dict[str, Any], seconds: float = 60.0) -> None:
+    """Waits until this node sees the pointer that rank 0 may have written: names on NFS are seen late.
+
+    Raises:
+        ValueError: It does not.
+    """
+    run, said, deadline = Path(decision["run"]), decision["pointer"], time.monotonic() + seconds
+    while said is not None and pointer(run) != said:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{run / POINTER} does not say {said} on this node as it does on the first rank's: all nodes need to "
+                "see the same folder."
+            )
+        time.sleep(0.5)
+
+
+def _loaded(folder: Path, seconds: float) -> str:
+    if not is_sealed(folder):
+        return f"loads {folder}, which has no manifest and was not verified (--load-unverified)"
+    return f"loads {folder}: {size(folder) / 1e6:,.1f} MB verified in {seconds:.1f} s"
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """What tells an unfinished checkpoint without a manifest from a finished one, of any format."""
+    if (folder / "metadata.json").is_file():  # torch_dist, which writes it last
+        there = (folder / ".metadata").is_file() and any(folder.glob("*.distcp"))
+        return [] if there else ["lacks files: it has metadata.json, and no .metadata or no *.distcp"]
+    if any(folder.glob("mp_rank_0*/*")):  # torch
+        return []
+    return ["has neither a manifest nor metadata.json: it is unfinished, or of a format that is not supported"]
+
+
+def _is_a_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("metadata.json", ".metadata", "integrity.json"))
