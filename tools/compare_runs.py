@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from summarize_run import read_run_info
-
 from megatron_hybrid.data import cli
 from megatron_hybrid.data.files import atomic_write
 from megatron_hybrid.run_folder.metrics import Metrics, Record, read_metrics
+from megatron_hybrid.run_folder.run_info import read_run_info
 
 TRAIN_STEPS = 20
 """The training loss of one step is that of a few samples; this many of the last ones are averaged."""

@@ -17,10 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from summarize_run import read_run_info
-
 from megatron_hybrid.data import cli
 from megatron_hybrid.run_folder.metrics import Follower, is_step
+from megatron_hybrid.run_folder.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -154,7 +153,7 @@ class Progress:
         if now - self.shown_at < (1 if self.terminal else 15):
             return
         self.shown_at = now
-        train = [record for record in self.follower.update() if is_step(record)]
+        train = [record for record in self.follower.records() if is_step(record)]
         if train:
             self.print(train[-1])
 

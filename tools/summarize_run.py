@@ -6,7 +6,6 @@ reads metrics.jsonl and run.json of the run's directory and draws loss_curve.png
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_hybrid.data import cli
 from megatron_hybrid.data.files import atomic_write
 from megatron_hybrid.run_folder.metrics import Metrics, Record, read_metrics
+from megatron_hybrid.run_folder.run_info import read_run_info
 
 NEXT_STEPS = """\
 Next (after `source .venv/bin/activate`):
@@ -26,18 +26,6 @@ Next (after `source .venv/bin/activate`):
                             --data-path PREFIX --tokenizer-type SentencePieceTokenizer \\
                             --tokenizer-model MODEL --save DIR --load DIR
   on a SLURM cluster    sbatch examples/slurm/pretrain.sbatch"""
-
-
-def read_run_info(run_dir: Path) -> Record:
-    """Return run.json of a run, or nothing if it is missing or not whole.
-
-    Keys: recipe, pattern, parameters_total, parameters_active, device, processes, args (all flags).
-    """
-    try:
-        info = json.loads((run_dir / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return info if isinstance(info, dict) else {}
 
 
 def summary(run_dir: Path, metrics: Metrics, info: Record) -> str:

@@ -174,7 +174,8 @@ class _Metrics:
         loads = expert_loads(self._model)
         if loads:
             _say_balance(loads, iteration)
-            found["expert_loads"] = loads
+            # five digits: with many experts these are most of the file
+            found["expert_loads"] = {layer: [float(f"{s:.5g}") for s in shares] for layer, shares in loads.items()}
         return {**memory, **found}
 
     def _say_throughput(self, memory: dict[str, int], iteration: int) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +17,33 @@ from typing import Any, NamedTuple
 Record = dict[str, Any]
 
 
+class Balance(NamedTuple):
+    """How evenly a layer's tokens go to its experts."""
+
+    max_over_mean: float
+    """The busiest expert's share over an even one: 1 is even, the number of experts all to one."""
+    entropy: float
+    """Of the shares, over the largest that it can be: 1 is even, 0 all to one."""
+
+
+def balance(shares: list[float]) -> Balance:
+    """Of the share of tokens of each expert of a layer (record ``expert_loads``); they add up to 1."""
+    entropy = -sum(share * math.log(share) for share in shares if share > 0)
+    return Balance(max(shares) * len(shares), entropy / math.log(len(shares)) if len(shares) > 1 else 1.0)
+
+
 @dataclass
 class Metrics:
     """The records that count: the last of each iteration."""
 
     train: dict[int, Record] = field(default_factory=dict)
-    """By iteration, in order. Keys: iteration, loss, tokens (seen since the start), tokens_per_second, ..."""
+    """By iteration, in order, without expert_loads. Keys: iteration, loss, tokens (all so far), grad_norm, ..."""
     validation: dict[int, float] = field(default_factory=dict)
     """Loss by iteration, in order, of the first validation set: the one that is followed where there are several."""
+    max_over_mean: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Of each layer of experts (:class:`Balance`), by iteration, in order."""
+    expert_loads: dict[str, list[float]] = field(default_factory=dict)
+    """The newest: layer to the share of tokens of each expert. They are too many to keep all of a run of weeks."""
     starts: list[Record] = field(default_factory=list)
     """All of them. Keys: resume (the iteration that the run went on from; 0 for a fresh one), time, processes, ..."""
 
@@ -38,13 +57,22 @@ class Metrics:
         if is_step(record):
             if self.train and iteration <= next(reversed(self.train)):
                 self._forget_beyond(iteration - 1)  # the record of the start could not be written
-            self.train[iteration] = record if keep is None else {key: record[key] for key in keep if key in record}
+            self._add_loads(iteration, record.get("expert_loads"))
+            kept = record if keep is None else keep
+            self.train[iteration] = {key: record[key] for key in kept if key in record and key != "expert_loads"}
         elif record.get("validation", "validation") == "validation" and record.get("validation_loss") is not None:
             self.validation.pop(iteration, None)  # keeps the order
             self.validation[iteration] = record["validation_loss"]
 
+    def _add_loads(self, iteration: int, loads: dict[str, list[float]] | None) -> None:
+        if loads:
+            self.expert_loads = loads
+            self.max_over_mean[iteration] = {layer: balance(shares).max_over_mean for layer, shares in loads.items()}
+
     def _forget_beyond(self, iteration: int) -> None:
-        for records in (self.train, self.validation):
+        if self.max_over_mean and next(reversed(self.max_over_mean)) > iteration:
+            self.expert_loads = {}
+        for records in (self.train, self.validation, self.max_over_mean):
             while records and next(reversed(records)) > iteration:
                 records.popitem()
 
@@ -78,30 +106,32 @@ class Follower:
         self._keep = keep
         self._offset, self._file = 0, (0, 0)
 
-    def update(self) -> list[Record]:
-        """Takes the whole lines that were added since the last call into ``metrics``.
+    def update(self) -> None:
+        """Takes the whole lines that were added since the last time into ``metrics``."""
+        for _ in self.records():
+            pass
+
+    def records(self) -> Iterator[Record]:
+        """The same, with each record when it has been taken, all that is in it.
 
         It starts over where the file was replaced or cut. Without a file there is nothing new.
-
-        Returns:
-            The records of these lines, all that is in them.
         """
         try:
-            with self.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset:
-                    self._file, self._offset, self.metrics = (stat.st_dev, stat.st_ino), 0, Metrics()
-                file.seek(self._offset)
-                lines = file.read().splitlines(keepends=True)
+            file = self.path.open("rb")
         except FileNotFoundError:
-            return []
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()  # its rest may still come
-        self._offset += sum(map(len, lines))
-        new = [record for line in lines for record in records_of(line)]
-        for record in new:
-            self.metrics.add(record, self._keep)
-        return new
+            return
+        with file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset:
+                self._file, self._offset, self.metrics = (stat.st_dev, stat.st_ino), 0, Metrics()
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # its rest may still come
+                self._offset += len(line)
+                for record in records_of(line):
+                    self.metrics.add(record, self._keep)
+                    yield record
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -142,18 +172,3 @@ class Appender:
             return ""
         self._warned = True
         return f"WARNING: {self.path} lacks records from here on: {reason}. Training goes on; this is said once."
-
-
-class Balance(NamedTuple):
-    """How evenly a layer's tokens go to its experts."""
-
-    max_over_mean: float
-    """The busiest expert's share over an even one: 1 is even, the number of experts all to one."""
-    entropy: float
-    """Of the shares, over the largest that it can be: 1 is even, 0 all to one."""
-
-
-def balance(shares: list[float]) -> Balance:
-    """Of the share of tokens of each expert of a layer (record ``expert_loads``); they add up to 1."""
-    entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    return Balance(max(shares) * len(shares), entropy / math.log(len(shares)) if len(shares) > 1 else 1.0)

@@ -185,5 +185,5 @@ def test_expert_loads_stand_at_each_interval(replicas, stages):
         for (times, name), loads in zip(said, found.values(), strict=True):
             (shares,) = loads.values()
             assert list(loads) == [name] == [layer]
-            assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-12)
+            assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-4)  # five digits are written
             assert float(times) == pytest.approx(max(shares) * 4, abs=0.0051)  # two decimals are printed

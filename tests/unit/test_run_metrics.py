@@ -66,14 +66,14 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
 def test_a_follower_reads_each_line_once_and_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     follower = Follower(path, keep=("loss",))
-    assert follower.update() == []
+    assert list(follower.records()) == []
     whole = [json.dumps(step(i, float(i))) + "\n" for i in range(1, 4)]
     path.write_text(whole[0] + whole[1][:9])
-    assert follower.update() == [step(1, 1.0)]
-    assert follower.update() == []
+    assert list(follower.records()) == [step(1, 1.0)]
+    assert list(follower.records()) == []
     with path.open("a") as file:
         file.write(whole[1][9:] + whole[2])
-    assert follower.update() == [step(2, 2.0), step(3, 3.0)]
+    assert list(follower.records()) == [step(2, 2.0), step(3, 3.0)]
     assert follower.metrics.train == {1: {"loss": 1.0}, 2: {"loss": 2.0}, 3: {"loss": 3.0}}
 
 
@@ -146,6 +146,18 @@ def test_the_balance_of_experts():
     # half of the tokens to each of two experts of four: twice the mean, and log 2 / log 4
     assert balance([0.5, 0.5, 0.0, 0.0]) == Balance(2.0, pytest.approx(0.5))
     assert balance([1.0]) == Balance(1.0, 1.0)
+
+
+def test_loads_of_experts_are_those_of_the_last_interval_that_counts():
+    def loads(iteration, *shares):
+        return step(iteration, 1.0) | {"expert_loads": {"2": list(shares), "mtp 1.1": [0.5, 0.5]}}
+
+    metrics = collected(loads(2, 0.5, 0.5), step(3, 1.0), loads(4, 0.25, 0.75))
+    assert metrics.expert_loads == {"2": [0.25, 0.75], "mtp 1.1": [0.5, 0.5]}
+    assert metrics.max_over_mean == {2: {"2": 1.0, "mtp 1.1": 1.0}, 4: {"2": 1.5, "mtp 1.1": 1.0}}
+    assert "expert_loads" not in metrics.train[4]
+    metrics.add({"resume": 3})
+    assert (metrics.expert_loads, list(metrics.max_over_mean)) == ({}, [2])
 
 
 def test_the_package_needs_the_standard_library_alone():
