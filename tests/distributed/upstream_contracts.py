@@ -21,6 +21,10 @@ ROUTER = "core/transformer/moe/router.py"
 MAPPINGS = "core/tensor_parallel/mappings.py"
 ADAM = "core/optimizer/distrib_optimizer.py"
 TRAINING = "training/training.py"
+ELASTIC = "../torch/distributed/elastic"
+AGENT = f"{ELASTIC}/agent/server/api.py"
+LOCAL_AGENT = f"{ELASTIC}/agent/server/local_elastic_agent.py"
+PROCESSES = f"{ELASTIC}/multiprocessing/api.py"
 
 
 @dataclass(frozen=True)
@@ -388,6 +392,72 @@ CONTRACTS = [
         "training/checkpointing.py",
         "load_checkpoint",
         holds=("if args.finetune or release:\n", "not release and (not args.finetune or gpt_compat_load_optim)"),
+    ),
+    # torch's: the default grace that run_node replaces, and the places that _Agent overrides
+    _C(
+        "run_node",
+        PROCESSES,
+        "SubprocessContext._close",
+        "self death_sig timeout",
+        ("handler.proc.wait(time_to_wait)",),
+    ),
+    _C("run_node", PROCESSES, "PContext.close", "self death_sig timeout"),
+    _C(
+        "run_node",
+        PROCESSES,
+        "PContext",
+        holds=("def close(self, death_sig: signal.Signals | None=None, timeout: int=30)",),
+    ),
+    _C(
+        "run_node",
+        PROCESSES,
+        "PContext.start",
+        holds=("'TORCHELASTIC_SIGNALS_TO_HANDLE'", "signals_to_handle.split(',')"),
+    ),
+    _C("run_node", PROCESSES, "SubprocessContext._poll", "self", ("self.close()\n",)),
+    _C("run_node", PROCESSES, "LogsSpecs.reify", "self envs"),
+    _C(
+        "run_node",
+        f"{ELASTIC}/multiprocessing/subprocess_handler/subprocess_handler.py",
+        "SubprocessHandler._popen",
+        "self args env",
+        ("kwargs['start_new_session'] = True",),
+    ),
+    _C("run_node", LOCAL_AGENT, "LocalElasticAgent._shutdown", "self death_sig", ("self._pcontext.close(death_sig)",)),
+    _C("run_node", LOCAL_AGENT, "LocalElasticAgent._stop_workers", "self worker_group", ("self._shutdown()",)),
+    _C(
+        "run_node",
+        LOCAL_AGENT,
+        "LocalElasticAgent._start_workers",
+        "self worker_group",
+        ("return self._pcontext.pids()",),
+    ),
+    _C("run_node", LOCAL_AGENT, "LocalElasticAgent._monitor_workers", "self worker_group", ("self._pcontext.wait(0)",)),
+    _C(
+        "run_node",
+        AGENT,
+        "SimpleElasticAgent._rendezvous",
+        "self worker_group",
+        ("worker_group.master_port = master_port\n", "self._store = store\n"),
+    ),
+    _C("run_node", AGENT, "SimpleElasticAgent._assign_worker_ranks", "self store group_rank group_world_size spec"),
+    _C(
+        "run_node",
+        AGENT,
+        "SimpleElasticAgent._invoke_run",
+        holds=("if self._remaining_restarts > 0:\n", "self._remaining_restarts -= 1\n", "self._restart_workers("),
+    ),
+    _C(
+        "run_node",
+        AGENT,
+        "SimpleElasticAgent.run",
+        holds=("except SignalException as e:\n", "self._shutdown(e.sigval)"),
+    ),
+    _C(
+        "run_node",
+        f"{ELASTIC}/rendezvous/dynamic_rendezvous.py",
+        "DynamicRendezvousHandler.next_rendezvous",
+        holds=("if self._bootstrap_store_info is None:\n",),  # set once and for all restarts
     ),
     _C("state_of_the_run", TRAINING, "train", holds=("args.curr_iteration = iteration\n", "sys.exit(exit_code)")),
     _C(

@@ -1,0 +1,89 @@
+"""events.jsonl in a job's folder of logs: signals and deaths of ranks, one line each, appended by every node."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that a node's agent saw."""
+
+    kind: Literal["signal", "death"]
+    """signal: the agent was told to stop. death: a rank ended, and not as it should."""
+    node: str
+    requeue: int
+    """SLURM's count of starts of the job before this one."""
+    restart: int = 0
+    """The ranks' restarts before, within this start of the job."""
+    reason: str
+    rank: int | None = None
+    local_rank: int | None = None
+    pid: int | None = None
+    code: int | None = None
+    """Exit code; negative: the number of the signal that ended the rank."""
+    last_words: str = ""
+    """Of the rank's log: its exception, or the last line."""
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970, by the node's clock."""
+
+
+def append(folder: Path, event: Event) -> None:
+    """Adds a line. One write of a short line: those of several nodes do not mix."""
+    line = json.dumps({k: v for k, v in asdict(event).items() if v not in (None, "")}) + "\n"
+    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path) -> list[Event]:
+    """All events by time; a line that was cut is left out."""
+    events = []
+    try:
+        lines = (folder / "events.jsonl").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            events.append(Event(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return sorted(events, key=lambda event: event.time)
+
+
+def reason(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return {
+            2: "exit code 2: a mistake in the flags or files",
+            16: "exit code 16: a result was not reproduced, and is to be tried on other machines",
+            17: "exit code 17: a result failed its validation",
+        }.get(code, f"exit code {code}")
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if name == "SIGKILL":
+        return "SIGKILL: kill -9, or the kernel's out-of-memory killer (dmesg on the node says which)"
+    return name
+
+
+def last_words(log: Path) -> str:
+    """The last exception in a log, or its last line; at most 300 characters."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - 16384))
+            lines = [line.strip() for line in stream.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    errors = [
+        line for line in lines if re.match(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)
+    ]
+    return (errors or lines or [""])[-1][:300]

@@ -1,0 +1,196 @@
+"""The launcher's programs: a batch step that starts an agent on each node, the agent, and one machine's agent alone."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_hybrid import flags
+from megatron_hybrid.launch import allocation as allocations
+from megatron_hybrid.launch import checks, environment, events, requeue, summary
+from megatron_hybrid.launch.allocation import Allocation
+from megatron_hybrid.run_folder.checkpoints import pointer
+from megatron_hybrid.run_folder.progress import Progress
+from megatron_hybrid.run_folder.state import State, read_state
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "tools" / "launch.py"
+
+
+def slurm(args: argparse.Namespace, argv: list[str]) -> int:
+    """The batch step: checks, starts `launch.py node` on every node, waits, and queues the job again.
+
+    Args:
+        args: The launcher's own flags.
+        argv: pretrain_hybrid.py's.
+
+    Returns:
+        An exit code: 0 if the run is finished or queued again.
+    """
+    device = flags.value(argv, "--device", "auto")
+    allocation = allocations.from_slurm(os.environ, args.nproc, device)
+    job = _Job(args, argv, allocation)
+    address = args.master_addr or allocations.meeting_address(allocation.nodes[0])
+    port = args.master_port or allocations.free_port(allocations.FIRST_PORT + int(allocation.job) % allocations.PORTS)
+    step = ["srun", "--kill-on-bad-exit=1", f"--nodes={len(allocation.nodes)}", f"--ntasks={len(allocation.nodes)}"]
+    # Steps do not inherit the job's processors: without the number, all ranks of a node would share one core
+    step += ["--ntasks-per-node=1", f"--cpus-per-task={allocation.cpus or 1}", "--cpu-bind=none"]
+    step += [sys.executable, str(LAUNCH), "node", *job.for_nodes(address, port)]
+    told: list[int] = []
+
+    def tell(number: int, frame: object) -> None:
+        """Neither srun nor the ranks get SIGUSR1: they would die of it. scancel reaches all steps, not this one."""
+        told.append(number)
+        subprocess.Popen(["scancel", "--signal=TERM", allocation.job])
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, tell)
+    print(job.start_screen(), flush=True)
+    # A group of its own: a signal to the batch step's would make srun kill all ranks at once
+    code = _wait(subprocess.Popen(step, start_new_session=True))
+    after = job.end(code, bool(told), "queued again")
+    if after.requeue and _may_requeue(allocation.job) and not args.no_requeue:
+        return subprocess.run(["scontrol", "requeue", allocation.job]).returncode
+    return after.code
+
+
+def local(args: argparse.Namespace, argv: list[str]) -> int:
+    """One machine: the agent runs in this process."""
+    device = flags.value(argv, "--device", "auto")
+    allocation = allocations.on_this_machine(
+        time.strftime("%Y%m%d-%H%M%S"), args.nproc or 1, len(os.sched_getaffinity(0))
+    )
+    job = _Job(args, argv, allocation)
+    port = args.master_port or allocations.free_port(allocations.FIRST_PORT + os.getpid() % allocations.PORTS)
+    print(job.start_screen(), flush=True)
+    words = job.for_nodes("localhost", port)
+    code = node(parser().parse_args(["node", *words[: words.index("--")]]), words[words.index("--") + 1 :], device)
+    return job.end(code, False, "call it again").code
+
+
+def node(args: argparse.Namespace, argv: list[str], device: str | None = None) -> int:
+    """One node: sets the environment and runs torchrun's agent."""
+    device = device or flags.value(argv, "--device", "auto")
+    os.environ.update(environment.defaults(os.environ, args.master_addr, args.nproc, args.cpus, device))
+    from megatron_hybrid.engine import elastic
+
+    place = elastic.Node(
+        job=args.job,
+        number=int(os.environ.get("SLURM_NODEID", 0)) if args.nodes > 1 else 0,
+        nodes=args.nodes,
+        name=os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
+        processes=args.nproc,
+        address=args.master_addr,
+        port=args.master_port,
+        restarts=args.max_restarts,
+        grace=args.grace,
+        logs=args.logs,
+        requeue=args.requeue,
+    )
+    return elastic.run_node(place, [str(args.program), *argv])
+
+
+class _Job:
+    """What a start of a job knows from its beginning to its end."""
+
+    def __init__(self, args: argparse.Namespace, argv: list[str], allocation: Allocation):
+        """Checks the flags and makes the folders. Raises ValueError for a mistake in them."""
+        self.args, self.allocation = args, allocation
+        self.plan = checks.check(argv, allocation)
+        self.save = self.plan.save
+        self.logs = self.save / "logs" / allocation.job
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+        self.state_before = read_state(self.save)
+        self.checkpoint_before = pointer(self.save)
+
+    def for_nodes(self, address: str, port: int) -> list[str]:
+        """The words behind `launch.py node`."""
+        allocation, args = self.allocation, self.args
+        words = ["--master-addr", address, "--master-port", port, "--nodes", len(allocation.nodes)]
+        words += ["--nproc", allocation.processes, "--cpus", allocation.cpus or 1, "--job", allocation.job]
+        words += ["--requeue", allocation.requeues, "--logs", self.logs, "--max-restarts", args.max_restarts]
+        words += ["--grace", args.grace, "--program", args.program, "--", *self.plan.argv]
+        return [str(word) for word in words]
+
+    def start_screen(self) -> str:
+        return summary.start(self.allocation, self.plan, self.logs, self.args.max_restarts, self.args.grace)
+
+    def end(self, code: int, signalled: bool, again: str) -> requeue.Next:
+        """Decides what comes next and prints the last screen, which calls another start ``again``."""
+        seen = [event for event in events.read(self.logs) if event.requeue == self.allocation.requeues]
+        signalled = signalled or any(event.kind == "signal" for event in seen)
+        state = self._state()
+        most = getattr(self.args, "max_requeues", 0)
+        after = requeue.decide(state, code, signalled, seen, self._failed_starts(), most)
+        next_ = f"{again if after.requeue else 'no more'}: {after.why}"
+        run = Progress(self.save)
+        run.update()
+        seconds = time.monotonic() - self.began
+        print(summary.end(self.allocation.job, run, self.logs, state is not None, seen, next_, seconds), flush=True)
+        return after
+
+    def _state(self) -> State | None:
+        """What the run has said since this start."""
+        state = read_state(self.save)
+        return None if state == self.state_before else state
+
+    def _failed_starts(self) -> int:
+        """Starts in a row that left no new checkpoint, this one included; kept beside the logs."""
+        path = self.logs / "failed_starts.json"
+        if pointer(self.save) != self.checkpoint_before:
+            path.unlink(missing_ok=True)
+            return 1
+        try:
+            count = int(json.loads(path.read_text())) + 1
+        except (OSError, ValueError, TypeError):
+            count = 1
+        path.write_text(f"{count}\n")
+        return count
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The exit code, as a shell gives it."""
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _may_requeue(job: str) -> bool:
+    """Not after `scancel JOB`, which asks for an end: the job's state is then CANCELLED, and RUNNING otherwise."""
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    return "JobState=CANCELLED" not in shown
+
+
+def parser() -> argparse.ArgumentParser:
+    """The launcher's own flags, which stand before ``--``."""
+    top = argparse.ArgumentParser(
+        prog="tools/launch.py",
+        usage="tools/launch.py slurm|local [launcher's flags] -- pretrain_hybrid.py's flags",
+        description="Starts pretrain_hybrid.py on all nodes of a SLURM job or on this machine, and again when it dies.",
+        allow_abbrev=False,
+    )
+    commands = top.add_subparsers(dest="where", required=True)
+    for name, about in (
+        ("slurm", "in a batch step: on all nodes of the job"),
+        ("local", "on this machine"),
+        ("node", "what `slurm` starts on each node"),
+    ):
+        one = commands.add_parser(name, help=about, allow_abbrev=False)
+        default = "each GPU one; on the CPU 1" if name == "slurm" else "1"
+        one.add_argument("--nproc", type=int, metavar="N", help=f"processes on each node (default: {default})")
+        one.add_argument("--max-restarts", type=int, default=3, metavar="N", help="when a rank dies (default: 3)")
+        one.add_argument("--grace", type=float, default=300.0, metavar="SECONDS", help="to save in (default: 300)")
+        one.add_argument("--master-addr", metavar="HOST", help="where nodes meet (default: the first node)")
+        one.add_argument("--master-port", type=int, metavar="PORT", help="(default: by the job's number)")
+        one.add_argument("--program", type=Path, default=ROOT / "pretrain_hybrid.py", help="with the same flags")
+        if name == "slurm":
+            one.add_argument("--max-requeues", type=int, default=3, metavar="N", help="failures in a row (default: 3)")
+            one.add_argument("--no-requeue", action="store_true", help="say what would be next, and end")
+        if name == "node":
+            for flag, kind in (("--nodes", int), ("--cpus", int), ("--requeue", int), ("--job", str), ("--logs", Path)):
+                one.add_argument(flag, type=kind, required=True)
+    return top

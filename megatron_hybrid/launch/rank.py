@@ -1,0 +1,33 @@
+"""Stands in front of a rank: gives it its log, and its end if its agent dies. Run by path, on the standard library.
+
+python rank.py AGENT_PID LOGS PROGRAM FLAGS becomes `python PROGRAM FLAGS` with rank_RANK.log for both streams.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(agent: int, logs: str, command: list[str]) -> None:
+    """Replaces this process by the program; the environment is torchrun's."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # outlives the exec below
+    if os.getppid() != agent:  # it died before
+        os.kill(os.getpid(), signal.SIGKILL)
+    # SLURM's --signal without B: reaches ranks, too, which it would end; their agent tells them what it means
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    path = os.path.join(logs, f"rank_{int(os.environ['RANK']):03}.log")
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    if os.fstat(log).st_size:
+        now, restart = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ["TORCHELASTIC_RESTART_COUNT"]
+        os.write(log, f"\n---- started again at {now} (restart {restart} of this start of the job)\n".encode())
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.execv(sys.executable, [sys.executable, "-u", *command])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

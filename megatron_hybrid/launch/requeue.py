@@ -1,0 +1,56 @@
+"""What happens after a job's end: nothing more, or another start from the last checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_hybrid.launch.events import Event
+from megatron_hybrid.run_folder.state import State
+
+FINAL_CODES = (2, 16, 17)
+"""Exit codes of ranks that a new start would meet again: a user's mistake, and upstream's for results that failed
+their validation (core/rerun_state_machine.py: 16 wants other machines, 17 is a wrong result)."""
+
+
+@dataclass(frozen=True)
+class Next:
+    """What comes after a job's end."""
+
+    requeue: bool
+    why: str
+    code: int
+    """The launcher's exit code."""
+
+
+def decide(
+    state: State | None, code: int, signalled: bool, seen: Sequence[Event], failed_starts: int, most: int
+) -> Next:
+    """Decides by what the run says of itself, since a rank that was stopped exits as one that finished.
+
+    Args:
+        state: What the run said in this start of the job; None if nothing.
+        code: Exit code of srun, or of the agent.
+        signalled: The job was told to stop, by its time limit, preemption or a user.
+        seen: The events of this start.
+        failed_starts: Starts in a row that failed without a new checkpoint, this one included.
+        most: How many of them there may be.
+    """
+    status = state.status if state else "unknown"
+    final = next((event for event in seen if event.code in FINAL_CODES), None)
+    if status == "finished":
+        return Next(False, "all iterations are done", 0)
+    if final:
+        return Next(False, f"rank {final.rank} ended with {final.reason}; a restart would not help", final.code or 1)
+    if state and status == "failed":
+        return Next(False, f"the run failed ({state.reason}); a restart as it is would not help", code or 1)
+    if state and status == "stopped" and state.reason != "signal":
+        return Next(False, f"the run stopped by itself ({state.reason})", code)
+    if signalled:
+        saved = "saved and stopped" if status == "stopped" else "ended before it could save"
+        return Next(True, f"the run was told to stop, and {saved}", code)
+    if status == "stopped":
+        return Next(True, "the run was told to stop, and saved", code)
+    if code == 0:
+        return Next(False, "the ranks ended in order, and did not say whether all is done", 0)
+    if failed_starts > most:
+        return Next(False, f"{failed_starts} starts in a row failed without a new checkpoint", code)
+    return Next(True, f"the ranks died (start {failed_starts} of at most {most} without a new checkpoint)", code)
