@@ -222,7 +222,8 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts == 0:
                 self._store.set(OVER, "1")
             else:
-                _say(f"starting all ranks again ({self._remaining_restarts} of {self.node.restarts} restarts left)")
+                number = self.node.restarts - self._remaining_restarts + 1
+                _say(f"starting all ranks again: restart {number} of at most {self.node.restarts}")
         elif self._store.check([OVER]):
             self._kill()
             self._remaining_restarts = 0

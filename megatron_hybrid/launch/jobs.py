@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hybrid import flags
@@ -45,16 +46,22 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
     def tell(number: int, frame: object) -> None:
         """Neither srun nor the ranks get SIGUSR1: they would die of it. scancel reaches all steps, not this one."""
         told.append(number)
-        subprocess.Popen(["scancel", "--signal=TERM", allocation.job])
+        # a job that is being cancelled is unknown to scancel, and SLURM has told its steps already
+        subprocess.Popen(["scancel", "--signal=TERM", allocation.job], stderr=subprocess.DEVNULL)
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, tell)
     print(job.start_screen(), flush=True)
     # A group of its own: a signal to the batch step's would make srun kill all ranks at once
     code = _wait(subprocess.Popen(step, start_new_session=True))
-    after = job.end(code, bool(told), "queued again")
-    if after.requeue and _may_requeue(allocation.job) and not args.no_requeue:
-        return subprocess.run(["scontrol", "requeue", allocation.job]).returncode
+
+    def may_requeue(after: requeue.Next) -> requeue.Next:
+        shown = subprocess.run(["scontrol", "show", "job", allocation.job], capture_output=True, text=True).stdout
+        return requeue.unless_cancelled(after, shown)
+
+    after = job.end(code, bool(told), "queued again", may_requeue)
+    if after.requeue:
+        return subprocess.run(["scontrol", "requeue", allocation.job]).returncode  # it ends this process, too
     return after.code
 
 
@@ -120,13 +127,18 @@ class _Job:
     def start_screen(self) -> str:
         return summary.start(self.allocation, self.plan, self.logs, self.args.max_restarts, self.args.grace)
 
-    def end(self, code: int, signalled: bool, again: str) -> requeue.Next:
+    def end(
+        self, code: int, signalled: bool, again: str, may_requeue: Callable[[requeue.Next], requeue.Next] | None = None
+    ) -> requeue.Next:
         """Decides what comes next and prints the last screen, which calls another start ``again``."""
         seen = [event for event in events.read(self.logs) if event.requeue == self.allocation.requeues]
-        signalled = signalled or any(event.kind == "signal" for event in seen)
+        # srun, too, signals the nodes that are left when one has failed
+        signalled = signalled or code == 0 and any(event.kind == "signal" for event in seen)
         state = self._state()
         most = getattr(self.args, "max_requeues", 0)
         after = requeue.decide(state, code, signalled, seen, self._failed_starts(), most)
+        if after.requeue and may_requeue is not None:
+            after = may_requeue(after)
         next_ = f"{again if after.requeue else 'no more'}: {after.why}"
         run = Progress(self.save)
         run.update()
@@ -159,12 +171,6 @@ def _wait(process: subprocess.Popen) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _may_requeue(job: str) -> bool:
-    """Not after `scancel JOB`, which asks for an end: the job's state is then CANCELLED, and RUNNING otherwise."""
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-    return "JobState=CANCELLED" not in shown
-
-
 def parser() -> argparse.ArgumentParser:
     """The launcher's own flags, which stand before ``--``."""
     top = argparse.ArgumentParser(
@@ -189,7 +195,6 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--program", type=Path, default=ROOT / "pretrain_hybrid.py", help="with the same flags")
         if name == "slurm":
             one.add_argument("--max-requeues", type=int, default=3, metavar="N", help="failures in a row (default: 3)")
-            one.add_argument("--no-requeue", action="store_true", help="say what would be next, and end")
         if name == "node":
             for flag, kind in (("--nodes", int), ("--cpus", int), ("--requeue", int), ("--job", str), ("--logs", Path)):
                 one.add_argument(flag, type=kind, required=True)

@@ -23,7 +23,7 @@ def main(agent: int, logs: str, command: list[str]) -> None:
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if os.fstat(log).st_size:
         now, restart = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ["TORCHELASTIC_RESTART_COUNT"]
-        os.write(log, f"\n---- started again at {now} (restart {restart} of this start of the job)\n".encode())
+        os.write(log, f"\n---- started again at {now} (restart {restart})\n".encode())
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.execv(sys.executable, [sys.executable, "-u", *command])

@@ -1,5 +1,6 @@
 """What happens after a job's end: nothing more, or another start from the last checkpoint."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,3 +55,17 @@ def decide(
     if failed_starts > most:
         return Next(False, f"{failed_starts} starts in a row failed without a new checkpoint", code)
     return Next(True, f"the ranks died (start {failed_starts} of at most {most} without a new checkpoint)", code)
+
+
+def unless_cancelled(after: Next, job: str) -> Next:
+    """The same, but no other start of a job that a user has cancelled.
+
+    Args:
+        job: What `scontrol show job` says: a job that SLURM is ending is COMPLETING, whether for its time limit,
+            for a job of more worth, or since `scancel JOB` asked for it.
+    """
+    facts = dict(re.findall(r"(\w+)=(\S*)", job))
+    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
+    if not ending or facts.get("Reason") == "TimeLimit" or facts.get("PreemptTime", "None") != "None":
+        return after
+    return Next(False, "the job was cancelled", after.code)

@@ -49,7 +49,7 @@ def end(job: str, run: Progress, logs: Path, said: bool, seen: Sequence[Event], 
     rows += [(name, facts[name]) for name in FACTS if name in facts]
     rows += [("signal", f"{event.reason} on {event.node}") for event in seen if event.kind == "signal"][:1]
     firsts = {event.restart: event for event in reversed(deaths)}  # seen is in the order of time
-    rows.append(("deaths", f"{len(firsts)} starts of the ranks ended with one" if firsts else "none"))
+    rows.append(("deaths", f"after {len(firsts)} of the starts of all ranks" if firsts else "none"))
     for restart, event in sorted(firsts.items())[-SHOWN:]:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.time))
         rows.append(("died first", f"rank {event.rank} on {event.node}, {when}, restart {restart}: {event.reason}"))
