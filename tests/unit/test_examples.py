@@ -1,7 +1,7 @@
 """The scripts in examples/: what they would start, how they answer a mistake, and how the Slurm job ends.
 
 torchrun, srun, scontrol and scancel are small programs of the tests' own here, first on the PATH: what is tested is
-the scripts. The requeue test starts the real torchrun under them.
+the scripts, and the launcher under those of Slurm. tests/slurm has the real one.
 """
 
 import json
@@ -24,17 +24,17 @@ from megatron_hybrid.pattern import parse
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
-TRAINING = ("pretrain_1b_intra.sh", "pretrain_moe.sh", "slurm/pretrain.sbatch")
+BATCH = ("slurm/pretrain.sbatch", "slurm/pretrain_moe.sbatch")
+TRAINING = ("pretrain_1b_intra.sh", "pretrain_moe.sh", *BATCH)
 NEEDED = {"DATA_PREFIX": "data/text", "TOKENIZER": "data/a tokenizer.model", "RUN_DIR": "runs"}
-JOB = {"SLURM_JOB_ID": "54321", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
-JOB |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+JOB = {"SLURM_JOB_ID": "54321", "SLURM_JOB_NODELIST": "no-such-node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+JOB |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "96(x2)"}
 
-# srun's own options all have the form --name=value or stand alone, in our script
-SRUN = 'printf "%s\\n" "$@" >"$RECORDS/srun"; while [[ $1 == --* ]]; do shift; done; exec "$@"'
 STUBS = {
     "torchrun": 'printf "%s\\n" "$@" >"$RECORDS/torchrun"',
-    "srun": SRUN,
-    "scontrol": 'echo "$@" >>"$RECORDS/scontrol"; [[ $1 != show ]] || printf "n1\\nn2\\n"',
+    "srun": 'printf "%s\\n" "$@" >"$RECORDS/srun"',
+    "scontrol": 'echo "$@" >>"$RECORDS/scontrol"; [[ $1 != show ]] || echo "JobState=RUNNING NodeAddr=127.0.0.1"',
+    "python": f'exec {shlex.quote(sys.executable)} "$@"',
     "scancel": 'echo "$@" >>"$RECORDS/scancel"',
 }
 
@@ -51,6 +51,8 @@ def environment(tmp_path):
     (tmp_path / "bin").mkdir()
     for name, body in STUBS.items():
         stub(tmp_path / "bin", name, body)
+    for name in ("tools", "examples"):  # what the scripts want where the job was submitted
+        (tmp_path / name).symlink_to(ROOT / name)
     path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
     return {"PATH": path, "RECORDS": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path), **JOB}
 
@@ -61,16 +63,22 @@ def run(script: str, *words: str, cwd: Path, env: dict[str, str]) -> subprocess.
 
 
 def launched(script: str, *words: str, cwd: Path, env: dict[str, str]) -> list[str]:
-    """What the script gave torchrun."""
+    """What the script, or the launcher that it calls, gave torchrun or srun."""
     done = run(script, *words, cwd=cwd, env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    return (cwd / "torchrun").read_text().splitlines()
+    return (cwd / ("srun" if script in BATCH else "torchrun")).read_text().splitlines()
 
 
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """torchrun's flags, and those after the program."""
-    at = next(i for i, word in enumerate(argv) if word.endswith("pretrain_hybrid.py"))
-    return argv[:at], argv[at + 1 :]
+def split(argv: list[str]) -> tuple[int, list[str]]:
+    """Number of processes, and the flags after the program."""
+    if "--" in argv:
+        given = dict(zip(argv, argv[1:], strict=False))
+        return int(given["--nodes"]) * int(given["--nproc"]), argv[argv.index("--") + 1 :]
+    from torch.distributed.run import parse_args
+
+    launcher = parse_args(argv)
+    assert launcher.training_script.endswith("pretrain_hybrid.py")
+    return int(launcher.nproc_per_node) * int(launcher.nnodes.split(":")[-1]), launcher.training_script_args
 
 
 def test_each_script_is_valid_short_and_says_how_to_call_it():
@@ -93,7 +101,7 @@ def test_a_missing_variable_is_one_line(script, missing, environment, tmp_path):
     done = run(script, cwd=tmp_path, env={**environment, **given})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and f"{missing} is not set" in done.stderr
-    assert not (tmp_path / "torchrun").exists()
+    assert not (tmp_path / "torchrun").exists() and not (tmp_path / "srun").exists()
 
 
 def test_the_batch_script_outside_a_job_is_one_line(environment, tmp_path):
@@ -104,17 +112,13 @@ def test_the_batch_script_outside_a_job_is_one_line(environment, tmp_path):
 
 
 def test_megatron_takes_the_flags_of_every_example(environment, tmp_path):
-    """Torchrun's own parser and --print-config, with each example's number of processes, in one process."""
-    from torch.distributed.run import parse_args
-
-    processes = {"pretrain_1b_intra.sh": 8, "pretrain_moe.sh": 8, "slurm/pretrain.sbatch": 16, "laptop_parallel.sh": 4}
+    """The launchers' own parsers and --print-config, with each example's number of processes, in one process."""
+    processes = {"pretrain_1b_intra.sh": 8, "pretrain_moe.sh": 8, "laptop_parallel.sh": 4, **dict.fromkeys(BATCH, 16)}
     lines = {}
     for script, count in processes.items():
-        argv = launched(script, "--seed", "7", cwd=tmp_path, env={**environment, **NEEDED})
-        launcher, program = parse_args(argv), split(argv)[1]
-        assert int(launcher.nproc_per_node) * int(launcher.nnodes.split(":")[-1]) == count
-        assert program[-2:] == ["--seed", "7"]
-        assert launcher.training_script_args == program
+        started, program = split(launched(script, "--seed", "7", cwd=tmp_path, env={**environment, **NEEDED}))
+        assert started == count
+        assert program[program.index("--seed") + 1] == "7"
         lines[script] = program
         resolved = flags.resolve(program)
         if script != "laptop_parallel.sh":
@@ -144,8 +148,9 @@ def test_megatron_takes_the_flags_of_every_example(environment, tmp_path):
     assert layouts == [
         "8 processes: tensor 1, pipeline 1, context 1, expert 1, data 8",
         "8 processes: tensor 1, pipeline 1, context 1, expert 8, data 8",
-        "16 processes: tensor 1, pipeline 1, context 1, expert 1, data 16",
         "4 processes: tensor 2, pipeline 2, context 1, expert 2, data 1",
+        "16 processes: tensor 1, pipeline 1, context 1, expert 1, data 16",
+        "16 processes: tensor 1, pipeline 1, context 1, expert 8, data 16",
     ]
 
 
@@ -166,7 +171,6 @@ sys.exit(int(given["--seed"]) == 13)
 @pytest.fixture
 def design_space(environment, tmp_path):
     """Runs the script where the data are made; what it said, and the program's flags of each run that it started."""
-    stub(tmp_path / "bin", "python", f'exec {shlex.quote(sys.executable)} "$@"')
     stub(tmp_path / "bin", "torchrun", f'exec {shlex.quote(sys.executable)} -c {shlex.quote(RUN)} "$@"')
     (tmp_path / "data").mkdir()
     (tmp_path / "data/corpus_text_document.idx").touch()
@@ -216,22 +220,20 @@ def test_a_comparison_goes_on_where_it_stopped(design_space, tmp_path):
 
 
 def test_the_job_meets_on_the_first_node(environment, tmp_path):
-    launcher, program = split(launched("slurm/pretrain.sbatch", cwd=tmp_path, env={**environment, **NEEDED}))
-    given = dict(zip(launcher, launcher[1:], strict=False))
-    assert given["--rdzv-endpoint"] == "n1:24321"
-    assert (given["--nnodes"], given["--nproc_per_node"], given["--rdzv-id"]) == ("2", "8", "54321")
-    assert given["--rdzv-conf"] == "is_host=0"  # this is the second node
-    assert "--exit-signal-handler" in program
-    step = (tmp_path / "srun").read_text().splitlines()
-    assert "--output=runs/logs/54321-%N.log" in step and "--cpus-per-task=96" in step
-    assert (tmp_path / "runs/logs").is_dir()
+    words = launched("slurm/pretrain.sbatch", cwd=tmp_path, env={**environment, **NEEDED, "LAUNCH": "--grace 77"})
+    step, node = words[: words.index("node")], dict(zip(words, words[1:], strict=False))
+    assert "--kill-on-bad-exit=1" in step and "--cpus-per-task=96" in step and "--ntasks-per-node=1" in step
+    assert node["--master-addr"] == "127.0.0.1" and 24321 <= int(node["--master-port"]) < 24421
+    assert (node["--nodes"], node["--nproc"], node["--job"], node["--grace"]) == ("2", "8", "54321", "77.0")
+    assert "--exit-signal-handler" in words
+    assert node["--logs"] == "runs/logs/54321" and (tmp_path / "runs/logs/54321").is_dir()
     # a run that ends by itself is not queued again
-    assert (tmp_path / "scontrol").read_text().splitlines() == ["show hostnames n[1-2]"]
+    assert (tmp_path / "scontrol").read_text().splitlines() == ["show node no-such-node1"]
 
 
-# Stands for training: it is told by SIGTERM, takes a moment to save, and ends well.
+# Stands for training: it is told by SIGTERM, takes a moment to save, says so and ends.
 RANK = """
-import os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 records = pathlib.Path(os.environ["RECORDS"])
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
@@ -240,38 +242,37 @@ while not told:
     time.sleep(0.05)
 time.sleep(1)
 (records / f"saved{os.environ['RANK']}").touch()
-sys.exit(int(os.environ["ENDS_WITH"]))
+if os.environ["RANK"] == "0":
+    state = {"status": "stopped", "reason": os.environ["ENDS_FOR"]}
+    (records / "runs/state.json").write_text(json.dumps(state))
 """
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_a_job_near_its_limit_saves_and_is_queued_again(status, environment, tmp_path):
-    (tmp_path / "pretrain_hybrid.py").write_text(RANK)
-    real = f'echo $$ >"$RECORDS/launcher"; exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"'
-    stub(tmp_path / "bin", "torchrun", real)
-    stub(tmp_path / "bin", "srun", f'echo $$ >"$RECORDS/task"; {SRUN}')
-    # a Slurm that signals all processes of a step; with cgroups it is the task alone
-    stub(tmp_path / "bin", "scancel", f'{STUBS["scancel"]}; kill -TERM $(cat "$RECORDS/launcher" "$RECORDS/task")')
-    one_node = {"SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "2", "ENDS_WITH": str(status)}
-    stub(tmp_path / "bin", "scontrol", STUBS["scontrol"].replace("n1\\nn2", "127.0.0.1"))
-    job_id = str(os.getpid() * 2 + status)  # the port follows from it
-    env = {**environment, **NEEDED, **one_node, "SLURM_JOB_ID": job_id, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(EXAMPLES / "slurm/pretrain.sbatch")]
-    job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+@pytest.mark.parametrize("reason", ["signal", "flag"])
+def test_a_job_near_its_limit_saves_and_is_queued_again(reason, environment, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    step = 'while [[ $1 == --* ]]; do shift; done; echo $$ >"$RECORDS/step"; exec "$@"'
+    stub(tmp_path / "bin", "srun", step)
+    stub(tmp_path / "bin", "scancel", f'{STUBS["scancel"]}; kill -TERM $(cat "$RECORDS/step")')
+    job_id = str(os.getpid())
+    env = {**environment, **NEEDED, "SLURM_JOB_NODELIST": "localhost", "ENDS_FOR": reason, "SLURM_JOB_ID": job_id}
+    env |= {"SLURM_GPUS_ON_NODE": "", "LAUNCH": "--nproc 2 --program rank.py", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(EXAMPLES / "slurm/pretrain.sbatch"), "--device", "cpu"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         ready = [tmp_path / "ready0", tmp_path / "ready1"]
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 100
         while not all(path.exists() for path in ready) and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
-        _, said = job.communicate(timeout=200)
+        said, _ = job.communicate(timeout=100)
     finally:
         if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    assert (tmp_path / "saved0").exists(), said
-    assert (tmp_path / "saved1").exists() or status  # torchrun ends the second when the first has failed
-    assert "SignalException" not in said
-    assert (job.returncode == 0) == (status == 0), said
-    assert (tmp_path / "scancel").read_text().split() == ["--signal=TERM", f"{job_id}.0"]
-    requeued = f"requeue {job_id}" in (tmp_path / "scontrol").read_text()
-    assert requeued == (status == 0), "a run that fails must not start over and over"
+            job.kill()
+            os.kill(int((tmp_path / "step").read_text()), signal.SIGKILL)
+    assert job.returncode == 0, said
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists(), said
+    assert (tmp_path / "scancel").read_text().split() == ["--signal=TERM", job_id]
+    requeued = (tmp_path / "scontrol").exists() and f"requeue {job_id}" in (tmp_path / "scontrol").read_text()
+    assert requeued == (reason == "signal"), said
+    assert ("queued again" in said) == requeued and "SIGTERM on " in said
