@@ -69,6 +69,9 @@ def test_from_sources_to_data_set(corpus, tmp_path):
         ("preprocess_data", "--input {tmp} --output-prefix {tmp}/o", "no tokenizer: give --tokenizer-model"),
         ("summarize_run", "{tmp}", "metrics.jsonl does not exist"),
         ("compare_runs", "{tmp}", "metrics.jsonl has no training record"),
+        ("launch", "slurm -- --recipe demo --save {tmp}/r", "SLURM_JOB_ID is not set"),
+        ("launch", "local -- --recipe demo", "--save is not given"),
+        ("launch", "local --nproc 3 -- --recipe demo --save {tmp}/r", "3 ranks, and expert 2"),
     ],
 )
 def test_user_errors_are_one_paragraph(tmp_path, name, arguments, message):
