@@ -300,7 +300,9 @@ class _Agent(LocalElasticAgent):
             worker = self._worker_group.workers[local_rank]
             log = self.node.logs / f"rank_{worker.global_rank:03}.log"
             dead = {"rank": worker.global_rank, "local_rank": local_rank, "pid": worker.id, "code": code}
-            dead |= {"last_words": events.last_words(log), "time": self.deaths.get(local_rank, time.time())}
+            dead |= {"time": self.deaths.get(local_rank, time.time())}
+            if code != -signal.SIGKILL:  # it had no time for any; its children's would stand there
+                dead |= {"last_words": events.last_words(log)}
             _say(f"rank {worker.global_rank} on {self.node.name} (process {worker.id}) died: {reason}; see {log}")
         restart = self._worker_group.spec.max_restarts - self._remaining_restarts
         event = events.Event(
