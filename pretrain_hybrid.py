@@ -97,6 +97,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     if args.save:
         training.write_run(Path(args.save) / "run.json", args, counted)
     datasets.is_distributed = True  # type: ignore[attr-defined]
+    ending.spare_helpers_the_signal()
     with ending.state_of_the_run(Path(args.save) if args.save else None, args):
         pretrain(
             pretrain_cfg_container_from_args(args, config),

@@ -1,9 +1,12 @@
 """How a run ends, for who starts it again: Megatron leaves with exit code 0 when it is finished and when it is not."""
 
+import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import util
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.run_folder.state import State, Status, write_state
 
@@ -53,3 +56,23 @@ def signal_received(args: Namespace) -> bool:
     from megatron.training.global_vars import get_signal_handler
 
     return bool(args.exit_signal_handler) and any(get_signal_handler().signals_received())
+
+
+def spare_helpers_the_signal() -> None:
+    """Helper processes that this one will spawn never get SIGTERM: they are born with it blocked.
+
+    SLURM signals every process of a step. A rank takes it as the word to save, and saves through a queue that lives in
+    a process of its own (core/dist_checkpointing/strategies/filesystem_async.py:53), or by a worker
+    (core/dist_checkpointing/strategies/async_utils.py:367): without them every save on a signal would fail. They end
+    when the rank does, and SIGKILL ends them at any time.
+    """
+    launch = util.spawnv_passfds
+
+    def launched(*args: Any) -> int:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return launch(*args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    util.spawnv_passfds = launched  # type: ignore[assignment]

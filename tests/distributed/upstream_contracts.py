@@ -473,6 +473,19 @@ CONTRACTS = [
         holds=("if any(signal_handler.signals_received()):",),
     ),
     _C(
+        "spare_helpers_the_signal",
+        "core/dist_checkpointing/strategies/filesystem_async.py",
+        "get_write_results_queue",
+        "mp_mode",
+        ("mp_mode: str='spawn'", "ctx.Manager().Queue()"),
+    ),
+    _C(
+        "spare_helpers_the_signal",
+        "core/dist_checkpointing/strategies/async_utils.py",
+        "PersistentAsyncCaller._get_process",
+        holds=("mp_mode: str='spawn'", "cls._persistent_process.start()"),
+    ),
+    _C(
         "replace in cpu.py",
         "core/tensor_parallel/random.py",
         "CudaRNGStatesTracker.fork",

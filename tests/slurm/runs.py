@@ -7,8 +7,8 @@ from tests.slurm.cluster import Cluster, Job
 
 NODES = 2
 """Of one process each."""
-ITERATIONS = 36
-SAVE_INTERVAL = 8
+ITERATIONS = 48
+SAVE_INTERVAL = 10
 DROPOUT = 0.1
 """So that a random state that is not restored shows."""
 
@@ -17,7 +17,7 @@ def flags(data: Path, iterations: int = ITERATIONS, dropout: float = DROPOUT) ->
     """A small mixture-of-experts hybrid, of some tenths of a second an iteration."""
     return f"""--recipe demo --expert-model-parallel-size 1 --data-path {data} --split 100,0,0 --eval-iters 0
     --tokenizer-type NullTokenizer --vocab-size 100 --train-iters {iterations} --lr-decay-iters {ITERATIONS}
-    --lr-wsd-decay-iters 8 --seq-length 256 --micro-batch-size 2 --global-batch-size 8 --hidden-dropout {dropout}
+    --lr-wsd-decay-iters 10 --seq-length 256 --micro-batch-size 2 --global-batch-size 8 --hidden-dropout {dropout}
     --save-interval {SAVE_INTERVAL} --log-interval 1 --device cpu --data-cache-path {data.parent}/cache""".split()
 
 
