@@ -116,8 +116,8 @@ class Progress:
 
 
 def short(number: float) -> str:
-    """1234567 -> 1.23 M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """1234567 -> 1.23 M, and k, B (1e9), T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"

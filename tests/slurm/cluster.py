@@ -127,7 +127,7 @@ class Job:
     ) -> "Job":
         """``sbatch OPTIONS SCRIPT WORDS`` with these variables, from the repository."""
         logs.mkdir(parents=True, exist_ok=True)
-        command = ["sbatch", "--parsable", f"--output={logs}/batch-%A_%a.log", *options, script, *words]
+        command = ["sbatch", "--parsable", f"--output={logs}/batch-%j.log", *options, script, *words]
         return cls(cluster, cluster.run(*command, variables=variables).strip(), logs)
 
     def facts(self) -> dict[str, str]:

@@ -1,0 +1,146 @@
+"""Watch training runs: how far they are and how they go, live in a terminal and as PNG.
+
+    python tools/watch_run.py runs/quickstart/run
+    python tools/watch_run.py runs/a runs/b --last 5000 --png runs.png
+    python tools/watch_run.py runs/a --once > now.txt
+
+reads metrics.jsonl, state.json, run.json and the checkpoint pointer of each run's directory; it needs no GPU and does
+not touch the run. It ends with Ctrl-C, or when all runs are finished or have failed. Where the output is no terminal it
+is printed once.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from watch_plots import load_lines, plots, png, terminal_plots
+
+from megatron_hybrid.data import cli
+from megatron_hybrid.run_folder.progress import Progress
+
+
+def main() -> None:
+    options = parser().parse_args()
+    runs = [Progress(run, name) for run, name in zip(options.runs, names(options.runs), strict=True)]
+    for run in runs:
+        if not run.run.is_dir():
+            raise ValueError(f"{run.run} is no directory; give the --save directory of a run.")
+    once = options.once or not sys.stdout.isatty()
+    update(runs, options)
+    if once and not any(run.metrics.train or run.metrics.validation for run in runs):
+        raise ValueError(
+            f"{runs[0].run / 'metrics.jsonl'} has no training record yet; look again after some iterations."
+        )
+    if not once:
+        live(runs, options)
+    size = shutil.get_terminal_size((100, 50))
+    print(screen(runs, options.last, size.columns, max(30, size.lines - 1), sys.stdout.isatty()))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="--save directories; several are overlaid")
+    made.add_argument("--once", action="store_true", help="print once, also on a terminal")
+    made.add_argument("--every", type=_positive(float), default=5, metavar="SECONDS", help="look again (default: 5)")
+    made.add_argument("--last", type=_positive(int), metavar="N", help="plot the last N iterations only")
+    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, each time")
+    return made
+
+
+def _positive(kind: Any) -> Any:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
+
+
+def names(runs: list[Path]) -> list[str]:
+    """The directories' names, with as many of their parents as tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    depth = 1
+    while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def update(runs: list[Progress], options: argparse.Namespace) -> None:
+    """Reads what is new and draws the PNG."""
+    for run in runs:
+        run.update()
+    drawn = plots(runs, options.last, 1000)
+    if options.png and drawn:
+        png(runs, drawn, title(runs), options.png)
+
+
+def title(runs: list[Progress]) -> str:
+    """One line for each run."""
+    lines = []
+    for run in runs[:6]:
+        facts = run.facts()
+        told = [facts[key] for key in ("state", "iteration") if key in facts]
+        told += [f"{key} {facts[key]}" for key in ("loss", "validation", "speed", "left") if key in facts]
+        lines.append(f"{run.name}: {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def live(runs: list[Progress], options: argparse.Namespace) -> None:
+    """Shows the runs until Ctrl-C, or until nothing more is to come; the terminal is as before then."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+
+    def view() -> Text:
+        width, height = console.size
+        text = Text.from_ansi(screen(runs, options.last, width, height - 1, not console.no_color))
+        text.no_wrap, text.overflow = True, "crop"
+        return text
+
+    try:
+        with Live(view(), console=console, screen=True, auto_refresh=False) as shown:
+            while not all(run.over for run in runs):
+                time.sleep(options.every)
+                update(runs, options)
+                shown.update(view(), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def screen(runs: list[Progress], last: int | None, width: int, height: int, color: bool) -> str:
+    """What there is to see, in about so many lines of at most ``width`` characters."""
+    head = [line for run in runs for line in header(run, width, len(runs) == 1)]
+    drawn = plots(runs, last, 2 * width)
+    loads = load_lines(runs[0], width, min(12, height // 3)) if len(runs) == 1 else []
+    room = height - len(head) - len(loads) - 1
+    body = [terminal_plots(drawn, width, room, color)] if drawn else ["no step is done yet"]
+    return "\n".join([*head, "", *body, *loads])
+
+
+def header(run: Progress, width: int, whole: bool) -> list[str]:
+    """The run's facts, filled into lines; those of several runs are short."""
+    facts = run.facts()
+    brief = ("state", "iteration", "loss", "validation", "speed", "left")
+    lines = [f"{run.name}:"]
+    for key, value in facts.items():
+        if not whole and key not in brief:
+            continue
+        word = value if key == "state" else f"{key} {value}"
+        joined = f"{lines[-1]} {word}" if lines[-1].endswith(":") else f"{lines[-1]} | {word}"
+        if len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(f"  {word}"[:width])
+    return [line[:width] for line in lines]
+
+
+if __name__ == "__main__":
+    cli.run(main)
