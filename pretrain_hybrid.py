@@ -85,7 +85,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import ending, metrics, training
+    from megatron_hybrid.engine import ending, metrics, saving, training
     from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
@@ -96,6 +96,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     metrics.write_metrics(path, flops, peak, mean_alphas if interpolates else None)
     if args.save:
         training.write_run(Path(args.save) / "run.json", args, counted)
+    saving.guard_saves(args)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     ending.spare_helpers_the_signal()
     with ending.state_of_the_run(Path(args.save) if args.save else None, args):

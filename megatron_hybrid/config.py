@@ -63,6 +63,13 @@ class HybridConfig:
     )
     """M and P layers: range of the uniform distribution that -A starts from (the study: 0.01 2.0)."""
 
+    keep_last: int | None = None
+    """Keep so many of the newest checkpoints, and remove an older one when a new one is saved whole. Default: keep
+    all."""
+
+    keep_every: int | None = None
+    """Keep the checkpoints of all multiples of this number, too, beside --keep-last."""
+
     load_unverified: bool = False
     """Load checkpoints that have no manifest (integrity.json), from trusted folders that cannot be written. One that
     differs from its manifest is refused all the same. tools/verify_checkpoint.py --seal makes a manifest."""

@@ -19,6 +19,7 @@ from typing import NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
+from megatron_hybrid.engine import saving
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
 from megatron_hybrid.intra_design import IntraDesign, design
@@ -164,6 +165,7 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
+    saving.check(args, asked_async="--async-save" in argv)
     return args
 
 
@@ -404,6 +406,7 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
         flags += _TORCH_BACKEND_FLAGS
     elif not has_module("fused_weight_gradient_mlp_cuda"):
         flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
+    flags += saving.saving_flags(argv, device)
     if value(argv, "--yaml-cfg", ""):
         raise ValueError("--yaml-cfg is not supported: settings come from flags and recipes. Drop it.")
     if device == "cpu":

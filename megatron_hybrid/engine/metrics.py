@@ -205,17 +205,14 @@ class _Metrics:
 
 def _start() -> dict[str, Any]:
     """The record of a start: where it goes on, and with what."""
-    from megatron.training.checkpointing import get_loaded_iteration
     from megatron.training.global_vars import get_args
 
-    args, loaded = get_args(), get_loaded_iteration()
-    known = loaded is not None and loaded >= 0  # -1: --load has none
+    args = get_args()
     return {
         "resume": args.iteration,
         "samples": args.consumed_train_samples,
         "tokens": args.consumed_train_samples * args.seq_length,
-        # a release, which holds weights alone, has no iteration
-        "checkpoint": str(Path(args.load, f"iter_{loaded:07d}" if loaded else "release")) if known else None,
+        "checkpoint": args.checkpoint,
         "processes": args.world_size,
         "layout": {
             "tp": args.tensor_model_parallel_size,

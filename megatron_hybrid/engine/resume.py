@@ -41,6 +41,7 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         ValueError: On all ranks alike: checkpoints are there and none can be loaded, or Megatron cannot be led to it.
     """
     args.checkpoint = None
+    notes = _go_on_from_own(args)
     if args.load is None and args.pretrained_checkpoint is None:
         return []
     if args.non_persistent_ckpt_type is not None and not args.load_unverified:
@@ -65,7 +66,30 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
         _see_pointer(decision)
         skip_second_check(decision["folder"])
-    return decision["notes"]
+    return notes + decision["notes"]
+
+
+def _go_on_from_own(args: Namespace) -> list[str]:
+    """Makes a run whose --save folder has checkpoints go on from these, wherever its first start has loaded from.
+
+    The same command then starts a run and starts it again. --ckpt-step says otherwise: it is an iteration of --load.
+
+    Raises:
+        ValueError: Nothing is to be loaded, and the run would write over what is there.
+    """
+    if args.save is None or args.skip_train or args.ckpt_step is not None or not checkpoints(Path(args.save)):
+        return []
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError(
+            f"--save {args.save} has checkpoints, and without --load the run would start from fresh weights and write "
+            f"over them. To go on: --load {args.save}. To start anew: another --save."
+        )
+    if args.load is not None and os.path.realpath(args.load) == os.path.realpath(args.save):
+        return []
+    other = args.load or args.pretrained_checkpoint
+    args.load, args.finetune = args.save, False
+    args.no_load_optim, args.no_load_rng = args.no_save_optim, args.no_save_rng  # what is there, not what the other had
+    return [f"--save {args.save} has checkpoints: the run goes on from these, no more from {other}"]
 
 
 def verified(folder: str, unverified: bool = False) -> Path:

@@ -37,7 +37,7 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         listed = _read(folder)
     except FileNotFoundError:
         return [f"has no manifest ({MANIFEST}): it is unfinished, or was written elsewhere"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{MANIFEST} is not a manifest: {error}"]
     try:
         extra = sorted(_to_list(folder) - set(listed))
