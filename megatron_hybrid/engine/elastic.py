@@ -308,7 +308,10 @@ class _Agent(LocalElasticAgent):
         event = events.Event(
             kind=kind, node=self.node.name, requeue=self.node.requeue, restart=restart, reason=reason, **dead
         )
-        events.append(self.node.logs, event)
+        try:
+            events.append(self.node.logs, event)
+        except OSError as error:  # a full disk is often what the ranks died of
+            _say(f"{self.node.logs} lacks this event: {error}")
 
 
 def _say(text: str) -> None:

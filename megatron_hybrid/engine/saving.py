@@ -44,10 +44,10 @@ def check(args: Namespace, asked_async: bool) -> None:
     Raises:
         ValueError: With the flag and what to give.
     """
-    if asked_async and not args.async_save:
+    if asked_async and not (args.async_save and args.ckpt_format == FORMAT):
         raise ValueError(
-            f"--async-save is off with these flags (--ckpt-format {args.ckpt_format}): training would wait for each save. "
-            f"Use --ckpt-format {FORMAT}, or drop --async-save."
+            f"--async-save does nothing with --ckpt-format {args.ckpt_format}: training would wait for each save. Use "
+            f"--ckpt-format {FORMAT}, or drop --async-save."
         )
     for flag, number in (("--keep-last", args.keep_last), ("--keep-every", args.keep_every)):
         if number is not None and number < 1:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_hybrid import flags
@@ -161,7 +162,8 @@ class _Job:
             count = int(json.loads(path.read_text())) + 1
         except (OSError, ValueError, TypeError):
             count = 1
-        path.write_text(f"{count}\n")
+        with suppress(OSError):  # a full disk: SLURM's own limits on requeues are left
+            path.write_text(f"{count}\n")
         return count
 
 

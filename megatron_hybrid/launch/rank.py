@@ -3,6 +3,7 @@
 python rank.py AGENT_PID LOGS PROGRAM FLAGS becomes `python PROGRAM FLAGS` with rank_RANK.log for both streams.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,7 +24,8 @@ def main(agent: int, logs: str, command: list[str]) -> None:
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if os.fstat(log).st_size:
         now, restart = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ["TORCHELASTIC_RESTART_COUNT"]
-        os.write(log, f"\n---- started again at {now} (restart {restart})\n".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(log, f"\n---- started again at {now} (restart {restart})\n".encode())
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.execv(sys.executable, [sys.executable, "-u", *command])

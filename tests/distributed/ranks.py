@@ -112,6 +112,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0's store below: who asks the environment for one joins it
     )
     import torch
 

@@ -48,6 +48,7 @@ NO_REACH = {
     "check_checkpoint": "calls stored_arguments",
     "open_checkpoint": "calls stored_arguments",
     "verified": "reads files",
+    "check": "of flags that retention and background saves need",
     "agree": "of torch's public store",
     "rendezvous_store": "of torch's public rendezvous",
     "fill": "of what stored_tensors finds",

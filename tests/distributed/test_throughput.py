@@ -3,11 +3,8 @@
 Times are those of the run itself, so every figure is recomputed from the record's own seconds: equal to the bit.
 """
 
-import contextlib
-import io
 import json
 import re
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import pytest
 
 from megatron_hybrid import costs
 from megatron_hybrid import pattern as language
-from tests.distributed.training import MOE, SIZES, folder, forget
+from tests.distributed.program import train
+from tests.distributed.training import MOE, SIZES, folder
 
 GROWING = "--train-samples 28 --lr-decay-samples 100 --lr-warmup-samples 0 --eval-interval 100"
 GROWTH = ["--step-batch-size-schedule", "0:2 128:6"]
@@ -26,26 +24,6 @@ GROWN = [2, 2, 6, 6, 6, 6]
 FLAGS = f"""{SIZES} {MOE} --mamba-num-heads 4 --micro-batch-size 1 --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant
 --tokenizer-type NullTokenizer --mock-data --seed 7 --log-interval 2 --eval-iters 1 --num-workers 0
 --save-interval 100 --no-save-optim --no-save-rng"""
-
-
-def train(argv: list[str]) -> str:
-    """Runs the program in this rank, with Megatron's functions as they were before and after; what it printed."""
-    from megatron.training import training
-
-    import pretrain_hybrid
-
-    hooked = ("num_floating_point_operations", "train", "training_log", "evaluate_and_print_results")
-    kept = {name: getattr(training, name) for name in (*hooked, "save_checkpoint_and_time", "dummy_train_step")}
-    forget()
-    out, kept_argv = io.StringIO(), sys.argv
-    try:
-        with contextlib.redirect_stdout(out):
-            pretrain_hybrid.main(argv)
-    finally:
-        sys.argv = kept_argv
-        for name, function in kept.items():
-            setattr(training, name, function)
-    return out.getvalue()
 
 
 class Trained:

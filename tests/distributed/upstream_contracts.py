@@ -24,6 +24,7 @@ TRAINING = "training/training.py"
 ELASTIC = "../torch/distributed/elastic"
 AGENT = f"{ELASTIC}/agent/server/api.py"
 LOCAL_AGENT = f"{ELASTIC}/agent/server/local_elastic_agent.py"
+ASYNC = "core/dist_checkpointing/strategies/async_utils.py"
 PROCESSES = f"{ELASTIC}/multiprocessing/api.py"
 
 
@@ -484,6 +485,72 @@ CONTRACTS = [
         "core/dist_checkpointing/strategies/async_utils.py",
         "PersistentAsyncCaller._get_process",
         holds=("mp_mode: str='spawn'", "cls._persistent_process.start()"),
+    ),
+    _C(
+        "guard_saves",
+        "core/dist_checkpointing/validation.py",
+        "save_integrity_manifest",
+        "checkpoint_dir",
+        ("json.dump(payload, f, indent=2)",),
+    ),
+    _C(
+        "guard_saves",
+        "core/dist_checkpointing/serialization.py",
+        "save",
+        holds=(
+            "save_integrity_manifest(checkpoint_dir)\n",
+            "async_request.finalize_fns.append(metadata_finalize_fn)\n    if verify_integrity:\n"
+            "        async_request.finalize_fns.append(integrity_finalize_fn)",
+        ),
+    ),
+    _C("guard_saves", "training/async_utils.py", "schedule_async_save", "async_request"),
+    _C(
+        "guard_saves",
+        "training/checkpointing.py",
+        "save_checkpoint",
+        holds=(
+            # the pointer, then what is appended to the request, and all of it behind the manifest
+            "async_save_request.add_finalize_fn(iter_finalize_fn)",
+            "schedule_async_save(async_save_request)\n",
+            "f.write('release' if release else str(iteration))",
+            "ensure_directory_exists(checkpoint_name, check_parent=False)",
+        ),
+    ),
+    _C("guard_saves", TRAINING, holds=("load_checkpoint, save_checkpoint, save_grads\n",)),
+    _C("guard_saves", TRAINING, "train", holds=("maybe_finalize_async_save(blocking=True, terminate=True)",)),
+    _C(
+        "saving_flags",
+        "training/arguments.py",
+        "validate_args",
+        holds=("if not args.use_persistent_ckpt_worker:\n", "args.async_save = False\n"),
+    ),
+    _C(
+        "save_from_a_copy_of_the_process",
+        "training/async_utils.py",
+        "_get_async_calls_queue",
+        "",
+        ("persistent=getattr(args, 'use_persistent_ckpt_worker', False)",),
+    ),
+    _C(
+        "save_from_a_copy_of_the_process",
+        "training/initialize.py",
+        "initialize_megatron",
+        holds=("if args.async_save and args.use_persistent_ckpt_worker:\n",),
+    ),
+    _C(
+        "save_from_a_copy_of_the_process",
+        ASYNC,
+        "TemporalAsyncCaller.schedule_async_call",
+        "self async_req",
+        ("ctx = mp.get_context('fork')",),
+    ),
+    _C(
+        "notice_a_dead_worker",
+        ASYNC,
+        "PersistentAsyncCaller.is_current_async_call_done",
+        "self blocking no_dist",
+        ("self.cur_item = self._persistent_comp_q.get_nowait()", "if not blocking:", "sleep(0.1)"),
+        ("self.process.is_alive()",),
     ),
     _C(
         "replace in cpu.py",

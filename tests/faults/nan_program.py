@@ -1,0 +1,30 @@
+"""pretrain_hybrid.py with a loss that is NaN once: FAULT_NAN names a file with the iteration and the rank."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pretrain_hybrid
+
+forward_step = pretrain_hybrid.forward_step
+
+
+def faulty(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    from megatron.training import get_args
+
+    losses, reduce = forward_step(data_iterator, model)
+    order = Path(os.environ["FAULT_NAN"])
+    if order.exists():
+        iteration, rank = map(int, order.read_text().split())
+        if model.training and (get_args().curr_iteration + 1, get_args().rank) == (iteration, rank):
+            order.unlink()
+            losses = losses * float("nan")
+    return losses, reduce
+
+
+if __name__ == "__main__":
+    pretrain_hybrid.forward_step = faulty
+    pretrain_hybrid.main(sys.argv[1:])
