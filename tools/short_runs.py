@@ -27,28 +27,37 @@ def train(argv: list[str], processes: int, device: str) -> list[Record]:
         ValueError: The run fails, with what it says, or has no step behind the warm-up.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += [str(ROOT / "pretrain_hybrid.py"), *argv, *ALWAYS.split(), "--device", device, "--save", folder]
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-        log = Path(folder) / "log.txt"
-        with log.open("wb") as stream:
-            # A session of its own: where this program is ended, so are all ranks.
-            process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env=os.environ | threads, start_new_session=True
-            )
-            try:
-                process.wait()
-            except BaseException:
-                stop(process)
-                raise
-        if process.returncode:
-            lines = log.read_text(errors="replace").splitlines()
-            said = [line for line in lines if line.startswith("error: ")] or [n for n in lines if "Error" in n]
-            raise ValueError(f"the run failed: {said[0] if said else chr(10).join(lines[-30:])}")
+        program = [str(ROOT / "pretrain_hybrid.py"), *argv, *ALWAYS.split(), "--device", device, "--save", folder]
+        launch(program, processes, Path(folder))
         found = list(read_metrics(Path(folder) / "metrics.jsonl").train.values())
     if len(timed(found)) < 1:
         raise ValueError(f"the run has {len(found)} steps, and {WARM_UP + 1} warm it up: raise --train-iters.")
     return found
+
+
+def launch(program: list[str], processes: int, folder: Path) -> None:
+    """Runs a Python program and its flags under torchrun to its end; its log goes into the folder.
+
+    Raises:
+        ValueError: It fails, with what it says.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    log = folder / "log.txt"
+    with log.open("wb") as stream:
+        # A session of its own: where this program is ended, so are all ranks.
+        process = subprocess.Popen(
+            [*command, *program], stdout=stream, stderr=stream, env=os.environ | threads, start_new_session=True
+        )
+        try:
+            process.wait()
+        except BaseException:
+            stop(process)
+            raise
+    if process.returncode:
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("error: ")] or [n for n in lines if "Error" in n]
+        raise ValueError(f"the run failed: {said[0] if said else chr(10).join(lines[-30:])}")
 
 
 def timed(records: list[Record]) -> list[float]:
