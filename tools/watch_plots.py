@@ -118,7 +118,7 @@ def terminal_plot(plot: Plot, width: int, height: int, color: bool) -> list[str]
         draw = plotext.scatter if curve.dots or len(curve.values) == 1 else plotext.plot
         marker = (letter.lower() or "x") if curve.dots else letter or ("•" if len(curve.values) == 1 else "braille")
         draw(curve.iterations, curve.values, marker=marker, **_style(curve.run, color))
-    plotext.xlim(first, last)
+    plotext.xlim(*((first, last) if first < last else (first - 1, last + 1)))
     plotext.ylim(low, high)
     plotext.yticks(*ticks(low, high, 2 if height < 12 else 3, unit=True))
     plotext.xticks(*(ticks(first, last, 2 if width < 70 else 3) if last - first > 3 else ([last], [f"{last:,}"])))
@@ -150,7 +150,7 @@ def terminal_plots(drawn: list[Plot], width: int, height: int, color: bool) -> l
     tight = height < 9 * len(drawn)
     columns = 2 if len(drawn) > 1 and (width >= 100 or (width >= 3 * LEAST and tight)) else 1
     rows = math.ceil(len(drawn) / columns)
-    fit = max(1, min(rows, height // 8))
+    fit = rows if height >= 8 * rows else max(1, (height - 1) // 8)
     left_out = len(drawn[fit * columns :])
     each = max(8, min(20, (height - bool(left_out)) // fit))
     lines = []
@@ -158,7 +158,7 @@ def terminal_plots(drawn: list[Plot], width: int, height: int, color: bool) -> l
         cells = [terminal_plot(p, max(LEAST, width // columns), each, color) for p in drawn[start : start + columns]]
         lines += ["".join(parts) for parts in zip(*cells, strict=True)]
     if left_out:
-        lines.append(f"no room for {left_out} more plots"[:width])
+        lines.append(f"no room for {left_out} of {len(drawn)} plots"[:width])
     return lines
 
 

@@ -76,7 +76,7 @@ def names(runs: list[Path]) -> list[str]:
     depth = 1
     while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
+    return [str(Path(*p[-depth:])) for p in parts]
 
 
 def update(runs: list[Progress], options: argparse.Namespace) -> None:
@@ -113,21 +113,24 @@ def live(runs: list[Progress], options: argparse.Namespace) -> None:
         text.no_wrap, text.overflow = True, "crop"
         return text
 
+    shown = Live(view(), console=console, screen=True, auto_refresh=False)
     try:
-        with Live(view(), console=console, screen=True, auto_refresh=False) as shown:
-            while not all(run.over for run in runs):
-                time.sleep(options.every)
-                update(runs, options)
-                shown.update(view(), refresh=True)
+        shown.start(refresh=True)  # no "with": a Ctrl-C in here has to give the terminal back, too
+        while not all(run.over for run in runs):
+            time.sleep(options.every)
+            update(runs, options)
+            shown.update(view(), refresh=True)
     except KeyboardInterrupt:
         pass
+    finally:
+        shown.stop()
 
 
 def screen(runs: list[Progress], last: int | None, width: int, height: int, color: bool) -> str:
     """What there is to see, in about so many lines of at most ``width`` characters."""
     if len(runs) == 1:
         head = header(runs[0], width, None)
-        loads = load_lines(runs[0], width, min(12, height // 3))
+        loads = load_lines(runs[0], width, min(12, height // 3, height - len(head) - 10))
     else:
         head = [f"{key(i, color)} {line}" for i, run in enumerate(runs) for line in header(run, width - 3, BRIEF)]
         loads = []
