@@ -42,7 +42,7 @@ class Plot(NamedTuple):
 def plots(runs: list[Progress], last: int | None, points: int) -> list[Plot]:
     """The curves of the runs, each thinned to at most so many points; plots that would be empty are left out.
 
-    points: At least 8; a curve of dots, which would hide others, has an eighth.
+    points: A curve of dots, which would hide others, has an eighth.
     last: Where to begin, counted back from the end of the run that is least far; all runs share an axis.
     """
     first = 0 if last is None else min(run.iteration for run in runs) - last
@@ -51,9 +51,8 @@ def plots(runs: list[Progress], last: int | None, points: int) -> list[Plot]:
         found = []
         for number, run in enumerate(runs):
             shown = ((i, v) for i, v in values(run.metrics) if i > first and v is not None and math.isfinite(v))
-            found.append(
-                Curve(run.name + what, number, *_thinned(list(shown), points // 8 if what else points), bool(what))
-            )
+            thinned = _thinned(list(shown), max(1, points // 8) if what else points)
+            found.append(Curve(run.name + what, number, *thinned, dots=bool(what)))
         return [curve for curve in found if curve.values]
 
     def of_steps(key: str) -> list[Curve]:

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--once", action="store_true", help="print once, also on a terminal")
     made.add_argument("--every", type=float, default=5, metavar="SECONDS", help="look again (default: 5)")
     made.add_argument("--last", type=int, metavar="N", help="plot the last N iterations only")
-    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, each time")
+    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, whenever there is news")
     return made
 
 

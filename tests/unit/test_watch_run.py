@@ -151,6 +151,7 @@ def test_long_curves_are_thinned_to_means(tmp_path):
     add(tmp_path, *(step(i, loss=float(i)) for i in range(1, 1004)))
     add(tmp_path, *({"iteration": i, "validation_loss": 1.0} for i in range(1, 1004)))
     found = curves(watch_plots.plots(watched(tmp_path), None, 100))
+    assert all(len(curve.values) == 1 for curve in curves(watch_plots.plots(watched(tmp_path), None, 1)).values())
     loss, validation = found[tmp_path.name], found[f"{tmp_path.name} validation"]
     assert loss.iterations == [*range(11, 1004, 11), 1003]
     assert loss.values[:2] == [6.0, 17.0] and loss.values[-1] == pytest.approx(sum(range(1002, 1004)) / 2)
