@@ -6,30 +6,32 @@
 
 reads metrics.jsonl, state.json, run.json and the checkpoint pointer of each run's directory; it needs no GPU and does
 not touch the run. It ends with Ctrl-C, or when all runs are finished or have failed. Where the output is no terminal it
-is printed once.
+is printed once. Where a plot has no room for all records, it shows the means of neighbours.
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from watch_plots import load_lines, plots, png, terminal_plots
+from watch_plots import COLORS, key, load_lines, plots, png, terminal_plots
 
 from megatron_hybrid.data import cli
 from megatron_hybrid.run_folder.progress import Progress
 
+BRIEF = ("iteration", "loss", "validation", "speed", "left")
+"""What is told of each of several runs."""
+
 
 def main() -> None:
     options = parser().parse_args()
+    check(options)
     runs = [Progress(run, name) for run, name in zip(options.runs, names(options.runs), strict=True)]
-    for run in runs:
-        if not run.run.is_dir():
-            raise ValueError(f"{run.run} is no directory; give the --save directory of a run.")
     once = options.once or not sys.stdout.isatty()
     update(runs, options)
     if once and not any(run.metrics.train or run.metrics.validation for run in runs):
@@ -39,27 +41,33 @@ def main() -> None:
     if not once:
         live(runs, options)
     size = shutil.get_terminal_size((100, 50))
-    print(screen(runs, options.last, size.columns, max(30, size.lines - 1), sys.stdout.isatty()))
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(screen(runs, options.last, size.columns, max(30, size.lines - 1), color))
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="--save directories; several are overlaid")
     made.add_argument("--once", action="store_true", help="print once, also on a terminal")
-    made.add_argument("--every", type=_positive(float), default=5, metavar="SECONDS", help="look again (default: 5)")
-    made.add_argument("--last", type=_positive(int), metavar="N", help="plot the last N iterations only")
-    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, each time")
+    made.add_argument("--every", type=float, default=5, metavar="SECONDS", help="look again (default: 5)")
+    made.add_argument("--last", type=int, metavar="N", help="plot the last N iterations only")
+    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, whenever there is news")
     return made
 
 
-def _positive(kind: Any) -> Any:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return number
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be watched."""
+    if not 0 < options.every <= 86400:
+        raise ValueError(f"--every {options.every:g}: give seconds, above 0 and at most 86,400.")
+    if options.last is not None and options.last < 1:
+        raise ValueError(f"--last {options.last}: give a number of iterations, at least 1.")
+    if len(options.runs) > len(COLORS):
+        raise ValueError(f"{len(options.runs)} runs are too many to tell apart; give at most {len(COLORS)}.")
+    for run in options.runs:
+        if not run.is_dir():
+            raise ValueError(f"{run} is no directory; give the --save directory of a run.")
+    if options.png and options.png.is_dir():
+        raise ValueError(f"--png {options.png} is a directory; give a file.")
 
 
 def names(runs: list[Path]) -> list[str]:
@@ -68,25 +76,25 @@ def names(runs: list[Path]) -> list[str]:
     depth = 1
     while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
+    return [str(Path(*p[-depth:])) for p in parts]
 
 
 def update(runs: list[Progress], options: argparse.Namespace) -> None:
-    """Reads what is new and draws the PNG."""
+    """Reads what is new and, if there is any, draws the PNG: that costs a second or more of a processor."""
+    before = [(run.written, run.state) for run in runs]
     for run in runs:
         run.update()
-    drawn = plots(runs, options.last, 1000)
-    if options.png and drawn:
+    new = before != [(run.written, run.state) for run in runs]
+    if options.png and new and (drawn := plots(runs, options.last, 1000)):
         png(runs, drawn, title(runs), options.png)
 
 
 def title(runs: list[Progress]) -> str:
     """One line for each run."""
     lines = []
-    for run in runs[:6]:
+    for run in runs:
         facts = run.facts()
-        told = [facts[key] for key in ("state", "iteration") if key in facts]
-        told += [f"{key} {facts[key]}" for key in ("loss", "validation", "speed", "left") if key in facts]
+        told = [facts["state"], *(f"{key} {facts[key]}" for key in BRIEF if key in facts)]
         lines.append(f"{run.name}: {', '.join(told)}")
     return "\n".join(lines)
 
@@ -105,40 +113,46 @@ def live(runs: list[Progress], options: argparse.Namespace) -> None:
         text.no_wrap, text.overflow = True, "crop"
         return text
 
+    shown = Live(view(), console=console, screen=True, auto_refresh=False)
     try:
-        with Live(view(), console=console, screen=True, auto_refresh=False) as shown:
-            while not all(run.over for run in runs):
-                time.sleep(options.every)
-                update(runs, options)
-                shown.update(view(), refresh=True)
+        shown.start(refresh=True)  # no "with": a Ctrl-C in here has to give the terminal back, too
+        while not all(run.over for run in runs):
+            time.sleep(options.every)
+            update(runs, options)
+            shown.update(view(), refresh=True)
     except KeyboardInterrupt:
         pass
+    finally:
+        shown.stop()
 
 
 def screen(runs: list[Progress], last: int | None, width: int, height: int, color: bool) -> str:
     """What there is to see, in about so many lines of at most ``width`` characters."""
-    head = [line for run in runs for line in header(run, width, len(runs) == 1)]
+    if len(runs) == 1:
+        head = header(runs[0], width, None)
+        loads = load_lines(runs[0], width, min(12, height // 3, height - len(head) - 10))
+    else:
+        head = [f"{key(i, color)} {line}" for i, run in enumerate(runs) for line in header(run, width - 3, BRIEF)]
+        loads = []
     drawn = plots(runs, last, 2 * width)
-    loads = load_lines(runs[0], width, min(12, height // 3)) if len(runs) == 1 else []
     room = height - len(head) - len(loads) - 1
-    body = [terminal_plots(drawn, width, room, color)] if drawn else ["no step is done yet"]
+    body = terminal_plots(drawn, width, room, color) if drawn else ["no step is done yet"]
     return "\n".join([*head, "", *body, *loads])
 
 
-def header(run: Progress, width: int, whole: bool) -> list[str]:
-    """The run's facts, filled into lines; those of several runs are short."""
+def header(run: Progress, width: int, keys: Sequence[str] | None) -> list[str]:
+    """The run's facts, filled into lines; with ``keys`` only these, as many as one line holds."""
     facts = run.facts()
-    brief = ("state", "iteration", "loss", "validation", "speed", "left")
-    lines = [f"{run.name}:"]
-    for key, value in facts.items():
-        if not whole and key not in brief:
-            continue
-        word = value if key == "state" else f"{key} {value}"
-        joined = f"{lines[-1]} {word}" if lines[-1].endswith(":") else f"{lines[-1]} | {word}"
+    told = [facts.pop("state"), *(f"{k} {facts[k]}" for k in (facts if keys is None else keys) if k in facts)]
+    lines = [f"{run.name}: {told[0]}"]
+    for word in told[1:]:
+        joined = f"{lines[-1]} | {word}"
         if len(joined) <= width:
             lines[-1] = joined
+        elif keys is None:
+            lines.append(f"  {word}")
         else:
-            lines.append(f"  {word}"[:width])
+            break
     return [line[:width] for line in lines]
 
 

@@ -38,9 +38,9 @@ class Progress:
 
     def update(self) -> None:
         """Reads what is new."""
-        for record in self._follower.records():
-            self.written = record.get("time", self.written)
         self.state, self.checkpoint = read_state(self.run), pointer(self.run)
+        for record in self._follower.records():  # after the state: where that says finished, all of them are here
+            self.written = record.get("time", self.written)
         told = read_run_info(self.run).get("args", {}).get("train_iters")
         self.train_iters = self.state.train_iters if self.state and self.state.train_iters else told
 

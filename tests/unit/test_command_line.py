@@ -143,6 +143,16 @@ def test_one_process_trains_without_torchrun(first_run):
     assert (state.status, state.iteration, state.train_iters) == ("finished", 3, 3)
 
 
+def test_a_run_can_be_watched(first_run):
+    _, where = first_run
+    done = run("tools/watch_run.py", str(where), COLUMNS="100", LINES="50")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{where.name}: finished | iteration 3 of 3 (100.0%) | tokens 768 | loss ")
+    titles = ("loss (nats per token), x: validation", "gradient norm", "tokens per second", "busiest expert / mean")
+    assert all(title in done.stdout for title in titles)
+    assert re.search(r"^layer 8 .*\nlayer 12 .*\n\Z", done.stdout, re.M)
+
+
 def test_metrics_hold_each_steps_own_loss(first_run):
     done, where = first_run
     records = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
