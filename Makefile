@@ -1,6 +1,7 @@
 # `make` alone lists the targets. All of them set up .venv first if need be.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slurm lint format clean
+TRIES ?= 5
+.PHONY: help setup setup-dev quickstart test test-slurm faults lint format clean
 PY := .venv/bin/python
 SOURCES := megatron_hybrid tools tests pretrain_hybrid.py
 
@@ -22,6 +23,10 @@ test: setup-dev ## run all tests
 
 test-slurm: setup-dev ## train on a SLURM of two nodes on this machine, and disturb it (12 minutes on two cores)
 	@$(PY) -m pytest tests/slurm
+
+faults: setup-dev ## disturb runs in many ways, TRIES=5 times each, and print a table
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults
+	@$(PY) -m tests.faults.campaign --tries $(TRIES)
 
 lint: setup-dev ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check $(SOURCES)
