@@ -1,9 +1,8 @@
-"""Hooks in Megatron's training loop: the FLOPs counter, batches, the check of the loss, and the run's own file."""
+"""Hooks in Megatron's training loop: the FLOPs counter, batches, and the run's own file."""
 
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +109,6 @@ def document_ids(tokens: Any, eod: int) -> Any:
     """
     ends = (tokens == eod).int()
     return (ends.cumsum(1) - ends).int()
-
-
-def check_loss(loss: Any) -> None:
-    """Hands a micro-batch's loss to Megatron's rerun machine, as upstream's own training scripts do.
-
-    It finds NaN and infinity under ``--check-for-nan-in-loss-and-grad`` and spikes under
-    ``--check-for-spiky-loss``, and tells faulty hardware from a faulty run (core/rerun_state_machine.py,
-    ``validate_result``).
-    """
-    import torch
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training.global_vars import get_args
-
-    args, machine = get_args(), get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
-            machine.validate_result(loss, found, f"found {name} in the loss", tolerance=0.0, fatal=True)
-    if args.check_for_spiky_loss:
-        spiky = partial(machine.is_unexpectedly_large, threshold=10, context="loss")
-        machine.validate_result(loss, spiky, "found a spike in the loss", tolerance=0.0, fatal=False)
 
 
 def write_run(path: Path, args: Namespace, counted: dict[str, Any]) -> None:

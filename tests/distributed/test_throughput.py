@@ -34,7 +34,7 @@ def train(argv: list[str]) -> str:
 
     import pretrain_hybrid
 
-    hooked = ("num_floating_point_operations", "train", "training_log", "evaluate_and_print_results")
+    hooked = ("num_floating_point_operations", "train", "train_step", "training_log", "evaluate_and_print_results")
     kept = {name: getattr(training, name) for name in (*hooked, "save_checkpoint_and_time", "dummy_train_step")}
     forget()
     out, kept_argv = io.StringIO(), sys.argv
