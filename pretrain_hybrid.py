@@ -91,6 +91,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
     flops = partial(costs.training_flops, layers, sizes)
     training.count_flops_with(flops)
+    training.draw_batches_that_are_skipped()
     interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
     run = Path(args.save) if args.save else None
     metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, mean_alphas if interpolates else None)

@@ -26,6 +26,26 @@ def count_flops_with(flops: Callable[[int], float]) -> None:
     training.num_floating_point_operations = num_floating_point_operations
 
 
+def draw_batches_that_are_skipped() -> None:
+    """Replaces what ``--iterations-to-skip`` does with a batch (training/training.py:2289): it is drawn, and no more.
+
+    Upstream broadcasts it, too, with an attention mask that the data sets do not make (ranks would wait for ever), and
+    draws from stages that read nothing and from lists of iterators (TypeError).
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import training
+
+    def dummy_train_step(data_iterator: Any) -> None:
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+            for iterator in filter(None, iterators):
+                for _ in range(get_num_microbatches()):
+                    next(iterator)
+
+    training.dummy_train_step = dummy_train_step
+
+
 def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
     """This rank's part of the next micro-batch, on its device.
 

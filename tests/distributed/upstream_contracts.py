@@ -221,6 +221,17 @@ CONTRACTS = [
         lacks=("'P'", "'W'"),
     ),
     _C(
+        "draw_batches_that_are_skipped",
+        TRAINING,
+        "dummy_train_step",
+        "data_iterator",
+        (
+            "while rerun_state_machine.should_run_forward_backward(data_iterator):\n        for _ in range(num_micro",
+            "if tp_rank == 0:\n                batch = next(data_iterator)",
+            "create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader",
+        ),
+    ),
+    _C(
         "write_metrics",
         TRAINING,
         "training_log",
