@@ -28,11 +28,12 @@ FLAGS = f"""{SIZES} {MOE} --lr 1e-3 --min-lr 1e-4 --lr-decay-style linear --lr-w
 STEPS = 8
 BATCH = 4
 PATTERN = "M-P-WEM*-E"
+SHARDED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 LAYOUTS = {
-    "1": (1, PATTERN, ""),
-    "dp2": (2, PATTERN, ""),
-    "tp2": (2, PATTERN, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, PATTERN.replace("EM", "E|M"), "--pipeline-model-parallel-size 2"),
+    "1": (1, PATTERN, SHARDED),
+    "dp2": (2, PATTERN, f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"),
+    "tp2": (2, PATTERN, f"{SHARDED} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, PATTERN.replace("EM", "E|M"), f"{SHARDED} --pipeline-model-parallel-size 2"),
     "ep2": (2, PATTERN, "--expert-model-parallel-size 2"),
 }
 SKIP, STOP = "--on-bad-step skip", "--on-bad-step stop"
@@ -304,16 +305,16 @@ def test_a_run_goes_on_past_the_bad_step(trained, place, tmp_path):
     before = place // BATCH
     again = f"--save-interval {before} --load {tmp_path} --load-unverified"
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
-    ended = trained("dp2", again, "nan", save=tmp_path)
+    ended = trained("1", again, "nan", save=tmp_path)
     assert ended.codes == {REPEATED} and tracker.read_text() == str(before)
-    first = trained("dp2", again, "nan", save=tmp_path)
+    first = trained("1", again, "nan", save=tmp_path)
     assert first.codes == {STOPPED} and "no second try in the first step" in first.ranks[0]["said"]
     assert [(r["iteration"], r["samples"]) for r in first.bad] == 2 * [(before + 1, [place])]
     assert tracker.read_text() == str(before)
     for answer in (SKIP, f"--iterations-to-skip {before + 1}"):
-        gone_on = trained("dp2", f"{again} {answer} --no-save-optim", "nan", save=tmp_path)
+        gone_on = trained("1", f"{again} {answer}", "nan", save=tmp_path)
         assert gone_on.codes == {0}
-        assert same(gone_on, trained("dp2", f"--iterations-to-skip {before + 1}"))
+        assert same(gone_on, trained("1", f"--iterations-to-skip {before + 1}"))
         tracker.write_text(str(before))
 
 
