@@ -85,24 +85,26 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import ending, metrics, saving, training
+    from megatron_hybrid.engine import bad_steps, ending, metrics, saving, training
     from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
     flops = partial(costs.training_flops, layers, sizes)
     training.count_flops_with(flops)
+    training.draw_batches_that_are_skipped()
     interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
-    path = Path(args.save) / "metrics.jsonl" if args.save else None
-    metrics.write_metrics(path, flops, peak, mean_alphas if interpolates else None)
-    if args.save:
-        training.write_run(Path(args.save) / "run.json", args, counted)
+    run = Path(args.save) if args.save else None
+    metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, mean_alphas if interpolates else None)
+    if run:
+        training.write_run(run / "run.json", args, counted)
     saving.guard_saves(args)
     datasets.is_distributed = True  # type: ignore[attr-defined]
+    provider = bad_steps.watch_steps(run, args, datasets)
     ending.spare_helpers_the_signal()
-    with ending.state_of_the_run(Path(args.save) if args.save else None, args):
+    with ending.state_of_the_run(run, args):
         pretrain(
             pretrain_cfg_container_from_args(args, config),
-            datasets,
+            provider,
             ModelType.encoder_or_decoder,
             forward_step,
         )
@@ -183,10 +185,7 @@ def loss(mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Sum of the losses under the mask, number of tokens, and both for the log."""
     import torch
 
-    from megatron_hybrid.engine.training import check_loss
-
     total = (losses.view(-1).float() * mask.view(-1)).sum()
-    check_loss(total)
     tokens = mask.sum().int()
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 

@@ -74,6 +74,18 @@ class HybridConfig:
     """Load checkpoints that have no manifest (integrity.json), from trusted folders that cannot be written. One that
     differs from its manifest is refused all the same. tools/verify_checkpoint.py --seal makes a manifest."""
 
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What happens at a step whose loss or gradient is not finite, or whose loss jumps under --check-for-spiky-loss:
+    stop ends the run with exit code 16 or 17 and saves nothing, skip goes on with the next batch without an update.
+    Either way bad_batches.jsonl in the --save folder has the samples (docs/faults.md)."""
+
+    max_skipped_steps: int = 10
+    """--on-bad-step skip: bad steps in a row that may be skipped. One more stops the run."""
+
+    spike_threshold: float = 10.0
+    """--check-for-spiky-loss: the mean loss of a micro-batch is a spike from this many times the largest of the first
+    100 micro-batches that the process has seen."""
+
     hybrid_recompute: list[str] = field(
         default_factory=list, metadata={"argparse_meta": {"nargs": "*", "choices": ["ssm", "intra"]}}
     )

@@ -1,94 +1,60 @@
-"""Steps whose loss or gradient norm is not finite, or whose loss jumps: stop or skip, and keep which samples they had.
+"""Steps whose loss or gradient is not finite, or whose loss jumps: stop or skip, and keep which samples they had.
 
 docs/faults.md ("Bad steps") says what a user sees, and what Megatron's rerun machine does for hybrids.
 """
 
-import json
 import math
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from megatron_hybrid.run_folder.metrics import Appender
 
 FILE = "bad_batches.jsonl"
-REPEATED, DIFFERED = 16, 17
-"""Exit codes: a second try gave the same, or something else; 17 also where there was no second try."""
+REPEATED, STOPPED = 16, 17
+"""Exit codes: a second try of the step gave the same; it gave something else, or there was none."""
 
 
-def watch_steps(run: Path | None, args: Namespace) -> None:
-    """Stops at bad steps or skips them (``--on-bad-step``); before Megatron is initialised.
+def watch_steps(run: Path | None, args: Namespace, datasets: Callable) -> Callable:
+    """Stops at bad steps or skips them (``--on-bad-step``), and notes their samples; before Megatron is initialised.
 
-    Wraps ``train_step`` (training/training.py:2336), and on its first call ``step_with_ready_grads``
-    (core/optimizer/optimizer.py:1738), which upstream calls when it knows the gradient norm. Its result says whether
-    the weights were updated: without it upstream counts the iteration as skipped and leaves the schedule as it is.
+    Wraps ``train_step`` (training/training.py:2336) and what it calls: the forward step, whose losses upstream leaves
+    to the training script to check, and ``step_with_ready_grads`` of the optimizer (core/optimizer/optimizer.py:1738),
+    which is called when the gradient norm is known. Its result says whether there was an update: without one upstream
+    counts the iteration as skipped and leaves the schedule of the learning rate where it is.
 
-    Under ``skip`` upstream's rerun machine is off (core/rerun_state_machine.py:486): all is decided before the
-    update, by one reduction of two numbers over all ranks. Under ``stop`` the machine does the step again in place
-    (core/rerun_state_machine.py:342). Upstream would then save a checkpoint with the machine's state, which on the same
-    device is left by no restart, as it is never taken for a check (:679): here nothing is saved.
+    Before every update all ranks reduce two flags, a bad loss and a bad norm, and the step is skipped or ends the run.
+    Under ``stop`` upstream's rerun machine comes before that: it does the step again in place
+    (core/rerun_state_machine.py:335), except in the first step of a process (:594). Its exit code is taken, and not
+    the checkpoint that it asks for: a restart from that one goes straight to the bad step, and on the same device
+    ends there each time (:663).
+
+    Under ``skip`` the machine is off. Where it is, upstream's own checks would raise (:519): they are off, too.
 
     Args:
         run: The folder for bad_batches.jsonl; None writes none.
-        args: Megatron's global arguments.
+        args: Megatron's global arguments, in which upstream's checks are switched.
+        datasets: Provider of (training, validation, test) sets.
+
+    Returns:
+        The provider, whose training set is remembered, to look up documents.
     """
     from megatron.training import training
 
-    global _watch
-    _watch = _Watch(run, args)
+    watch = _Watch(run, args)
     if args.on_bad_step == "skip":
-        args.rerun_mode, args.check_for_nan_in_loss_and_grad = "disabled", False
-    training.train_step = _watch.watching(training.train_step)
-
-
-def check_loss(loss: Any) -> None:
-    """Takes note of a micro-batch's loss; under ``stop`` Megatron's rerun machine checks it, too.
-
-    The machine finds NaN and infinity under ``--check-for-nan-in-loss-and-grad`` and spikes under
-    ``--check-for-spiky-loss`` (core/rerun_state_machine.py, ``validate_result``, ``is_unexpectedly_large``).
-
-    Args:
-        loss: Mean over the tokens of the micro-batch, on ranks of the last pipeline stage.
-    """
-    import torch
-    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-    from megatron.training.global_vars import get_args
-
-    args, machine = get_args(), get_rerun_state_machine()
-    loss = loss.detach()
-    if _watch is not None:
-        _watch.losses.append(loss)
-        if args.on_bad_step == "skip" or not torch.is_grad_enabled():
-            return
-    if args.check_for_nan_in_loss_and_grad:
-        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
-            machine.validate_result(loss, found, f"found {name} in the loss", tolerance=0.0, fatal=True)
-    # outside of training the machine is disabled, and counts what it is shown all the same
-    if args.check_for_spiky_loss and machine.get_mode() != RerunMode.DISABLED:
-        machine.validate_result(loss, partial(is_spike, args), SPIKE, tolerance=0.0, fatal=True)
-
-
-SPIKE = "found a spike in the loss"
-
-
-def is_spike(args: Namespace, loss: Any) -> bool:
-    """Whether a loss is ``--spike-threshold`` times the largest of this process's first 100 micro-batches."""
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-    return get_rerun_state_machine().is_unexpectedly_large(loss, threshold=args.spike_threshold, context="loss")
-
-
-def keep_training_set(sets: Any) -> Any:
-    """Remembers the first of (training, validation, test) sets, to look up documents; returns what it is given."""
-    if _watch is not None:
-        _watch.training_set = sets[0]
-    return sets
+        args.rerun_mode = "disabled"
+    if args.rerun_mode == "disabled":
+        args.check_for_nan_in_loss_and_grad = False
+    training.train_step = watch.watching(training.train_step)
+    return watch.remembering(datasets)
 
 
 def sample_indices(consumed: int, micro_batch: int, size: int, rank: int, ranks: int) -> list[int]:
-    """Indices of a micro-batch's samples in the order of training (training/datasets/data_samplers.py:122).
+    """Indices of a micro-batch's samples in the training set (training/datasets/data_samplers.py:176).
 
     Args:
         consumed: Samples of all steps before this one.
@@ -103,200 +69,262 @@ def sample_indices(consumed: int, micro_batch: int, size: int, rank: int, ranks:
 def documents(training_set: Any, index: int) -> dict[str, Any] | None:
     """The data set and the documents behind a sample (core/datasets/gpt_dataset.py:353).
 
+    Of a blend those of the part that the sample is from (core/datasets/blended_dataset.py:98).
+
     Returns:
         data_set (its path without suffix) and documents (their indices in it, in the order in which the sample has
         them; the last one may give it no more than the label of its last token); None where it cannot be told.
     """
     try:
-        if hasattr(training_set, "datasets"):  # a blend (core/datasets/blended_dataset.py:98)
+        if hasattr(training_set, "datasets"):
             training_set[index]  # loads the indices on first use
             part, inner = training_set.dataset_index[index], training_set.dataset_sample_index[index]
             return documents(training_set.datasets[part], int(inner))
         found = training_set._query_document_sample_shuffle_indices(index)[1]
-        return {"data_set": str(training_set.dataset_path), "documents": [int(i) for i in found]}
-    except Exception:  # of a data set that is not as we know it: a note on a bad batch must not end the run
+        return {"data_set": training_set.dataset_path, "documents": [int(i) for i in found]}
+    except Exception:  # a set of another kind, or a broken one: a note on a bad batch must not change how the run ends
         return None
+
+
+class _Loss(NamedTuple):
+    mean: Any
+    """Over the tokens of the micro-batch: fp32 of no dimensions."""
+    is_spike: bool
+
+
+class _Finding(NamedTuple):
+    micro_batch: int
+    found: str
+    value: float
 
 
 class _Watch:
     """What the hooks share on this rank."""
 
     def __init__(self, run: Path | None, args: Namespace):
-        self._run, self._args = run, args
+        self._file = Appender(run / FILE) if run else None
+        self._args = args
         self._skips = args.on_bad_step == "skip"
-        self._checks_finite = self._skips or args.check_for_nan_in_loss_and_grad
-        self.losses: list[Any] = []
-        """Of this step's micro-batches; a second try of the step adds its own."""
-        self.training_set: Any = None
+        self._finds_infinities = self._skips or args.check_for_nan_in_loss_and_grad
+        self._losses: list[_Loss] = []
+        """Of this step's micro-batches, in order; a second try of the step adds its own. Empty on earlier stages."""
+        self._norm: Any = None
+        """Of this step's gradient; None before it is known."""
+        self._persistent: list[Any] | None = None
+        """The buffers that checkpoints hold, such as MoE's expert bias, which upstream moves before the optimizer."""
+        self._kept: list[Any] = []
+        """Their values before this step."""
+        self._training_set: Any = None
         self._in_a_row = 0
-        self._stop: int | None = None
-        """Exit code, once the run is to stop."""
-        self._buffers: list[tuple[Any, Any]] = []
-        self._norm: Any = 0.0
-        self._first = True
+        """Bad steps so far, skipped ones and this one."""
+        self._stop = False
 
     # Hooks ---------------------------------------------------------------------------------------
 
+    def remembering(self, datasets: Callable) -> Callable:
+        @wraps(datasets)
+        def provided(*args: Any, **kwargs: Any) -> Any:
+            sets = datasets(*args, **kwargs)
+            if sets[0] is not None:  # it is None for chunks of the model that read nothing
+                self._training_set = sets[0]
+            return sets
+
+        return provided
+
     def watching(self, train_step: Callable) -> Callable:
-        def watched(forward: Any, data: Any, model: list, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._first:
+        def watched(forward: Callable, data: Any, model: list, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._persistent is None:
                 self._hook(model, optimizer)
-            self.losses = []
-            if self._skips:
-                self._keep_buffers()
-            result = train_step(forward, data, model, optimizer, *args, **kwargs)
-            self._first = False
-            if result[3] and result[4] in (REPEATED, DIFFERED):  # should_exit, exit_code
-                self._stop = result[4]
-                _say_once(_STOPPED[result[4]])
-            if self._stop is None:
+            self._losses, self._norm = [], None
+            self._kept = [buffer.detach().clone() for buffer in self._persistent or ()]
+            result = train_step(self._noting_losses(forward), data, model, optimizer, *args, **kwargs)
+            rejected, code = result[3:5]
+            if rejected:
+                self._find(self._losses[: _micro_batches()], "stopped", rejected=True)
+                self._say(_REPEATED if code == REPEATED else _DIFFERED)
+            elif self._stop:
+                code = STOPPED
+            else:
                 return result
-            return {}, True, False, True, self._stop, None, None, 0
+            # no losses, skipped, no checkpoint, exit, its code, and nothing of the gradient
+            return {}, True, False, True, code, None, None, 0
 
         return watched
+
+    def _noting_losses(self, forward: Callable) -> Callable:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output, reduce = forward(*args, **kwargs)
+
+            def reduced(output: Any) -> Any:
+                total, tokens, log = reduce(output)
+                self._check(total.detach() / tokens.clamp(min=1))
+                return total, tokens, log
+
+            return output, reduced
+
+        return noted
 
     def _hook(self, model: list, optimizer: Any) -> None:
         from megatron.core.rerun_state_machine import get_rerun_state_machine
 
         modules = [module for chunk in model for module in chunk.modules()]
-        names = [(m, n) for m in modules for n, b in m._buffers.items() if b is not None]
-        self._persistent = [m._buffers[n] for m, n in names if n not in m._non_persistent_buffers_set]
-        norm, update, machine = optimizer.get_grad_norm, optimizer.step_with_ready_grads, get_rerun_state_machine()
+        self._persistent = [
+            buffer
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+        machine = get_rerun_state_machine()
+        norm, update, restore = optimizer.get_grad_norm, optimizer.step_with_ready_grads, machine.state_restore_func
 
         def get_grad_norm() -> Any:
             self._norm = norm()
             return self._norm
 
         def step_with_ready_grads() -> bool:
-            # upstream's machine checks nothing in a process's first step
-            if (self._skips or self._first) and self._is_bad():
-                return False
-            return update()
-
-        optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
-        self._also_keep_buffers(machine)
-        log = machine._log_validation_error_to_file
-
-        def recorded(status: Any, result: Any, message: str) -> None:
-            in_loss = message.endswith("in the loss")
-            micro_batch = (len(self.losses) - 1) % _micro_batches() if in_loss else None
-            if not in_loss or _speaks_for_tensor_ranks():
-                self._record(message, float(result), micro_batch, status.value)
-            log(status=status, result=result, message=message)
-
-        machine._log_validation_error_to_file = recorded
-
-    def _also_keep_buffers(self, machine: Any) -> None:
-        """The second try starts from what the first one changed beside gradients, such as MoE's expert bias.
-
-        With it tokens go to other experts: upstream would take the other result for faulty hardware.
-        """
-        save, restore = machine.state_save_func, machine.state_restore_func
-
-        def saved() -> dict[str, Any]:
-            self._keep_buffers()
-            return save()
+            return False if self._is_bad() else update()
 
         def restored(state: dict[str, Any]) -> None:
+            # with the first try's bias tokens go to other experts, and upstream would take the hardware to be faulty
             self._restore_buffers()
             restore(state)
 
-        machine.state_save_func, machine.state_restore_func = saved, restored
-
-    def _keep_buffers(self) -> None:
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in self._persistent]
+        if not self._args.optimizer_cuda_graph:  # nothing in a captured step can wait for a value
+            optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+        machine.state_restore_func = restored
 
     def _restore_buffers(self) -> None:
-        for buffer, kept in self._buffers:
+        for buffer, kept in zip(self._persistent or (), self._kept, strict=True):
             buffer.data.copy_(kept)
 
     # The decision --------------------------------------------------------------------------------
 
-    def _is_bad(self) -> bool:
-        """Whether any rank has found this step to be bad; every rank takes part. Writes down what was found."""
+    def _check(self, loss: Any) -> None:
+        """Takes note of a micro-batch's mean loss, and hands it to upstream's machine unless that is off."""
         import torch
+        from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
-        found = self._bad_losses()
-        norm = float(self._norm)
-        bad_norm = self._checks_finite and not math.isfinite(norm)
-        flags = torch.tensor([bool(found), bad_norm], dtype=torch.int32, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        in_loss, in_norm = flags.tolist()
-        if not in_loss and not in_norm:
+        args, machine = self._args, get_rerun_state_machine()
+        is_spike = args.check_for_spiky_loss and machine.is_unexpectedly_large(loss, args.spike_threshold, "loss")
+        self._losses.append(_Loss(loss, is_spike))
+        if machine.get_mode() == RerunMode.DISABLED:
+            return
+        if self._finds_infinities:
+            for found, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
+                machine.validate_result(loss, found, f"found {name} in the loss")
+        if args.check_for_spiky_loss:
+            machine.validate_result(loss, lambda _: is_spike, _SPIKE)
+
+    def _is_bad(self) -> bool:
+        """Whether this step must make no update; every rank takes part. Writes down what was found."""
+        if not self._finds_infinities and not self._args.check_for_spiky_loss:
+            return False
+        outcome = "skipped" if self._skips and self._in_a_row < self._args.max_skipped_steps else "stopped"
+        if not self._find(self._losses[-_micro_batches() :], outcome):
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        skip = self._skips and self._in_a_row <= self._args.max_skipped_steps
-        outcome = "skipped" if skip else "stopped"
-        if _speaks_for_tensor_ranks():
-            for micro_batch, message, value in found:
-                self._record(message, value, micro_batch, outcome)
-        if not in_loss and self._args.rank == self._args.world_size - 1:
-            self._record(f"found {_name(norm)} in the gradient norm", norm, None, outcome, all_ranks=True)
-        if self._skips:
-            self._restore_buffers()
-        if not skip:
-            self._stop = DIFFERED
-            _say_once(_TOO_MANY.format(self._in_a_row - 1) if self._skips else _FIRST)
+        self._restore_buffers()
+        if outcome == "stopped":
+            self._stop = True
+            self._say(_TOO_MANY.format(self._in_a_row - 1) if self._skips else _NO_SECOND_TRY)
         return True
 
-    def _bad_losses(self) -> list[tuple[int, str, float]]:
-        """Micro-batch, what is wrong with its loss, and the loss."""
+    def _find(self, losses: list[_Loss], outcome: str, rejected: bool = False) -> bool:
+        """Whether a loss or the gradient is bad on any rank; writes down which: bad losses, or else the gradient.
+
+        Args:
+            losses: Of one try of this step.
+            outcome: What comes of it if it is bad.
+            rejected: Upstream's machine has found it in a loss or in a gradient.
+        """
+        import torch
+        from megatron.core import mpu
+
+        found = self._bad_losses(losses)
+        in_norm = self._finds_infinities and self._norm is not None and not math.isfinite(float(self._norm))
+        flags = torch.tensor([bool(found), in_norm or rejected], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        in_loss, in_gradient = flags.tolist()
+        if mpu.get_tensor_model_parallel_rank() == 0:  # the others have the same losses, and no data
+            for finding in found:
+                self._record(finding, outcome)
+            first = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+            if in_gradient and not in_loss and first and mpu.is_pipeline_last_stage(ignore_virtual=True):
+                self._record(None, outcome)
+        return bool(in_loss or in_gradient)
+
+    def _bad_losses(self, losses: list[_Loss]) -> list[_Finding]:
         import torch
 
-        if not self.losses:
-            return []
         found = []
-        for micro_batch, value in enumerate(torch.stack(self.losses).tolist()):
-            if not math.isfinite(value):
-                if self._checks_finite:
-                    found.append((micro_batch, f"found {_name(value)} in the loss", value))
-            elif self._skips and self._args.check_for_spiky_loss and is_spike(self._args, torch.tensor(value)):
-                found.append((micro_batch, SPIKE, value))
+        values = torch.stack([loss.mean for loss in losses]).tolist() if losses else []
+        for micro_batch, (value, loss) in enumerate(zip(values, losses, strict=True)):
+            if self._finds_infinities and not math.isfinite(value):
+                found.append(_Finding(micro_batch, f"found {_name(value)} in the loss", value))
+            elif loss.is_spike:
+                found.append(_Finding(micro_batch, _SPIKE, value))
         return found
 
-    def _record(
-        self, found: str, value: float, micro_batch: int | None, outcome: str, all_ranks: bool = False
-    ) -> None:
-        """Appends a line to bad_batches.jsonl and prints it: on the rank that has seen it, or for ``all_ranks``."""
+    # What is written and said --------------------------------------------------------------------
+
+    def _record(self, finding: _Finding | None, outcome: str) -> None:
+        """A line of bad_batches.jsonl: on a loss of this rank, or (None) on the gradient of all samples of the step."""
         from megatron.core import mpu
 
         args = self._args
         rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        if finding is None:
+            norm = None if self._norm is None else float(self._norm)
+            found, value = f"found {'NaN or infinity' if norm is None else _name(norm)} in the gradient", norm
+            places = [(m, r) for m in range(_micro_batches()) for r in range(ranks)]
+        else:
+            found, value = finding.found, finding.value
+            places = [(finding.micro_batch, rank)]
         samples: list[int] | None = None
         if args.dataloader_type == "single":  # the others shuffle on their own
-            which = range(_micro_batches()) if micro_batch is None else [micro_batch]
-            places = [(m, r) for m in which for r in (range(ranks) if all_ranks else [rank])]
             consumed, size = args.consumed_train_samples, args.micro_batch_size
             samples = [i for m, r in places for i in sample_indices(consumed, m, size, r, ranks)]
-        sources = [documents(self.training_set, i) for i in samples or []] if self.training_set is not None else []
-        line = json.dumps(
-            {
-                "iteration": args.curr_iteration + 1,
-                "found": found,
-                "value": value if math.isfinite(value) else str(value),
-                "outcome": outcome,
-                "micro_batch": micro_batch,
-                "data_parallel_rank": None if all_ranks else rank,
-                "rank": args.rank,
-                "samples": samples,
-                "sources": sources,
-            }
-        )
-        print(f"bad step: {line}", file=sys.stderr, flush=True)
-        if self._run is not None:
-            _append(self._run / FILE, line)
+        record = {
+            "iteration": args.curr_iteration + 1,
+            "found": found,
+            "value": value if value is None or math.isfinite(value) else str(value),
+            "outcome": outcome,
+            "micro_batch": finding.micro_batch if finding else None,
+            "data_parallel_rank": rank if finding else None,
+            "rank": args.rank if finding else None,
+            "samples": samples,
+            "sources": None if samples is None else [documents(self._training_set, i) for i in samples],
+        }
+        where = f"micro-batch {finding.micro_batch} of rank {args.rank}" if finding else "the whole step"
+        which = f"samples {samples[0]} to {samples[-1]}" if samples else "in an order of their own"
+        _print(f"bad step: iteration {args.curr_iteration + 1} ({outcome}): {found}: {where}, {which}")
+        if self._file and (warning := self._file.append(record)):
+            _print(warning)
+
+    def _say(self, why: str) -> None:
+        if self._args.rank == 0:
+            text = f"error: iteration {self._args.curr_iteration + 1} is rejected and the run stops: {why}"
+            text += " No checkpoint was saved."
+            text += f" What was found, and in which samples: {self._file.path}" if self._file else ""
+            _print(text)
 
 
-_watch: _Watch | None = None
-_STOPPED = {
-    REPEATED: "a second try of the step gave the same. Starting again from the last checkpoint will meet it again, unless "
-    "this hardware is at fault: look at the samples, start on other nodes, or give --on-bad-step skip.",
-    DIFFERED: "a second try of the step gave something else: this hardware may be at fault. Start again from the last "
-    "checkpoint, on other nodes if it comes back.",
-}
-_FIRST = "it was the first step of this process, which is not tried again."
-_TOO_MANY = "after {} skipped steps in a row (--max-skipped-steps). The weights or the data are at fault."
+_SPIKE = "found a spike in the loss"
+_REPEATED = (
+    "a second try of the step gave the same. Starting again from the last checkpoint will meet it again, unless this "
+    "hardware is at fault: look at the samples, leave the step out (--iterations-to-skip), or give --on-bad-step skip."
+)
+_DIFFERED = (
+    "a second try of the step gave something else, so this hardware may be at fault. Start again from the last "
+    "checkpoint; on other nodes if it comes back."
+)
+_NO_SECOND_TRY = "there is no second try in the first step of a process, nor under --rerun-mode disabled."
+_TOO_MANY = "{} steps in a row have been skipped (--max-skipped-steps). The weights or the data are at fault."
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _name(value: float) -> str:
@@ -307,34 +335,3 @@ def _micro_batches() -> int:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     return get_num_microbatches()
-
-
-def _speaks_for_tensor_ranks() -> bool:
-    """They have the same losses; the first has the data set, too."""
-    from megatron.core import mpu
-
-    return mpu.get_tensor_model_parallel_rank() == 0
-
-
-def _say_once(why: str) -> None:
-    from megatron.training.global_vars import get_args
-
-    args = get_args()
-    if args.rank == 0:
-        text = f"error: iteration {args.curr_iteration + 1} is rejected and the run stops: {why} "
-        text += f"What was found and in which samples: {FILE} in the --save folder. Nothing was saved."
-        print(text, file=sys.stderr, flush=True)
-
-
-def _append(path: Path, line: str) -> None:
-    """One write of one line to the end, so that ranks can share the file. A full disk must not hide the finding."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, f"{line}\n".encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        print(f"{path} could not be written: {error}", file=sys.stderr, flush=True)

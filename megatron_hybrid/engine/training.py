@@ -1,9 +1,8 @@
-"""Hooks in Megatron's training loop: the FLOPs counter, batches, the check of the loss, and the run's own file."""
+"""Hooks in Megatron's training loop: the FLOPs counter, batches, and the run's own file."""
 
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,26 @@ def count_flops_with(flops: Callable[[int], float]) -> None:
         return flops(batch_size)
 
     training.num_floating_point_operations = num_floating_point_operations
+
+
+def draw_batches_that_are_skipped() -> None:
+    """Replaces what ``--iterations-to-skip`` does with a batch (training/training.py:2289): it is drawn, and no more.
+
+    Upstream broadcasts it, too, with an attention mask that the data sets do not make (ranks would wait for ever), and
+    draws from stages that read nothing and from lists of iterators (TypeError).
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import training
+
+    def dummy_train_step(data_iterator: Any) -> None:
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+            for iterator in filter(None, iterators):
+                for _ in range(get_num_microbatches()):
+                    next(iterator)
+
+    training.dummy_train_step = dummy_train_step
 
 
 def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
@@ -110,26 +129,6 @@ def document_ids(tokens: Any, eod: int) -> Any:
     """
     ends = (tokens == eod).int()
     return (ends.cumsum(1) - ends).int()
-
-
-def check_loss(loss: Any) -> None:
-    """Hands a micro-batch's loss to Megatron's rerun machine, as upstream's own training scripts do.
-
-    It finds NaN and infinity under ``--check-for-nan-in-loss-and-grad`` and spikes under
-    ``--check-for-spiky-loss``, and tells faulty hardware from a faulty run (core/rerun_state_machine.py,
-    ``validate_result``).
-    """
-    import torch
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training.global_vars import get_args
-
-    args, machine = get_args(), get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for found, name in ((torch.isnan, "NaN"), (torch.isinf, "infinity")):
-            machine.validate_result(loss, found, f"found {name} in the loss", tolerance=0.0, fatal=True)
-    if args.check_for_spiky_loss:
-        spiky = partial(machine.is_unexpectedly_large, threshold=10, context="loss")
-        machine.validate_result(loss, spiky, "found a spike in the loss", tolerance=0.0, fatal=False)
 
 
 def write_run(path: Path, args: Namespace, counted: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ def check(args: Namespace) -> None:
     check_batch(args)
     check_positions(args)
     check_unsupported(args)
+    check_bad_steps(args)
     if counts["*"] or counts["W"]:
         check_attention(args)
     if counts["W"] and (args.swa_window < 1 or args.swa_sinks < 0):
@@ -189,6 +190,24 @@ def check_unsupported(args: Namespace) -> None:
         raise ValueError(
             f"--normalization {args.normalization}: hybrid layers use RMSNorm; add --normalization RMSNorm."
         )
+
+
+def check_bad_steps(args: Namespace) -> None:
+    """What is done at bad steps (engine/bad_steps.py)."""
+    if args.max_skipped_steps < 0:
+        raise ValueError(f"--max-skipped-steps is {args.max_skipped_steps} and must be at least 0.")
+    if not args.spike_threshold > 1:
+        raise ValueError(
+            f"--spike-threshold is {args.spike_threshold:g} and must be above 1: it is a multiple of the largest loss "
+            "of the first 100 micro-batches."
+        )
+    if args.on_bad_step == "skip":
+        for name, why in (
+            ("fp16", "its loss scaling skips steps that are not finite by itself"),
+            ("optimizer_cuda_graph", "a captured update cannot be left out"),
+        ):
+            if getattr(args, name):
+                raise ValueError(f"--on-bad-step skip does not go together with {_flag(name)}: {why}. Drop one.")
 
 
 def check_packing(args: Namespace) -> None:

@@ -9,24 +9,30 @@ from typing import Any
 from tests.distributed.training import forget
 
 
-def train(argv: list[str]) -> str:
-    """Runs pretrain_hybrid.py in this rank; what it printed."""
-    return end(argv)[0]
-
-
-def end(argv: list[str]) -> tuple[str, Any]:
-    """The same, with the code of the exit that the run ended by; None if it ran to its end."""
+def train(argv: list[str], out: io.StringIO | None = None) -> str:
+    """Runs pretrain_hybrid.py in this rank; what it printed, which also goes to ``out``. It may raise SystemExit."""
     import pretrain_hybrid
 
     forget()
+    out = out or io.StringIO()
+    with hooks_removed_after(), contextlib.redirect_stdout(out):
+        pretrain_hybrid.main(argv)
+    return out.getvalue()
+
+
+def end(argv: list[str]) -> tuple[str, Any]:
+    """The same, with errors in what it printed, and the code of the exit that it ended by; None if it came to its end.
+
+    Raises:
+        AssertionError: It refused its flags, with what it said.
+    """
     out, code = io.StringIO(), None
-    with hooks_removed_after(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    with contextlib.redirect_stderr(out):
         try:
-            pretrain_hybrid.main(argv)
+            train(argv, out)
         except SystemExit as error:
             code = error.code
-            if code == 2:
-                raise AssertionError(f"the program refused its flags: {out.getvalue()}") from None
+    assert code != 2, f"the program refused its flags: {out.getvalue()}"
     return out.getvalue(), code
 
 

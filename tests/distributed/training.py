@@ -140,8 +140,9 @@ def forget() -> None:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from megatron.training import global_vars
+    from megatron.training import checkpointing, global_vars
 
+    checkpointing._LOADED_ITERATION = None
     global_vars.destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()

@@ -20,6 +20,8 @@ DISPATCHER = "core/transformer/moe/token_dispatcher.py"
 ROUTER = "core/transformer/moe/router.py"
 MAPPINGS = "core/tensor_parallel/mappings.py"
 ADAM = "core/optimizer/distrib_optimizer.py"
+OPTIMIZER = "core/optimizer/optimizer.py"
+RERUN = "core/rerun_state_machine.py"
 TRAINING = "training/training.py"
 ELASTIC = "../torch/distributed/elastic"
 AGENT = f"{ELASTIC}/agent/server/api.py"
@@ -220,6 +222,17 @@ CONTRACTS = [
         lacks=("'P'", "'W'"),
     ),
     _C(
+        "draw_batches_that_are_skipped",
+        TRAINING,
+        "dummy_train_step",
+        "data_iterator",
+        (
+            "while rerun_state_machine.should_run_forward_backward(data_iterator):\n        for _ in range(num_micro",
+            "if tp_rank == 0:\n                batch = next(data_iterator)",
+            "create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader",
+        ),
+    ),
+    _C(
         "write_metrics",
         TRAINING,
         "training_log",
@@ -277,17 +290,118 @@ CONTRACTS = [
     ),
     _C("meta_device", MIXER, "MambaMixer.__init__", holds=("device=torch.cuda.current_device()",)),
     _C("write_metrics", TRAINING, "checkpoint_and_decide_exit", holds=("save_checkpoint_and_time(",)),
+    # bad_steps.py
     _C(
-        "check_loss",
-        "core/rerun_state_machine.py",
-        "RerunStateMachine.validate_result",
-        "self result rejection_func message comparison_func tolerance fatal",
+        "watch_steps",
+        TRAINING,
+        "train_step",
+        "forward_step_func data_iterator model optimizer opt_param_scheduler config forward_backward_func iteration "
+        "pg_collection p2p_communicator",
+        (
+            "while rerun_state_machine.should_run_forward_backward(data_iterator):",
+            "    return ({}, True, should_checkpoint, should_exit, exit_code, None, None, 0)\n",
+            "update_successful, grad_norm, num_zeros_in_grad = optimizer.step()",
+            "if update_successful:\n",
+            "    skipped_iter = 1",
+        ),
     ),
     _C(
-        "check_loss",
-        "core/rerun_state_machine.py",
+        "watch_steps",
+        TRAINING,
+        "train",
+        holds=(
+            "= train_step(forward_step_func, train_data_iterator, model, optimizer,",
+            "    if should_checkpoint:\n",
+            "    if should_exit:\n            break\n",
+            # one too many, since the machine counts at the start of a step: docs/faults.md says so
+            "rerun_state_machine.current_iteration = iteration\n",
+        ),
+    ),
+    _C("watch_steps", TRAINING, holds=("kwargs['check_for_nan_in_grad'] = args.check_for_nan_in_loss_and_grad",)),
+    _C("watch_steps", "training/initialize.py", "initialize_megatron", holds=("mode=RerunMode(args.rerun_mode)",)),
+    _C(
+        "watch_steps",
+        "core/pipeline_parallel/schedules.py",
+        "forward_step",
+        holds=("output_tensor, loss_func = forward_step_func(data_iterator, model)",),
+    ),
+    _C(
+        "watch_steps",
+        "core/pipeline_parallel/schedules.py",
+        "forward_step_calc_loss",
+        holds=("outputs = loss_func(output_tensor)", "output_tensor, num_tokens, loss_reduced = outputs"),
+    ),
+    _C("watch_steps", OPTIMIZER, "ChainedOptimizer.step_with_ready_grads", "self"),
+    _C("watch_steps", OPTIMIZER, "ChainedOptimizer.get_grad_norm", "self"),
+    _C(
+        "watch_steps",
+        OPTIMIZER,
+        "ChainedOptimizer.step",
+        "self",
+        (
+            "grad_norm = self.get_grad_norm()",
+            "update_successful = False if should_skip_update else self.step_with_ready_grads()",
+        ),
+    ),
+    _C("watch_steps", "core/optimizer/__init__.py", "get_megatron_optimizer", holds=("ChainedOptimizer(",)),
+    _C(
+        "watch_steps",
+        RERUN,
+        "RerunStateMachine.should_run_forward_backward",
+        "self data_iterator",
+        (
+            "will_rerun = self._reduce_any(self.rerun_requested)",
+            "self.state = RerunState.RERUNNING_IN_PLACE\n        self._restore_state()",
+        ),
+    ),
+    _C("watch_steps", RERUN, "RerunStateMachine._restore_state", holds=("self.state_restore_func(",)),
+    _C(
+        "watch_steps",
+        RERUN,
+        "RerunStateMachine.validate_result",
+        "self result rejection_func message comparison_func tolerance fatal",
+        (
+            "if fatal:\n                raise RuntimeError(full_message)",
+            "if not self.first_iteration_complete:\n            return",
+            "if node == self.suspicious_node and device == self.suspicious_device:",
+        ),
+    ),
+    _C(
+        "watch_steps",
+        RERUN,
         "RerunStateMachine.is_unexpectedly_large",
         "self result threshold context num_samples resample",
+        ("return value >= self.max_values[context] * threshold",),
+    ),
+    _C(
+        "watch_steps",
+        "core/distributed/finalize_model_grads.py",
+        "finalize_model_grads",
+        holds=("_update_router_expert_bias(",),  # before the optimizer knows whether it makes a step
+    ),
+    _C(
+        "sample_indices",
+        "training/datasets/data_samplers.py",
+        "MegatronPretrainingSampler",
+        holds=(
+            "range(self.consumed_samples, self.total_samples)",
+            "start_idx = self.data_parallel_rank * self.micro_batch_size",
+            "yield batch[start_idx:end_idx]",
+        ),
+    ),
+    _C(
+        "documents",
+        "core/datasets/gpt_dataset.py",
+        "GPTDataset._query_document_sample_shuffle_indices",
+        "self idx",
+        ("idx = self.shuffle_index[idx]", "document_ids.append(self.document_index[doc_index_beg])"),
+    ),
+    _C("documents", "core/datasets/megatron_dataset.py", holds=("self.dataset_path = dataset_path",)),
+    _C(
+        "documents",
+        "core/datasets/blended_dataset.py",
+        "BlendedDataset.__getitem__",
+        holds=("dataset_id = self.dataset_index[idx]", "dataset_sample_id = self.dataset_sample_index[idx]"),
     ),
     _C(
         "next_batch",
