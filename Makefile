@@ -3,6 +3,8 @@
 TRIES ?= 5
 .PHONY: help setup setup-dev quickstart test test-slurm faults lint format clean
 PY := .venv/bin/python
+# Where it is set, each of the many processes that tests start would compile torch and Megatron anew: 12 s each.
+export PYTHONDONTWRITEBYTECODE :=
 SOURCES := megatron_hybrid tools tests pretrain_hybrid.py
 
 help: ## list the targets

@@ -10,6 +10,7 @@ was not disturbed, or if anything takes longer than the bound. Exit code 1 then.
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ def main() -> None:
     made.add_argument("--seed", type=int, default=0, help="of the moments and places (default: 0)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the verdict of each try there")
     options = made.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what the tries have started ends, too
     where = Path(tempfile.mkdtemp(prefix="faults-"))
     corpus = write_corpus(where / "corpus")
     reference = undisturbed(where / "reference", corpus)
