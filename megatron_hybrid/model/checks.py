@@ -201,6 +201,8 @@ def check_bad_steps(args: Namespace) -> None:
             f"--spike-threshold is {args.spike_threshold:g} and must be above 1: it is a multiple of the largest loss "
             "of the first 100 micro-batches."
         )
+    if args.rerun_mode == "report_stats":
+        raise ValueError("--rerun-mode report_stats is not supported: this Megatron ends with an error there. Drop it.")
     if args.on_bad_step == "skip":
         for name, why in (
             ("fp16", "its loss scaling skips steps that are not finite by itself"),

@@ -354,6 +354,7 @@ CONTRACTS = [
             "self.state = RerunState.RERUNNING_IN_PLACE\n        self._restore_state()",
         ),
     ),
+    _C("watch_steps", RERUN, "RerunMode", lacks=("'report_stats'",)),  # which is refused: model/checks.py
     _C("watch_steps", RERUN, "RerunStateMachine._restore_state", holds=("self.state_restore_func(",)),
     _C(
         "watch_steps",
