@@ -63,10 +63,28 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
     else:
         decision = _agree(args, judge)
     if decision["folder"] is not None:
+        _check_optimizer(args, decision["folder"])
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
         _see_pointer(decision)
         skip_second_check(decision["folder"])
     return notes + decision["notes"]
+
+
+def _check_optimizer(args: Namespace, folder: str) -> None:
+    """Refuses to go on without the moments: upstream leaves them uninitialised then (training/checkpointing.py:1338).
+
+    What it does not save, it does not ask a checkpoint for either.
+
+    Raises:
+        ValueError: With the flag to drop or to add.
+    """
+    from_pretrained = args.load is None or Path(args.load) not in Path(folder).parents
+    weights_alone = args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release"
+    if args.no_save_optim and not weights_alone and not args.skip_train:
+        raise ValueError(
+            f"--no-save-optim, and the run goes on from {folder}: Megatron would not load the optimizer's moments, and "
+            "train with what memory holds. Drop --no-save-optim, or give --no-load-optim for fresh moments."
+        )
 
 
 def _go_on_from_own(args: Namespace) -> list[str]:
