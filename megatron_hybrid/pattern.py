@@ -253,6 +253,8 @@ def check_pipeline(pattern: Pattern, pp: int, vpp: int | None = None) -> int:
                 f"{vpp} virtual stages per rank need {pp * vpp} segments, and the pattern "
                 f"{pattern} has no |; put {pp * vpp - 1} of them where the segments start"
             )
+        if layers < pp:
+            raise ValueError(f"{layers} layers are too few for {pp} pipeline stages; give at most {layers} stages")
         if layers % pp:
             raise ValueError(
                 f"{layers} layers do not divide over {pp} pipeline stages; put {pp - 1} | into the "

@@ -71,6 +71,7 @@ def check_sizes(args: Namespace) -> None:
         "hidden_size",
         "num_attention_heads",
         "seq_length",
+        "vocab_size",
         "mamba_head_dim",
         "mamba_num_groups",
         "mamba_state_dim",
@@ -79,6 +80,10 @@ def check_sizes(args: Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"{_flag(name)} is {value} and must be at least 1.")
+    for name in ("train_iters", "train_samples"):
+        value = getattr(args, name, None)
+        if value is not None and value < 0:
+            raise ValueError(f"{_flag(name)} is {value} and must be at least 0.")
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise ValueError(f"--peak-tflops is {args.peak_tflops:g}: give a GPU's dense peak in TFLOP/s, such as 989.")
 

@@ -68,6 +68,9 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     backend = "te" if flags.value(words, "--backend") == "te" else None
     if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
         words = flags.without(words, "--backend")
+        for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
+            if flags.value(words, flag):
+                raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
     command = flags.resolve(words)
     from megatron_hybrid.engine import arguments
 

@@ -26,10 +26,18 @@ FLAGS = f"""{SIZES} {MOE} --mamba-num-heads 4 --micro-batch-size 1 --lr 1e-3 --m
 --save-interval 100 --no-save-optim --no-save-rng"""
 
 
+def saved_flops(checkpoint: str) -> float:
+    """What Megatron's counter has summed up by then."""
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load_common_state_dict(checkpoint)["num_floating_point_operations_so_far"]
+
+
 class Trained:
     """A run's output and files."""
 
     def __init__(self, where: Path, outputs: list[str]):
+        self.where = where
         info = json.loads((where / "run.json").read_text())
         self.args = Namespace(**info["args"])
         self.said = outputs[-1]  # upstream's log lines are the last rank's
@@ -74,6 +82,13 @@ def test_figures_are_work_by_seconds(replicas, stages):
         for record, samples in timed:
             assert record["tokens_per_second"] == samples * 32 / record["seconds"]
             assert record["tflops_per_gpu"] == run.flops(samples) / record["seconds"] / 2 / 1e12
+
+
+def test_megatrons_own_counter_is_replaced(ranks, replicas, stages):
+    """It makes the figure of ``--log-throughput``, and the sum that checkpoints keep."""
+    for run in (replicas, stages):
+        work = sum(run.flops(samples) for samples in run.batches)
+        assert ranks(1).run(saved_flops, checkpoint=str(run.where / "iter_0000006")) == [work]
 
 
 def test_the_work_counts_every_layer(replicas):

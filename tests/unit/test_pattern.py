@@ -166,6 +166,7 @@ def test_pipeline_layouts_that_fit(text, pp, vpp, segments_per_stage):
         ("M-*-", 2, 2, r"put 3 of them"),
         ("M-|*-", 1, None, r"remove the \|"),
         ("M-", 0, None, "at least 1"),
+        ("M-*", 4, None, "give at most 3 stages"),
     ],
 )
 def test_pipeline_layouts_that_do_not_fit(text, pp, vpp, remedy):

@@ -111,6 +111,9 @@ def test_stages_that_megatron_cuts_itself_are_in_the_pattern():
         ("--recipe paper-1b-intra --tensor-model-parallel-size 3", 3, "must be a multiple"),
         ("--recipe paper-1b-intra --pipeline-model-parallel-size 4", 4, "do not divide over 4 pipeline stages"),
         ("--recipe paper-1b-intra --micro-batch-size 3", 8, "is no multiple of --micro-batch-size 3 times 8"),
+        ("--recipe paper-1b-intra --vocab-size -5", 8, "--vocab-size is -5 and must be at least 1"),
+        ("--recipe paper-1b-intra --train-iters -4", 8, "--train-iters is -4 and must be at least 0"),
+        ("--recipe paper-1b-intra --backend te --fp8-format hybrid", 8, "--fp8-format: memory and time .* Drop it"),
         ("--recipe paper-1b-intra --hiden-size 3", 8, "Did you mean --hidden-size"),
     ],
 )
@@ -533,9 +536,9 @@ def test_where_nothing_fits_the_least_is_named():
     least = found["least"]
     s = read([*argv, *least["flags"]], gpus)
     assert max(row["total"] for row in memory(s)) == least["bytes"] > found["limit"]
-    # it fits as soon as there is room for it
-    enough = fit.fit(argv, gpus, machine(memory=least["bytes"] / 0.9 * (1 + 1e-9)))
-    assert enough["fitting"] >= 1
+    # it fits as soon as there is room for it, and no sooner
+    short, enough = (fit.fit(argv, gpus, machine(memory=least["bytes"] / 0.9 * (1 + e)), most=1) for e in (-1e-9, 1e-9))
+    assert short["fitting"] == 0 < enough["fitting"]
 
 
 @pytest.mark.parametrize(
