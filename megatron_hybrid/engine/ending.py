@@ -1,5 +1,6 @@
 """How a run ends, for who starts it again: Megatron leaves with exit code 0 when it is finished and when it is not."""
 
+import multiprocessing
 import signal
 from argparse import Namespace
 from collections.abc import Iterator
@@ -37,8 +38,24 @@ def state_of_the_run(run: Path | None, args: Namespace) -> Iterator[None]:
             say("failed", "result validation", begun)
         elif begun is not None and not end.code:
             say("stopped", "signal" if signal_received(args) else "flag", begun + 1)
+        if end.code:
+            end_helpers()
+        raise
+    except BaseException:
+        end_helpers()
         raise
     say("finished", iteration=args.iteration if args.skip_train else args.train_iters)
+
+
+def end_helpers() -> None:
+    """Kills the processes that this one has started, before it ends by an error.
+
+    Python would wait for them for ever, and the other ranks with it: it asks them by SIGTERM, to which workers of data
+    loaders are made deaf (training/datasets/data_samplers.py:94), and nobody else ends those that a traceback holds.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own for each of them
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def result_validation_codes() -> tuple[int, int]:

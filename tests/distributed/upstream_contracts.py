@@ -589,6 +589,12 @@ CONTRACTS = [
         holds=("if any(signal_handler.signals_received()):",),
     ),
     _C(
+        "end_helpers",
+        "training/datasets/data_samplers.py",
+        "build_pretraining_data_loader",
+        holds=("DistributedSignalHandler(args.exit_signal).__enter__()",),
+    ),
+    _C(
         "spare_helpers_the_signal",
         "core/dist_checkpointing/strategies/filesystem_async.py",
         "get_write_results_queue",

@@ -69,9 +69,9 @@ def write_corpus(folder: Path) -> Path:
 
 def flags(corpus: Path) -> list[str]:
     """A small mixture-of-experts hybrid with dropout, so that a random state or a bias that is lost shows."""
-    return f"""--recipe demo --hybrid-layer-pattern M-P-*E --expert-model-parallel-size 1 --data-path {corpus} --split 90,10,0
-    --tokenizer-type NullTokenizer --vocab-size 100 --train-iters {ITERATIONS} --lr-decay-iters {ITERATIONS}
-    --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4 --hidden-dropout 0.1
+    return f"""--recipe demo --hybrid-layer-pattern M-P-*E --expert-model-parallel-size 1 --data-path {corpus}
+    --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 100
+    --train-iters {ITERATIONS} --lr-decay-iters {ITERATIONS} --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4 --hidden-dropout 0.1
     --save-interval {SAVE_INTERVAL} --eval-interval {EVAL_INTERVAL} --eval-iters 4 --log-interval 1 --device cpu
     --distributed-timeout-minutes 2 --data-cache-path {corpus.parent}/cache""".split()
 

@@ -34,3 +34,30 @@ def test_a_signal_to_all_processes_leaves_the_helpers_that_a_save_needs(spared):
         assert (done.stdout, done.stderr, done.returncode) == ("1 saved set()\n", "", 0)
     else:  # Python's own way, which is why there is another
         assert (done.stdout, done.returncode) == ("", 1)
+
+
+FAILING = """if True:
+    import signal, sys
+    from argparse import Namespace
+    import torch
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+    from megatron_hybrid.engine import ending
+
+    def deaf(worker):
+        DistributedSignalHandler(signal.SIGTERM).__enter__()
+
+    batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=deaf))
+    args = Namespace(rank=1)
+    with ending.state_of_the_run(None, args):
+        next(batches)
+        args.batches = batches  # a traceback holds it
+        raise OSError("the disk is full")
+"""
+
+
+def test_a_rank_that_fails_does_not_wait_for_helpers_that_are_deaf_to_its_signal():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", FAILING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, process_group=0)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("OSError: the disk is full")
