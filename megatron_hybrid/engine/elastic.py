@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from megatron_hybrid.launch import events, rank
+from megatron_hybrid.launch import events, leash, rank
 from megatron_hybrid.launch.requeue import FINAL_CODES
 from megatron_hybrid.launch.tail import Tail
 
@@ -84,7 +84,7 @@ def run_node(node: Node, command: list[str]) -> int:
         role="rank",
         local_world_size=node.processes,
         entrypoint=sys.executable,
-        args=("-I", rank.__file__, os.getpid(), node.logs, *command),
+        args=("-I", leash.__file__, os.getpid(), sys.executable, "-I", rank.__file__, node.logs, *command),
         rdzv_handler=get_rendezvous_handler(meeting),
         max_restarts=node.restarts,
         monitor_interval=POLL_S,

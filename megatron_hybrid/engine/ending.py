@@ -1,6 +1,7 @@
 """How a run ends, for who starts it again: Megatron leaves with exit code 0 when it is finished and when it is not."""
 
 import multiprocessing
+import os
 import signal
 from argparse import Namespace
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.launch import leash
 from megatron_hybrid.run_folder.state import State, Status, write_state
 
 
@@ -76,19 +78,22 @@ def signal_received(args: Namespace) -> bool:
 
 
 def spare_helpers_the_signal() -> None:
-    """Helper processes that this one will spawn never get SIGTERM: they are born with it blocked.
+    """Helper processes that this one will spawn never get SIGTERM, and end when it dies.
 
     SLURM signals every process of a step. A rank takes it as the word to save, and saves through a queue that lives in
     a process of its own (core/dist_checkpointing/strategies/filesystem_async.py:53), or by a worker
-    (core/dist_checkpointing/strategies/async_utils.py:367): without them every save on a signal would fail. They end
-    when the rank does, and SIGKILL ends them at any time.
+    (core/dist_checkpointing/strategies/async_utils.py:367): without them every save on a signal would fail. They are
+    born with it blocked. The queue's process would also outlive a rank that is killed, for ever.
     """
     launch = util.spawnv_passfds
 
-    def launched(*args: Any) -> int:
+    def launched(path: Any, args: list, passfds: Any) -> int:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Python's tracker of shared memory cleans up behind a process that was killed, and then ends by itself
+        if not any("resource_tracker" in str(arg) for arg in args):
+            args = [path, "-I", leash.__file__, str(os.getpid()), *args]
         try:
-            return launch(*args)
+            return launch(path, args, passfds)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

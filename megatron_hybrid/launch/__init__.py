@@ -9,7 +9,8 @@
 | ``requeue.py`` | what happens after a job's end |
 | ``summary.py`` | one screen at the start, one at the end |
 | ``jobs.py`` | the three programs: the batch step, a node's agent, the local run |
-| ``rank.py`` | what stands in front of a rank: its log, and its end if its agent dies |
+| ``rank.py`` | what stands in front of a rank: its log |
+| ``leash.py`` | what stands in front of a process that must not outlive the one that started it |
 
 The agent of a node is torchrun's; ``engine/elastic.py`` has every reach into it.
 """

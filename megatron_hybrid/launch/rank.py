@@ -1,23 +1,17 @@
-"""Stands in front of a rank: gives it its log, and its end if its agent dies. Run by path, on the standard library.
+"""Stands in front of a rank and gives it its log. Run by path, on the standard library.
 
-python rank.py AGENT_PID LOGS PROGRAM FLAGS becomes `python PROGRAM FLAGS` with rank_RANK.log for both streams.
+python rank.py LOGS PROGRAM FLAGS becomes `python PROGRAM FLAGS` with rank_RANK.log for both streams.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import time
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-
-def main(agent: int, logs: str, command: list[str]) -> None:
+def main(logs: str, command: list[str]) -> None:
     """Replaces this process by the program; the environment is torchrun's."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # outlives the exec below
-    if os.getppid() != agent:  # it died before
-        os.kill(os.getpid(), signal.SIGKILL)
     # SLURM's --signal without B: reaches ranks, too, which it would end; their agent tells them what it means
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     path = os.path.join(logs, f"rank_{int(os.environ['RANK']):03}.log")
@@ -32,4 +26,4 @@ def main(agent: int, logs: str, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2:])

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults.kinds import KINDS
@@ -25,6 +26,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--tries", type=int, default=5, metavar="N", help="of each kind (default: 5)")
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
+    made.add_argument("--jobs", type=int, default=2, metavar="N", help="tries at a time (default: 2)")
     made.add_argument("--seed", type=int, default=0, help="of the moments and places (default: 0)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the verdict of each try there")
     options = made.parse_args()
@@ -33,14 +35,17 @@ def main() -> None:
     corpus = write_corpus(where / "corpus")
     reference = undisturbed(where / "reference", corpus)
     verdicts: dict[str, list[Verdict]] = {name: [] for name in options.kinds}
-    for number in range(options.tries):
-        for name in options.kinds:
-            began = time.monotonic()
-            verdict = one(
-                name, where / f"{name.replace(' ', '-')}-{number}", corpus, f"{options.seed} {number}", reference
-            )
-            verdicts[name].append(verdict)
-            print(f"{name}, try {number + 1}: {said(verdict)} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    def attempt(name: str, number: int) -> None:
+        began = time.monotonic()
+        folder = where / f"{name.replace(' ', '-')}-{number}"
+        verdicts[name].append(one(name, folder, corpus, f"{options.seed} {number}", reference))
+        words = said(verdicts[name][-1])
+        print(f"{name}, try {number + 1}: {words} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        tries = [(name, number) for number in range(options.tries) for name in options.kinds]
+        list(pool.map(lambda one_try: attempt(*one_try), tries))
     print(table(verdicts))
     if options.json:
         options.json.write_text(

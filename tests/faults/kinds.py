@@ -212,7 +212,7 @@ def nan_in_loss(trial: Trial) -> None:
     trial.program = Path(__file__).with_name("nan_program.py")
     at = trial.random.randint(SAVE_INTERVAL + 1, ITERATIONS - 1)
     (trial.folder / "nan").write_text(f"{at} {trial.random.randrange(2)}")
-    os.environ["FAULT_NAN"] = str(trial.folder / "nan")
+    trial.variables["FAULT_NAN"] = str(trial.folder / "nan")
     trial.start()
     trial.reach(at - 1)
     trial.strike()

@@ -70,10 +70,10 @@ def write_corpus(folder: Path) -> Path:
 def flags(corpus: Path) -> list[str]:
     """A small mixture-of-experts hybrid with dropout, so that a random state or a bias that is lost shows."""
     return f"""--recipe demo --hybrid-layer-pattern M-P-*E --expert-model-parallel-size 1 --data-path {corpus}
-    --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 100
-    --train-iters {ITERATIONS} --lr-decay-iters {ITERATIONS} --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4 --hidden-dropout 0.1
-    --save-interval {SAVE_INTERVAL} --eval-interval {EVAL_INTERVAL} --eval-iters 4 --log-interval 1 --device cpu
-    --distributed-timeout-minutes 2 --data-cache-path {corpus.parent}/cache""".split()
+    --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 100 --train-iters {ITERATIONS}
+    --lr-decay-iters {ITERATIONS} --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4
+    --hidden-dropout 0.1 --save-interval {SAVE_INTERVAL} --eval-interval {EVAL_INTERVAL} --eval-iters 4
+    --log-interval 1 --device cpu --distributed-timeout-minutes 2 --data-cache-path {corpus.parent}/cache""".split()
 
 
 class Trial:
@@ -84,6 +84,7 @@ class Trial:
         self._corpus, self._mark = corpus, uuid.uuid4().hex
         self.more: list[str] = []
         """Further flags of the run."""
+        self.variables: dict[str, str] = {}
         self.program = ROOT / "pretrain_hybrid.py"
         self.launcher: subprocess.Popen | None = None
         self.verdict = Verdict()
@@ -99,7 +100,7 @@ class Trial:
         words = [sys.executable, str(ROOT / "tools/launch.py"), "local", "--nproc", str(RANKS), "--max-restarts", "2"]
         words += ["--grace", "60", "--program", str(self.program), "--", *flags(self._corpus), "--save", str(self.run)]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-        env |= {"OMP_NUM_THREADS": "1", "FAULT_TRIAL": self._mark}
+        env |= {"OMP_NUM_THREADS": "1", "FAULT_TRIAL": self._mark} | self.variables
         with self.output.open("ab") as out:
             self.launcher = subprocess.Popen([*words, *self.more], cwd=ROOT, env=env, stdout=out, stderr=out)
 

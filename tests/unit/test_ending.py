@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,25 @@ def test_a_rank_that_fails_does_not_wait_for_helpers_that_are_deaf_to_its_signal
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, process_group=0)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("OSError: the disk is full")
+
+
+ORPHAN = """if True:
+    import multiprocessing, os, signal
+    from megatron_hybrid.engine import ending
+
+    if __name__ == "__main__":
+        ending.spare_helpers_the_signal()
+        manager = multiprocessing.get_context("spawn").Manager()
+        print(manager._process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_is_killed_leaves_no_helper():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, timeout=60)
+    helper = Path("/proc", done.stdout.strip())
+    deadline = time.monotonic() + 20
+    while helper.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert done.returncode == -9 and done.stdout and not helper.exists()
