@@ -2,115 +2,155 @@
 
     python -m tests.faults.campaign [--tries 5] [--kinds "kill -9 of rank 0" ...] [--seed 0]
 
-Each try is a whole run of two CPU processes under tools/launch.py. It fails if the run goes on from before its last
-whole checkpoint, if any loss, gradient norm, learning rate or validation loss differs by a bit from those of a run that
-was not disturbed, or if anything takes longer than the bound. Exit code 1 then.
+A try is a whole run of two CPU processes under tools/launch.py that every kind of fault strikes once, in random order;
+every second one saves in the background. A fault has failed if the run goes on from before its last whole checkpoint,
+if anything takes longer than the bound, or if it is the last one in front of the first iteration whose loss, gradient
+norm, learning rate or validation loss differs by a bit from a run that was not disturbed. Exit code 1 then.
+As root each run has a file system of its own, which the full disk needs; else that kind is left out, and it says so.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.kinds import KINDS
-from tests.faults.trial import BOUND_S, Hang, Trial, Verdict, results, write_corpus
+from tests.faults.run import BOUND_S, Ended, Hang, Run, Verdict, flags, results, write_corpus
+
+FULL_DISK = "full disk in a save"
+STEPS_OF_A_FAULT = 10
+"""That a fault takes, the wait for its moment included; at times more, as a rule fewer."""
 
 
 def main() -> None:
+    options = parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what the runs have started ends, too
+    kinds = list(options.kinds)
+    if os.geteuid() and FULL_DISK in kinds:
+        kinds.remove(FULL_DISK)
+        print(f"left out, since it needs root: {FULL_DISK}", flush=True)
+    where = Path(tempfile.mkdtemp(prefix="faults-"))
+    corpus = write_corpus(where / "corpus")
+    words = flags(corpus, iterations=STEPS_OF_A_FAULT * (len(kinds) + 1))
+    with run_in(where / "reference", words, "reference") as run:
+        run.finish()
+        reference = results(run.save)
+    verdicts: list[Verdict] = []
+    for number in range(options.tries):
+        how = ["--async-save"] if number % 2 else []
+        with run_in(where / f"try-{number}", [*words, *how], f"{options.seed} {number}") as run:
+            disturb(run, kinds, reference)
+        verdicts += run.verdicts
+        if not any(v.failed for v in run.verdicts):
+            shutil.rmtree(run.folder)
+        print(f"try {number + 1}{' (background saves)' if how else ''}: {len(run.verdicts)} faults", flush=True)
+    print(table(verdicts))
+    if options.json:
+        options.json.write_text(json.dumps([verdict.__dict__ for verdict in verdicts], indent=1) + "\n")
+    if any(verdict.failed for verdict in verdicts):
+        sys.exit(f"see {where}")
+    shutil.rmtree(where)
+
+
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--tries", type=int, default=5, metavar="N", help="of each kind (default: 5)")
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
-    made.add_argument("--jobs", type=int, default=2, metavar="N", help="tries at a time (default: 2)")
-    made.add_argument("--seed", type=int, default=0, help="of the moments and places (default: 0)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the verdict of each try there")
-    options = made.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what the tries have started ends, too
-    where = Path(tempfile.mkdtemp(prefix="faults-"))
-    corpus = write_corpus(where / "corpus")
-    reference = undisturbed(where / "reference", corpus)
-    verdicts: dict[str, list[Verdict]] = {name: [] for name in options.kinds}
-
-    def attempt(name: str, number: int) -> None:
-        began = time.monotonic()
-        folder = where / f"{name.replace(' ', '-')}-{number}"
-        verdicts[name].append(one(name, folder, corpus, f"{options.seed} {number}", reference))
-        words = said(verdicts[name][-1])
-        print(f"{name}, try {number + 1}: {words} ({time.monotonic() - began:.0f} s)", flush=True)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        tries = [(name, number) for number in range(options.tries) for name in options.kinds]
-        list(pool.map(lambda one_try: attempt(*one_try), tries))
-    print(table(verdicts))
-    if options.json:
-        options.json.write_text(
-            json.dumps({n: [v.__dict__ for v in vs] for n, vs in verdicts.items()}, indent=1) + "\n"
-        )
-    failed = any(verdict.failed for found in verdicts.values() for verdict in found)
-    if not failed:
-        shutil.rmtree(where)
-    sys.exit(f"see {where}" if failed else 0)
+    made.add_argument("--seed", type=int, default=0, help="of orders, moments and places (default: 0)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
+    return made
 
 
-def undisturbed(folder: Path, corpus: Path) -> dict[int, tuple]:
-    """What the run computes when nobody disturbs it."""
-    trial = Trial(folder, corpus, "reference")
+@contextlib.contextmanager
+def run_in(folder: Path, words: list[str], seed: str) -> Iterator[Run]:
+    """A run in a folder, on a file system of its own if that can be; its logs and metrics stay there."""
+    run = Run(folder, words, random.Random(seed))
+    own = not os.geteuid()
+    if own:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", run.save], check=True)
     try:
-        trial.start()
-        trial.finish()
-        return results(trial.run)
+        yield run
     finally:
-        trial.end_for_good()
+        run.end_for_good()
+        if own:
+            shutil.copytree(run.save, folder / "kept", ignore=shutil.ignore_patterns("iter_*", "ballast"))
+            subprocess.run(["umount", "--lazy", run.save], check=True)
 
 
-def one(name: str, folder: Path, corpus: Path, seed: str, reference: dict[int, tuple]) -> Verdict:
-    """One try of a kind. Its files stay if it fails."""
-    trial = Trial(folder, corpus, f"{name} {seed}")
+def disturb(run: Run, kinds: list[str], reference: dict[int, tuple]) -> None:
+    """Every kind once, in random order; the run's verdicts say what became of it."""
     try:
-        KINDS[name](trial)
-        if name != "full disk in a save":  # which has to finish while its file system is there
-            trial.finish()
-        trial.judge(reference)
+        run.start()
+        for name in run.random.sample(kinds, len(kinds)):
+            run.verdicts.append(Verdict(name))
+            try:
+                KINDS[name](run)
+                run.recover()
+            except (Hang, Ended) as error:
+                run.verdicts[-1].hang = str(error)
+            print(f"  {said(run.verdicts[-1])}", flush=True)
+            if run.verdicts[-1].hang:
+                return
+        run.finish()
     except Hang as hang:
-        trial.verdict.hang = str(hang)
-    finally:
-        trial.end_for_good()
-    if not trial.verdict.failed:
-        shutil.rmtree(folder)
-    return trial.verdict
+        run.verdicts[-1].hang = str(hang)
+    compare(run, reference)
+
+
+def compare(run: Run, reference: dict[int, tuple]) -> None:
+    """Finds the first iteration that is not as it should be, and whose segment of the run it stands in."""
+    found = results(run.save)
+    bad = [i for i in sorted(set(reference) | set(found)) if found.get(i) != reference.get(i)]
+    if not bad:
+        return
+    before = [v for v in run.verdicts if v.resumed is not None and v.resumed < bad[0]]
+    culprit = before[-1] if before else run.verdicts[0]
+    culprit.wrong += f"iteration {bad[0]}: {found.get(bad[0])} for {reference.get(bad[0])} ({len(bad)} differ)"
+    print(f"  WRONG: {culprit.kind}: {culprit.wrong}", flush=True)
 
 
 def said(verdict: Verdict) -> str:
     if verdict.hang:
-        return f"HANG: {verdict.hang}"
-    went = f"went on from {', '.join(map(str, verdict.resumed))}; due {verdict.due}; {verdict.redone} steps done again"
-    return went + (" LOST STEPS" if verdict.lost else "") + "".join(f" WRONG: {text}" for text in verdict.wrong[:2])
+        return f"{verdict.kind}: HANG: {verdict.hang}"
+    went = f"went on from {verdict.resumed}, due {verdict.due}; {verdict.redone} steps again"
+    return f"{verdict.kind}: {went}; {verdict.recovery_s:.0f} s" + (" LOST" if verdict.lost else "") + verdict.wrong
 
 
-def table(verdicts: dict[str, list[Verdict]]) -> str:
+def table(verdicts: list[Verdict]) -> str:
     """A line for each kind, and all of them together."""
-    head = ("kind", "tries", "failures", "lost", "wrong", "hangs", "steps again", "recovery s")
-    rows = []
-    for name, found in verdicts.items():
-        counts = [
-            sum(map(bool, column)) for column in zip(*[(v.failed, v.lost, v.wrong, v.hang) for v in found], strict=True)
-        ]
-        again = f"{statistics.median(v.redone for v in found):g} (max {max(v.redone for v in found)})"
-        times = f"{statistics.median(v.recovery_s for v in found):.0f} (max {max(v.recovery_s for v in found):.0f})"
-        rows.append((name, len(found), *counts, again, times))
-    total = [sum(row[i] for row in rows) for i in range(1, 6)]
-    rows.append((f"{len(verdicts)} kinds", *total, "", ""))
+    head = ("kind", "tries", "failures", "lost steps", "wrong", "hangs", "steps again", "recovery s")
+    rows: list[tuple] = []
+    for name in dict.fromkeys(verdict.kind for verdict in verdicts):
+        of = [v for v in verdicts if v.kind == name]
+        counts = (sum(v.failed for v in of), sum(v.lost for v in of), sum(bool(v.wrong) for v in of))
+        again, times = [v.redone for v in of], [v.recovery_s for v in of]
+        spread = (
+            f"{statistics.median(again):g} (max {max(again)})",
+            f"{statistics.median(times):.0f} (max {max(times):.0f})",
+        )
+        rows.append((name, len(of), *counts, sum(bool(v.hang) for v in of), *spread))
+    rows.sort(key=lambda row: list(KINDS).index(row[0]))
+    rows.append((f"{len(rows)} kinds", *(sum(row[i] for row in rows) for i in range(1, 6)), "", ""))
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
     ]
-    return "\n".join([*lines, f"bound of every wait: {BOUND_S:.0f} s"])
+    return "\n".join([line.rstrip() for line in lines] + [f"bound of every wait: {BOUND_S:.0f} s"])
 
 
 if __name__ == "__main__":
-    main()
+    began = time.monotonic()
+    try:
+        main()
+    finally:
+        print(f"{(time.monotonic() - began) / 60:.0f} minutes", flush=True)
