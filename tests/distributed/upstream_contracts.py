@@ -640,6 +640,12 @@ CONTRACTS = [
     _C("guard_saves", TRAINING, holds=("load_checkpoint, save_checkpoint, save_grads\n",)),
     _C("guard_saves", TRAINING, "train", holds=("maybe_finalize_async_save(blocking=True, terminate=True)",)),
     _C(
+        "_check_optimizer",
+        "training/checkpointing.py",
+        "generate_state_dict",
+        holds=("if not args.no_save_optim:\n",),
+    ),
+    _C(
         "saving_flags",
         "training/arguments.py",
         "validate_args",
