@@ -28,7 +28,7 @@ from tests.faults.kinds import KINDS
 from tests.faults.run import BOUND_S, Ended, Hang, Run, Verdict, flags, results, write_corpus
 
 FULL_DISK = "full disk in a save"
-STEPS_OF_A_FAULT = 10
+STEPS_OF_A_FAULT = 8
 """That a fault takes, the wait for its moment included; at times more, as a rule fewer."""
 
 

@@ -218,14 +218,10 @@ class Run:
         time.sleep(self.random.uniform(0, 0.3))
 
     def in_an_evaluation(self) -> None:
-        """A random moment of the next evaluation, as rank 0's log says it."""
-        seen = self._evaluations()
-        self.until(lambda: self._evaluations() > seen, "an evaluation has begun")
-        time.sleep(self.random.uniform(0, 0.2))
-
-    def _evaluations(self) -> int:
-        logs = sorted(self.save.glob("logs/*/rank_000.log"))
-        return sum(path.read_text(errors="replace").count("Evaluating on") for path in logs)
+        """A random moment of the next evaluation, which begins when the step before it has been written down."""
+        goal = (self.iteration() // EVAL_INTERVAL + 1) * EVAL_INTERVAL
+        self.until(lambda: self.iteration() >= goal, f"iteration {goal} is done")
+        time.sleep(self.random.uniform(0, 0.3))
 
     def until(self, done: Callable[[], object], what: str, poll: float = 0.005) -> None:
         """Waits for something, as long as the run gets on.
