@@ -40,6 +40,7 @@ def end(argv: list[str]) -> tuple[str, Any]:
 def hooks_removed_after() -> Iterator[None]:
     """Puts back the names of Megatron's modules that a run has replaced: the next one in this process hooks its own."""
     from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import async_utils, checkpointing, training
 
     modules = (training, checkpointing, serialization)
@@ -47,6 +48,9 @@ def hooks_removed_after() -> Iterator[None]:
     async_utils._async_calls_queue = None  # a process makes it once, by its own flags
     try:
         yield
+    except BaseException:
+        filesystem_async._results_queue = None  # a run that fails ends its helpers, the queue's process among them
+        raise
     finally:
         sys.argv = words
         for module, names in zip(modules, kept, strict=True):
