@@ -46,15 +46,17 @@ def main() -> None:
         run.finish()
         reference = results(run.save)
     verdicts: list[Verdict] = []
-    for number in range(options.tries):
-        how = ["--async-save"] if number % 2 else []
-        with run_in(where / f"try-{number}", [*words, *how], f"{options.seed} {number}") as run:
-            disturb(run, kinds, reference)
-        verdicts += run.verdicts
-        if not any(v.failed for v in run.verdicts):
-            shutil.rmtree(run.folder)
-        print(f"try {number + 1}{' (background saves)' if how else ''}: {len(run.verdicts)} faults", flush=True)
-    print(table(verdicts))
+    try:
+        for number in range(options.tries):
+            how = ["--async-save"] if number % 2 else []
+            with run_in(where / f"try-{number}", [*words, *how], f"{options.seed} {number}") as run:
+                disturb(run, kinds, reference)
+            verdicts += run.verdicts
+            if not any(v.failed for v in run.verdicts):
+                shutil.rmtree(run.folder)
+            print(f"try {number + 1}{' (background saves)' if how else ''} is done", flush=True)
+    finally:  # what was found until somebody has ended it
+        print(table(verdicts), flush=True)
     if options.json:
         options.json.write_text(json.dumps([verdict.__dict__ for verdict in verdicts], indent=1) + "\n")
     if any(verdict.failed for verdict in verdicts):

@@ -129,7 +129,8 @@ class Run:
             os.kill(process.pid, number)
 
     def stop(self) -> Path:
-        """Ends the run, by SIGTERM or kill -9; its newest checkpoint."""
+        """Ends the run, by SIGTERM or kill -9, when it has two checkpoints; the newest."""
+        self.until(lambda: len(self.sealed()) >= 2, "two checkpoints are sealed")
         self.launcher.send_signal(self.random.choice([signal.SIGKILL, signal.SIGTERM]))
         self.wait_for_the_launcher()
         self._until_nobody_is_left()
