@@ -42,19 +42,20 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
     # Steps do not inherit the job's processors: without the number, all ranks of a node would share one core
     step += ["--ntasks-per-node=1", f"--cpus-per-task={allocation.cpus or 1}", "--cpu-bind=none"]
     step += [sys.executable, str(LAUNCH), "node", *job.for_nodes(address, port)]
-    told: list[int] = []
+    told: list[subprocess.Popen] = []
 
     def tell(number: int, frame: object) -> None:
         """Neither srun nor the ranks get SIGUSR1: they would die of it. scancel reaches all steps, not this one."""
-        told.append(number)
         # a job that is being cancelled is unknown to scancel, and SLURM has told its steps already
-        subprocess.Popen(["scancel", "--signal=TERM", allocation.job], stderr=subprocess.DEVNULL)
+        told.append(subprocess.Popen(["scancel", "--signal=TERM", allocation.job], stderr=subprocess.DEVNULL))
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, tell)
     print(job.start_screen(), flush=True)
     # A group of its own: a signal to the batch step's would make srun kill all ranks at once
     code = _wait(subprocess.Popen(step, start_new_session=True))
+    for signalling in told:
+        signalling.wait()  # a slow one would stop the job's next start
 
     def may_requeue(after: requeue.Next) -> requeue.Next:
         shown = subprocess.run(["scontrol", "show", "job", allocation.job], capture_output=True, text=True).stdout
