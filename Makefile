@@ -23,7 +23,7 @@ quickstart: setup ## train a small hybrid on real text, on the CPU; run again to
 test: setup-dev ## run all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests
 
-test-slurm: setup-dev ## train on a SLURM of two nodes on this machine, and disturb it (12 minutes on two cores)
+test-slurm: setup-dev ## train on a SLURM of two nodes on this machine, and disturb it (needs idle cores)
 	@$(PY) -m pytest tests/slurm
 
 faults: setup-dev ## disturb runs in many ways, TRIES=5 times each, and print a table
