@@ -5,7 +5,6 @@ Upstream writes and finalises them (training/checkpointing.py:552); what is adde
 
 import shutil
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from megatron_hybrid.engine.upstream import has_module
 from megatron_hybrid.flags import value
-from megatron_hybrid.run_folder.checkpoints import DELETING, is_sealed, remove_old, seal
+from megatron_hybrid.run_folder.checkpoints import is_sealed, remove, remove_old, seal
 
 FORMAT = "torch_dist"
 
@@ -187,16 +186,14 @@ class _Guard:
         return True
 
     def _clear(self) -> None:
-        """Moves away what an interrupted save, or the run before a roll back, has left in the folder.
+        """Removes what an interrupted save, or the run before a roll back, has left in the folder.
 
         Files of more ranks than there are now would stay for ever, and an old manifest would speak of new files.
         """
         import torch
 
         if self._args.rank == 0 and self._folder.is_dir() and not self._folder.is_symlink():
-            gone = self._folder.with_name(f"{DELETING}{self._folder.name}.{time.time_ns()}")
-            self._folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            remove(self._folder)
         torch.distributed.barrier()
 
     def _remove_old(self, folder: Path) -> None:

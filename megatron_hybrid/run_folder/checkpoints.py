@@ -7,6 +7,7 @@ Names are upstream's: ``iter_0000030/``, ``release/``, ``latest_checkpointed_ite
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "point_to",
     "pointer",
     "problems",
+    "remove",
     "remove_old",
     "seal",
     "size",
@@ -169,11 +171,16 @@ def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed:
         marked = keep_every is not None and checkpoint.iteration % keep_every == 0
         if marked or checkpoint.iteration == said:
             continue
-        gone = run / f"{DELETING}{checkpoint.folder.name}.{os.getpid()}"
-        checkpoint.folder.rename(gone)  # half of it is never taken for a checkpoint
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(checkpoint.folder)
         removed.append(checkpoint.folder)
     return removed
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint's own folder, under another name: half of it is never taken for a checkpoint."""
+    gone = folder.with_name(f"{DELETING}{folder.name}.{time.time_ns()}")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _pointed(checkpoint: Checkpoint) -> str:

@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.kinds import KINDS
-from tests.faults.run import BOUND_S, Ended, Hang, Run, Verdict, flags, results, write_corpus
+from tests.faults.run import BOUND_S, Ended, Hang, Run, Verdict, flags, results
+from tests.unit.corpora import random_tokens
 
 FULL_DISK = "full disk in a save"
 STEPS_OF_A_FAULT = 8
@@ -40,7 +41,7 @@ def main() -> None:
         kinds.remove(FULL_DISK)
         print(f"left out, since it needs root: {FULL_DISK}", flush=True)
     where = Path(tempfile.mkdtemp(prefix="faults-"))
-    corpus = write_corpus(where / "corpus")
+    corpus = random_tokens(where / "corpus", documents=1000)
     words = flags(corpus, iterations=STEPS_OF_A_FAULT * (len(kinds) + 1))
     with run_in(where / "reference", words, "reference") as run:
         run.finish()

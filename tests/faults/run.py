@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
 import psutil
 
-from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.run_folder.checkpoints import Checkpoint, checkpoints, is_sealed, problems
 from megatron_hybrid.run_folder.metrics import Follower, read_metrics
 from megatron_hybrid.run_folder.state import read_state
@@ -57,17 +55,6 @@ class Verdict:
     @property
     def failed(self) -> bool:
         return self.lost or bool(self.wrong or self.hang)
-
-
-def write_corpus(folder: Path) -> Path:
-    """The prefix of a small data set of random tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with IndexedWriter(folder, "text", dtype_for(100)) as writer:
-        generator = numpy.random.default_rng(0)
-        for length in generator.integers(20, 200, 1000):
-            writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
-        writer.finish()
-    return folder / "text"
 
 
 def flags(corpus: Path, iterations: int) -> list[str]:

@@ -8,11 +8,10 @@ import json
 import subprocess
 from pathlib import Path
 
-import numpy
 import pytest
 
-from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.run_folder.state import read_state
+from tests.unit.corpora import random_tokens
 from tests.unit.test_command_line import PROGRAM, run
 
 # One layer of each kind; the router has a bias that training moves. No dropout: its draws are those of a layout.
@@ -48,13 +47,7 @@ def steps(where: Path) -> dict[int, tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    with IndexedWriter(folder, "text", dtype_for(100)) as writer:
-        generator = numpy.random.default_rng(0)
-        for length in generator.integers(20, 200, 200):
-            writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
-        writer.finish()
-    return folder / "text"
+    return random_tokens(tmp_path_factory.mktemp("corpus"), documents=200)
 
 
 @pytest.fixture(scope="module")

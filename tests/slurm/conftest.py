@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import pytest
 
-from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from tests.slurm.cluster import ROOT, Cluster, outside
 from tests.slurm.runs import NODES, flags, steps
+from tests.unit.corpora import random_tokens
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -33,13 +32,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """Prefix of a data set of random tokens, and beside it the cache of its indices."""
-    where = tmp_path_factory.mktemp("data")
-    with IndexedWriter(where, "corpus_text_document", dtype_for(100)) as writer:
-        generator = numpy.random.default_rng(0)
-        for length in generator.integers(20, 200, 1000):
-            writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
-        writer.finish()
-    return where / "corpus_text_document"
+    return random_tokens(tmp_path_factory.mktemp("data"), documents=1000, name="corpus_text_document")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hybrid.data.encode import Encoding
-from megatron_hybrid.data.indexed import bin_path, read_index
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, dtype_for, read_index
 from megatron_hybrid.data.preprocess import Job, Preprocessing
 from megatron_hybrid.data.tokenizers import TokenizerSpec
 
@@ -90,3 +90,14 @@ def texts_of(prefix: Path) -> list[str]:
 def files(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def random_tokens(folder: Path, documents: int, name: str = "text") -> Path:
+    """Writes an indexed data set of random tokens below 99, the same each time; its prefix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with IndexedWriter(folder, name, dtype_for(100)) as writer:
+        generator = np.random.default_rng(0)
+        for length in generator.integers(20, 200, documents):
+            writer.add(generator.integers(0, 99, length).astype(np.uint16), np.array([length]))
+        writer.finish()
+    return folder / name
