@@ -88,6 +88,7 @@ def guard_saves(args: Namespace) -> None:
     if args.async_save and args.device == "cpu":
         save_from_a_copy_of_the_process(args)
     elif args.async_save and args.async_strategy == "mcore":
+        spawn_the_worker()
         notice_a_dead_worker()
 
 
@@ -98,6 +99,25 @@ def save_from_a_copy_of_the_process(args: Namespace) -> None:
     way (core/dist_checkpointing/strategies/async_utils.py, ``TemporalAsyncCaller``) forks, and needs no copy.
     """
     args.use_persistent_ckpt_worker = False
+
+
+def spawn_the_worker() -> None:
+    """Both processes of background saves on GPUs are spawned, as those of other saves are.
+
+    Upstream gets the worker from a fork server (training/initialize.py:74) and forks the one that holds the queue of
+    results (training/async_utils.py:104). ``ending.spare_helpers_the_signal`` reaches spawned ones alone: the two would
+    outlive a rank that is killed, with its memory on the GPU, and the second would die of the signal to save.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+    from megatron.training import initialize
+
+    start = initialize.init_persistent_async_worker
+
+    def spawned(rank: int, mp_mode: str) -> None:
+        get_write_results_queue("spawn")  # upstream asks for it again, and gets this one
+        start(rank, "spawn")
+
+    initialize.init_persistent_async_worker = spawned
 
 
 def notice_a_dead_worker() -> None:

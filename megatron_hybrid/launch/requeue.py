@@ -58,14 +58,14 @@ def decide(
 
 
 def unless_cancelled(after: Next, job: str) -> Next:
-    """The same, but no other start of a job that a user has cancelled.
+    """The same, but no other start of a job that a user has cancelled, nor one of a job that SLURM has queued already.
 
     Args:
         job: What `scontrol show job` says: a job that SLURM is ending is COMPLETING, whether for its time limit,
-            for a job of more worth, or since `scancel JOB` asked for it.
+            for a job of more worth, for a node that failed, or since `scancel JOB` asked for it.
     """
     facts = dict(re.findall(r"(\w+)=(\S*)", job))
     ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
     if not ending or facts.get("Reason") == "TimeLimit" or facts.get("PreemptTime", "None") != "None":
         return after
-    return Next(False, "the job was cancelled", after.code)
+    return Next(False, "SLURM ends the job: it was cancelled, or a node failed and SLURM starts it again", after.code)

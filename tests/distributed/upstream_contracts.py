@@ -672,6 +672,26 @@ CONTRACTS = [
         ("ctx = mp.get_context('fork')",),
     ),
     _C(
+        "spawn_the_worker",
+        "training/initialize.py",
+        "initialize_megatron",
+        holds=("init_persistent_async_worker(args.rank, 'forkserver')",),
+    ),
+    _C(
+        "spawn_the_worker",
+        "training/async_utils.py",
+        "init_persistent_async_worker",
+        "rank mp_mode",
+        ("warmup_kwargs['mp_mode'] = mp_mode", "get_write_results_queue(mp_mode='fork')"),
+    ),
+    _C(
+        "spawn_the_worker",
+        "core/dist_checkpointing/strategies/filesystem_async.py",
+        "get_write_results_queue",
+        "mp_mode",
+        ("if _results_queue is None:",),
+    ),
+    _C(
         "notice_a_dead_worker",
         ASYNC,
         "PersistentAsyncCaller.is_current_async_call_done",

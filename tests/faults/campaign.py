@@ -1,8 +1,8 @@
 """Disturbs runs in many ways at random moments, and shows that each ends as if nothing had been.
 
-    python -m tests.faults.campaign [--tries 5] [--kinds "kill -9 of rank 0" ...] [--seed 0]
+    python -m tests.faults.campaign [--tries 5] [--kinds "kill -9 of rank 0" ...] [--seed 0] [--device cpu]
 
-A try is a whole run of two CPU processes under tools/launch.py that every kind of fault strikes once, in random order;
+A try is a whole run of two processes under tools/launch.py that every kind of fault strikes once, in random order;
 every second one saves in the background. A fault has failed if the run goes on from before its last whole checkpoint,
 if anything takes longer than the bound, or if it is the last one in front of the first iteration whose loss, gradient
 norm, learning rate or validation loss differs by a bit from a run that was not disturbed. Exit code 1 then.
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"left out, since it needs root: {FULL_DISK}", flush=True)
     where = Path(tempfile.mkdtemp(prefix="faults-"))
     corpus = random_tokens(where / "corpus", documents=1000)
-    words = flags(corpus, iterations=STEPS_OF_A_FAULT * (len(kinds) + 1))
+    words = flags(corpus, STEPS_OF_A_FAULT * (len(kinds) + 1), options.device)
     with run_in(where / "reference", words, "reference") as run:
         run.finish()
         reference = results(run.save)
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tries", type=int, default=5, metavar="N", help="of each kind (default: 5)")
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     made.add_argument("--seed", type=int, default=0, help="of orders, moments and places (default: 0)")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU for each process")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     return made
 

@@ -57,13 +57,13 @@ class Verdict:
         return self.lost or bool(self.wrong or self.hang)
 
 
-def flags(corpus: Path, iterations: int) -> list[str]:
+def flags(corpus: Path, iterations: int, device: str) -> list[str]:
     """A small mixture-of-experts hybrid with dropout, so that a random state or a bias that is lost shows."""
     return f"""--recipe demo --hybrid-layer-pattern M-P-*E --expert-model-parallel-size 1 --data-path {corpus}
     --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size 100 --train-iters {iterations}
     --lr-decay-iters {iterations} --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4
     --hidden-dropout 0.1 --save-interval {SAVE_INTERVAL} --keep-last {KEPT} --eval-interval {EVAL_INTERVAL}
-    --eval-iters 4 --log-interval 1 --device cpu --distributed-timeout-minutes 2
+    --eval-iters 4 --log-interval 1 --device {device} --distributed-timeout-minutes 2
     --data-cache-path {corpus.parent}/cache""".split()
 
 

@@ -51,14 +51,21 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
-    def node_state(self, node: str) -> str:
-        return self.run("sinfo", "--noheader", "--nodes", node, "--format", "%T").split()[0]
+    def node_state(self, node: str) -> set[str]:
+        """Such as {DOWN, NOT_RESPONDING}: sinfo would show one of them, not always the one that matters."""
+        shown = self.run("scontrol", "show", "node", "--oneliner", node)
+        return set(re.findall(r"State=(\S+)", shown)[0].split("+"))
 
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd again and waits until SLURM gives it work."""
         subprocess.run([START, "node", self.folder, node], env=outside(), check=True, timeout=60)
-        up = ("idle", "mixed", "allocated", "completing")
-        wait_until(lambda: self.node_state(node) in up, 60, f"{node} is back", lambda: self.node_state(node))
+        lost = {"DOWN", "NOT_RESPONDING"}
+        wait_until(lambda: not lost & self.node_state(node), 60, f"{node} is back", lambda: str(self.node_state(node)))
+
+    def miss(self, node: str) -> None:
+        """Waits until SLURM has seen that a node is dead: that takes about 30 s."""
+        state = self.node_state
+        wait_until(lambda: "DOWN" in state(node), 90, f"SLURM has missed {node}", lambda: str(state(node)))
 
     def kill_node(self, node: str) -> None:
         """SIGKILL to all that runs on a node, as when its power fails: slurmd, daemons of steps, their processes."""

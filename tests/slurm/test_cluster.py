@@ -31,7 +31,7 @@ def test_a_node_dies_and_comes_back(tmp_path):
         job = Job.submit(one, str(tmp_path / "long.sbatch"), tmp_path / "logs", [], [])
         wait_until(job.processes, 30, "the job runs", job.report)
         one.kill_node("n1")
-        wait_until(lambda: one.node_state("n1").startswith("down"), 60, "SLURM has missed n1", job.report)
+        one.miss("n1")
         assert job.processes() == [] and job.states() == ["PENDING"]
         one.start_node("n1")
         wait_until(job.processes, 60, "the job runs again", job.report)

@@ -96,7 +96,7 @@ def test_a_job_that_is_requeued_by_hand_comes_back(start, run, cluster, undistur
 def test_a_job_outlives_a_node(node, start, run, cluster, undisturbed):
     job = start()
     cluster.kill_node(node)
-    job.wait_until(lambda: cluster.node_state(node).startswith("down"), 60, f"SLURM has missed {node}")
+    cluster.miss(node)
     cluster.start_node(node)
     finish(job, run)
     assert steps(run) == undisturbed

@@ -1,8 +1,13 @@
-"""The process that saves in the background on GPUs: its death is noticed. Here it is forked and the CPU's."""
+"""The process that saves in the background on GPUs: its death is noticed, and it does not outlive its rank."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 CODE = """if True:
@@ -42,3 +47,67 @@ def test_a_dead_worker_is_noticed():
     )
     said = "the process that saves checkpoints died (exit code -9)"
     assert done.stdout == f"[]\n['saved']\nFalse {said}\nTrue {said}\n", done.stderr
+
+
+LEAVING = """
+import os, signal, sys, time
+from argparse import Namespace
+
+def worker(*ignored):  # in place of upstream's, which wants a GPU
+    time.sleep(60)
+
+if __name__ == "__main__":
+    from megatron_hybrid.engine import cpu, ending, saving
+    cpu.install()
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.training import global_vars, initialize
+
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(worker)
+    ending.spare_helpers_the_signal()
+    saving.spawn_the_worker()
+    global_vars.set_args(Namespace(async_strategy="mcore", async_ckpt_cpu_priority=10, async_ckpt_io_priority=None))
+    initialize.init_persistent_async_worker(0, "forkserver")
+    queue, worker = filesystem_async._results_queue, async_utils.PersistentAsyncCaller._persistent_process
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    try:
+        queue.put("saved")
+        said = queue.get()
+    except (EOFError, OSError) as error:
+        said = "lost"
+    print(said, queue._manager._process.pid, worker.pid, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("spawned", [True, False])
+def test_the_processes_of_background_saves_live_through_the_signal_to_save_and_end_with_their_rank(spawned, tmp_path):
+    program, output = tmp_path / "program.py", tmp_path / "output"  # what is spawned imports the program
+    program.write_text(LEAVING if spawned else LEAVING.replace("saving.spawn_the_worker()", "pass"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", program]
+    with output.open("wb") as stream:  # a pipe would be held open by what is left
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, timeout=120, process_group=0)
+    said, *helpers = output.read_text().split()
+    left = outlived(helpers, 10.0 if spawned else 1.0)
+    for helper in left:
+        os.kill(int(helper), signal.SIGKILL)
+    if spawned:
+        assert (said, left) == ("saved", [])
+    else:  # upstream's way, which is why there is another
+        assert (said, left) == ("lost", helpers[1:])
+
+
+def outlived(processes: list[str], seconds: float) -> list[str]:
+    """Those that are still there after this time; less is waited for when none is."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in processes if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
