@@ -131,8 +131,9 @@ def choose(run: Path, step: int | None, check: Callable[[Path], list[str]]) -> C
     raise ValueError(
         f"{run} has checkpoints, and none that can be loaded; a run does not start from fresh weights beside them.\n  "
         + "\n  ".join(passed)
-        + "\nRestore a whole one, or start with another folder. If one was written elsewhere, has no manifest and is "
-        "trusted: tools/verify_checkpoint.py --seal FOLDER, or --load-unverified where the folder cannot be written."
+        + "\nRestore a whole one, or start with another folder; if this is the run's first save, interrupted, remove it. "
+        "If one was written elsewhere, has no manifest and is trusted: tools/verify_checkpoint.py --seal FOLDER, or "
+        "--load-unverified where the folder cannot be written."
     )
 
 

@@ -25,6 +25,8 @@ BOUND_S = 120.0
 """Without a new step, validation or start; the machine may be busy."""
 STARTS = 4
 """Of the launcher in a row that lead to no step."""
+DETERMINISTIC = "--deterministic-mode", {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What two undisturbed runs on GPUs need to be equal; Megatron demands the variables."""
 KEYS = ("loss", "grad_norm", "learning_rate")
 
 
@@ -64,7 +66,7 @@ def flags(corpus: Path, iterations: int, device: str) -> list[str]:
     --lr-decay-iters {iterations} --lr-wsd-decay-iters 10 --seq-length 64 --micro-batch-size 1 --global-batch-size 4
     --hidden-dropout 0.1 --save-interval {SAVE_INTERVAL} --keep-last {KEPT} --eval-interval {EVAL_INTERVAL}
     --eval-iters 4 --log-interval 1 --device {device} --distributed-timeout-minutes 2
-    --data-cache-path {corpus.parent}/cache""".split()
+    --data-cache-path {corpus.parent}/cache {DETERMINISTIC[0] if device == "cuda" else ""}""".split()
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Run:
         words = [sys.executable, str(ROOT / "tools/launch.py"), "local", "--nproc", str(RANKS), "--max-restarts", "2"]
         words += ["--grace", "60", "--program", str(Path(__file__).with_name("nan_program.py")), "--", *self.words]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-        env |= {"OMP_NUM_THREADS": "1", "FAULT_RUN": self._mark, "FAULT_NAN": str(self.order)}
+        env |= DETERMINISTIC[1] | {"OMP_NUM_THREADS": "1", "FAULT_RUN": self._mark, "FAULT_NAN": str(self.order)}
         with (self.folder / "output.log").open("ab") as out:
             self.launcher = subprocess.Popen(
                 [*words, "--save", str(self.save)], cwd=ROOT, env=env, stdout=out, stderr=out
@@ -196,7 +198,8 @@ class Run:
         time.sleep(self.random.uniform(0, 0.2))
 
     def in_a_save(self) -> None:
-        """A random moment while the next checkpoint is being written."""
+        """A random moment while the next checkpoint is being written; not the first: a run that has no other ends."""
+        self.until(self.sealed, "a checkpoint is sealed")
         old = {found.folder for found in self.sealed()}
 
         def begun() -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Cluster:
         assert len(dying) == 1 and inside, f"{node}: {len(dying)} slurmd, {len(inside)} processes of jobs"
         dying += [p for p in ours if p.pid in daemons and p.words and p.words[0].startswith("slurmstepd")]
         for process in dying + inside:
-            process.kill()
+            process.signal(signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,9 @@ class Process:
     words: list[str]
     environment: dict[str, str] = field(repr=False)
 
-    def kill(self) -> None:
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+    def signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 def processes(folder: Path) -> Iterator[Process]:
