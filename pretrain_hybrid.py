@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hybrid import flags, report
+from megatron_hybrid.run_folder.checkpoints import Unreachable
 
 PATIENCE_S = 30.0
 """How long other ranks wait for the first to say what is wrong with the flags."""
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> None:
         with arguments.upstream_errors_as_value_errors():
             config = None if command.print_config else model_config(args)
     except ValueError as error:
-        refuse(error)
+        refuse(error, 2)
+    except Unreachable as error:
+        refuse(error, 1)
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
@@ -62,8 +65,10 @@ def main(argv: list[str]) -> None:
         train(args, config, counted, peak)
 
 
-def refuse(error: ValueError) -> NoReturn:
-    """Ends this process with exit code 2 and the mistake, which one rank says for all of them.
+def refuse(error: Exception, code: int) -> NoReturn:
+    """Ends this process with what is wrong, which one rank says for all of them.
+
+    code: 2 for a mistake, 1 for what may be well at the next start.
 
     The others give way: torchrun ends all ranks when one has gone, and the first may still be importing. A rank
     that is still there afterwards made a mistake of its own, such as a file that its node lacks.
@@ -72,7 +77,7 @@ def refuse(error: ValueError) -> NoReturn:
     if rank != "0":
         time.sleep(PATIENCE_S)
     print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = None) -> None:

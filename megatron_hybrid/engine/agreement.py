@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron_hybrid.run_folder.checkpoints import size
+from megatron_hybrid.run_folder.checkpoints import Unreachable, size
 
 SLOWEST = 20e6
 """Bytes a second at which the slowest rank is taken to read a checkpoint; beyond that it is taken to hang."""
@@ -44,7 +44,8 @@ def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, pat
         patience_s: How long to wait for another rank's start, and for its answer beside the time that hashing takes.
 
     Raises:
-        ValueError: ``decide`` or ``judge`` failed on some rank, or a rank has not answered in time.
+        ValueError: ``decide`` says so.
+        Unreachable: It or ``judge`` failed by another error on some rank, or a rank has not answered in time.
     """
     try:
         if rank == 0:
@@ -53,7 +54,7 @@ def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, pat
         session = PrefixStore(_join(store, rank, patience_s), store)
         return _follow(session, rank, ranks, judge, patience_s)
     except DistError as error:
-        raise ValueError(
+        raise Unreachable(
             f"Rank {rank} of {ranks} lost the others while they agreed on the checkpoint to load ({error}). See what "
             "the rank that ended first has said; that the nodes see each other and the folder of --load."
         ) from None
@@ -113,14 +114,18 @@ def _lead(store: Store, ranks: int, decide: Decide, judge: Judge, patience_s: fl
         tell({"folder": str(folder), "seconds": seconds})
         found = [_judged(judge, folder, 0, ranks)]
         found += [json.loads(text) for text in answers(f"found/{asked}", seconds)]
-        return list(dict.fromkeys(text for texts in found for text in texts))
+        for answer in found:
+            if "unreachable" in answer:
+                raise Unreachable(answer["unreachable"])
+        return list(dict.fromkeys(text for answer in found for text in answer["wrong"]))
 
     try:
         decision: dict[str, Any] = decide(check)
     except (ValueError, OSError) as error:
-        tell({"error": str(error)})
+        kind = Unreachable if isinstance(error, OSError) else ValueError
+        tell({"error": str(error), "unreachable": kind is Unreachable})
         answers("heard", patience_s)  # the store may end with this process
-        raise ValueError(str(error)) from None
+        raise kind(str(error)) from None
     tell({"decision": decision})
     return decision
 
@@ -137,20 +142,20 @@ def _follow(store: Store, rank: int, ranks: int, judge: Judge, patience_s: float
             continue
         store.set(f"heard/{rank}", "")
         if "error" in message:
-            raise ValueError(message["error"])
+            raise (Unreachable if message["unreachable"] else ValueError)(message["error"])
         return message["decision"]
 
 
-def _judged(judge: Judge, folder: Path, rank: int, ranks: int) -> list[str]:
+def _judged(judge: Judge, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     try:
-        return judge(folder, rank, ranks)
+        return {"wrong": judge(folder, rank, ranks)}
     except Exception as error:  # whatever it is, the other ranks wait for an answer
-        return [f"could not be checked on rank {rank} ({type(error).__name__}: {error})"]
+        return {"unreachable": f"{folder} could not be checked on rank {rank} ({type(error).__name__}: {error})"}
 
 
-def _late(ranks: set[int], seconds: float) -> ValueError:
+def _late(ranks: set[int], seconds: float) -> Unreachable:
     few = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
-    return ValueError(
+    return Unreachable(
         f"{'Ranks' if len(ranks) > 1 else 'Rank'} {few} did not answer in {seconds:.0f} s while the ranks agreed on "
         "the checkpoint to load. See what they have said; --distributed-timeout-minutes sets how long the others wait."
     )

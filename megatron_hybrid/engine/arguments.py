@@ -350,6 +350,8 @@ def check_end_of_document(args: Namespace) -> None:
 def check_checkpoint(args: Namespace) -> None:
     """Refuses to load a checkpoint of other layers, or of P layers of another design; stage boundaries may differ.
 
+    Where the run goes on in another layout, its vocabulary stays as it is (:func:`keep_vocabulary`).
+
     args: ``checkpoint`` is the folder that :func:`megatron_hybrid.engine.resume.choose_checkpoint` has found.
 
     Raises:
@@ -372,6 +374,24 @@ def check_checkpoint(args: Namespace) -> None:
         )
     if "P" in saved:
         _check_designs(design(stored), design(args), folder)
+    keep_vocabulary(args, stored)
+
+
+def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
+    """Pads the vocabulary as the checkpoint does, so that a run that goes on with other tensor parallelism is the same.
+
+    Upstream pads it to a multiple of ranks (core/tokenizers/utils/build_tokenizer.py:140), and fills what a checkpoint
+    lacks with random rows: each loss would be another.
+
+    Args:
+        args: Megatron's; its ``padded_vocab_size`` is set.
+        stored: Those in the checkpoint.
+    """
+    names = ("tokenizer_type", "tokenizer_model", "vocab_size")
+    same = all(getattr(stored, name, None) == getattr(args, name) for name in names)
+    size = getattr(stored, "padded_vocab_size", None)
+    if same and size and size % args.tensor_model_parallel_size == 0:
+        args.padded_vocab_size = size
 
 
 def _check_designs(saved: IntraDesign, asked: IntraDesign, folder: str) -> None:

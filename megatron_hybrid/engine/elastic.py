@@ -8,6 +8,7 @@ the flags as after a lost GPU, and keeps the first death to itself.
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +36,8 @@ LINGER_S = 2.0
 logs. They would hang in collectives for minutes."""
 STRAGGLE_S = 10.0
 """After a stop, the same once a rank has ended otherwise than in order: no save of all ranks can follow."""
+UNKILLABLE_S = 60.0
+"""A process that is still there so long after kill -9 waits in the kernel, for a device or a file system."""
 OVER, STORE = "megatron_hybrid/over", "megatron_hybrid/port"
 """Keys in the nodes' store of a start: a node has given up and the others shall not wait for it; where ranks meet."""
 
@@ -253,9 +256,6 @@ class _Agent(LocalElasticAgent):
         self._store.set(OVER, "1")
         return super()._monitor_workers(worker_group)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown()
-
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL) -> None:
         """Upstream waits 30 s for ranks that hang in a collective; nothing that they could still do is of use."""
         self._kill()
@@ -281,14 +281,22 @@ class _Agent(LocalElasticAgent):
         for handler in self._handlers().values():
             with suppress(ProcessLookupError):
                 os.killpg(handler.proc.pid, signal.SIGKILL)
+        deadline = time.monotonic() + UNKILLABLE_S
         for handler in self._handlers().values():
-            handler.proc.wait()
+            try:
+                handler.proc.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _say(f"{self.node.name}: process {handler.proc.pid} outlives kill -9; this node is given up")
+                with suppress(Exception):  # whatever keeps the word from the others, they will miss this node
+                    self._store.set(OVER, "1")
+                os._exit(1)
 
     def _record(self, codes: dict[int, int | None]) -> None:
         """Notes the ranks that have ended and not as they should, by time; the first one's code is the node's."""
         dead = [local_rank for local_rank, code in codes.items() if code]
         dead.sort(key=lambda local_rank: self.deaths.get(local_rank, time.time()))
-        self.exit_code = abs(codes[dead[0]] or 1)
+        first = codes[dead[0]] or 1
+        self.exit_code = first if first > 0 else 128 - first
         for local_rank in dead:
             code = codes[local_rank]
             assert code is not None  # for mypy

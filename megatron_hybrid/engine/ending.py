@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ def state_of_the_run(run: Path | None, args: Namespace) -> Iterator[None]:
 
     def say(status: Status, reason: str = "", iteration: int | None = None) -> None:
         if run is not None and args.rank == 0:
-            write_state(run, State(status=status, reason=reason, iteration=iteration, train_iters=args.train_iters))
+            try:
+                write_state(run, State(status=status, reason=reason, iteration=iteration, train_iters=args.train_iters))
+            except OSError as error:  # a full disk: the run may still make room by its next save, or be told to
+                print(f"WARNING: state.json of {run} does not say {status}: {error}", file=sys.stderr, flush=True)
 
     say("running")
     try:
@@ -40,21 +44,24 @@ def state_of_the_run(run: Path | None, args: Namespace) -> Iterator[None]:
             say("failed", "result validation", begun)
         elif begun is not None and not end.code:
             say("stopped", "signal" if signal_received(args) else "flag", begun + 1)
-        if end.code:
-            end_helpers()
         raise
-    except BaseException:
+    else:
+        say("finished", iteration=args.iteration if args.skip_train else args.train_iters)
+    finally:
         end_helpers()
-        raise
-    say("finished", iteration=args.iteration if args.skip_train else args.train_iters)
 
 
 def end_helpers() -> None:
-    """Kills the processes that this one has started, before it ends by an error.
+    """Kills the processes that this one has started, before it ends; all that they had to do is done or given up.
 
     Python would wait for them for ever, and the other ranks with it: it asks them by SIGTERM, to which workers of data
-    loaders are made deaf (training/datasets/data_samplers.py:94), and nobody else ends those that a traceback holds.
+    loaders are made deaf (training/datasets/data_samplers.py:94) and the worker of background saves by
+    :func:`spare_helpers_the_signal`. Upstream's own word reaches that one only behind a save
+    (core/dist_checkpointing/strategies/async_utils.py, ``AsyncCallsQueue.close``), and waits for ever for a dead one.
     """
+    upstream = sys.modules.get("megatron.core.dist_checkpointing.strategies.async_utils")
+    if upstream and upstream.AsyncCallsQueue._persistent_caller:
+        upstream.AsyncCallsQueue._persistent_caller.close(abort=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own for each of them
     for process in multiprocessing.active_children():
         process.kill()

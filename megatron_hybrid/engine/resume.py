@@ -10,6 +10,7 @@ from typing import Any
 from megatron_hybrid.run_folder.checkpoints import (
     POINTER,
     Checkpoint,
+    Unreachable,
     checkpoints,
     choose,
     is_sealed,
@@ -39,6 +40,7 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
 
     Raises:
         ValueError: On all ranks alike: checkpoints are there and none can be loaded, or Megatron cannot be led to it.
+        Unreachable: Likewise; files or ranks do not answer, and another start may find them well.
     """
     args.checkpoint = None
     notes = _go_on_from_own(args)
@@ -59,7 +61,7 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         try:
             decision = _decide(args, lambda folder: judge(folder, 0, 1), write=not alone)
         except OSError as error:
-            raise ValueError(f"The checkpoint to load was not found out: {error}") from None
+            raise Unreachable(f"The checkpoint to load was not found out: {error}") from None
     else:
         decision = _agree(args, judge)
     if decision["folder"] is not None:
@@ -90,12 +92,12 @@ def _check_optimizer(args: Namespace, folder: str) -> None:
 def _go_on_from_own(args: Namespace) -> list[str]:
     """Makes a run whose --save folder has checkpoints go on from these, wherever its first start has loaded from.
 
-    The same command then starts a run and starts it again. --ckpt-step says otherwise: it is an iteration of --load.
+    The same command then starts a run and starts it again. --ckpt-step is an iteration of --load.
 
     Raises:
         ValueError: Nothing is to be loaded, and the run would write over what is there.
     """
-    if args.save is None or args.skip_train or args.ckpt_step is not None or not checkpoints(Path(args.save)):
+    if args.save is None or args.skip_train or not checkpoints(Path(args.save)):
         return []
     if args.load is None and args.pretrained_checkpoint is None:
         raise ValueError(
@@ -105,7 +107,7 @@ def _go_on_from_own(args: Namespace) -> list[str]:
     if args.load is not None and os.path.realpath(args.load) == os.path.realpath(args.save):
         return []
     other = args.load or args.pretrained_checkpoint
-    args.load, args.finetune = args.save, False
+    args.load, args.finetune, args.ckpt_step = args.save, False, None
     args.no_load_optim, args.no_load_rng = args.no_save_optim, args.no_save_rng  # what is there, not what the other had
     return [f"--save {args.save} has checkpoints: the run goes on from these, no more from {other}"]
 
@@ -167,7 +169,7 @@ def _agree(args: Namespace, judge: Callable[[Path, int, int], list[str]]) -> dic
     try:
         _kept.append(agreement.rendezvous_store(patience_s))
     except RuntimeError as error:
-        raise ValueError(
+        raise Unreachable(
             f"Rank {args.rank} of {args.world_size} does not reach the store of the run's ranks ({error}). Start all "
             "ranks by torchrun, or check MASTER_ADDR and MASTER_PORT."
         ) from None

@@ -7,6 +7,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +156,20 @@ class _Guard:
         self._args = args
         self._folder = Path()
         """Of the save that is being made."""
+        self._last: int | None = None
+        """The iteration that this process has saved, or begun to save, last."""
 
     def around_a_save(self, save_checkpoint: Callable) -> Callable:
         def saved(iteration: int, *rest: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> Any:
             if non_persistent_ckpt or self._args.ckpt_format != FORMAT:
                 return save_checkpoint(iteration, *rest, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+            if iteration == self._last:  # upstream saves once more where the batch grows (training/training.py:3761)
+                return None
             self._folder = Path(self._args.save, f"iter_{iteration:07d}")
             if self._has_been_loaded():
                 return None
             self._clear()
+            self._last = iteration
             result = self.explaining(save_checkpoint)(iteration, *rest, **kwargs)
             if not self._args.async_save:
                 self._remove_old(self._folder)
@@ -189,6 +195,7 @@ class _Guard:
                 return action(*args, **kwargs)
             except (OSError, RuntimeError, AssertionError, CheckpointException, CheckpointingException) as error:
                 _say(f"error: rank {self._args.rank}: {self._folder} was not saved: {_reason(error)}. {self._room()}")
+                self._remove_what_is_torn()
                 raise
 
         return explained
@@ -215,6 +222,12 @@ class _Guard:
         if self._args.rank == 0 and self._folder.is_dir() and not self._folder.is_symlink():
             remove(self._folder)
         torch.distributed.barrier()
+
+    def _remove_what_is_torn(self) -> None:
+        """Gives back the room of a save that has failed: others' logs and states need some, too."""
+        if self._args.rank == 0 and self._folder.is_dir() and not is_sealed(self._folder):
+            with suppress(OSError):
+                remove(self._folder)
 
     def _remove_old(self, folder: Path) -> None:
         """What retention does not keep; on rank 0, when the new checkpoint is sealed and the pointer leads to it."""

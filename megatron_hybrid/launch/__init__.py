@@ -5,7 +5,7 @@
 | ``allocation.py`` | what SLURM, or one machine, gives a job: nodes, processes, the address where they meet |
 | ``checks.py`` | whether the flags' layout and folders fit the allocation, before anything starts |
 | ``environment.py`` | the variables that ranks get unless the user set them |
-| ``events.py`` | ``events.jsonl``: signals and deaths of ranks, with their reasons |
+| ``events.py`` | ``events_NODE.jsonl``: signals and deaths of ranks, with their reasons |
 | ``requeue.py`` | what happens after a job's end |
 | ``summary.py`` | one screen at the start, one at the end |
 | ``jobs.py`` | the three programs: the batch step, a node's agent, the local run |

@@ -1,5 +1,6 @@
 """Whether flags and allocation fit, before anything starts."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def check(argv: list[str], allocation: Allocation) -> Plan:
     """
     command = flags.resolve(argv)
     save = _save(command.argv)
+    _once_only(command.argv, save)
     layout = _layout(command, allocation.world)
     added = ["--exit-signal-handler"] if "--exit-signal-handler" not in command.argv else []
     if not flags.value(command.argv, "--load"):
@@ -68,6 +70,21 @@ def _save(argv: list[str]) -> Path:
             "mounted here; only the run's own folder is made by itself."
         )
     return save
+
+
+def _once_only(argv: list[str], save: Path) -> None:
+    """Refuses what is meant for one start, and would be done again by each."""
+    load = flags.value(argv, "--load") or str(save)
+    if os.path.realpath(load) != os.path.realpath(save):
+        return  # then it is for the first start: the others go on from the run's own checkpoints
+    given = {word.partition("=")[0] for word in argv}
+    for flag in ("--ckpt-step", "--finetune", "--no-load-optim", "--no-load-rng"):
+        if flag in given and flag.replace("load", "save") not in given - {"--ckpt-step", "--finetune"}:
+            raise ValueError(
+                f"{flag}, and the run loads from its own folder {save}: each restart of the job would do so again, and "
+                "lose what was trained since. Give --load another folder; or, to go back to an iteration, write it "
+                "into latest_checkpointed_iteration.txt."
+            )
 
 
 def _layout(command: flags.Command, world: int) -> Layout:

@@ -1,10 +1,11 @@
-"""events.jsonl in a job's folder of logs: signals and deaths of ranks, one line each, appended by every node."""
+"""events_NODE.jsonl in a job's folder of logs: signals and deaths of ranks, one line each, appended by the node."""
 
 import json
 import os
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,9 +35,9 @@ class Event:
 
 
 def append(folder: Path, event: Event) -> None:
-    """Adds a line. One write of a short line: those of several nodes do not mix."""
+    """Adds a line to the node's own file: network file systems lose lines that several nodes append to one."""
     line = json.dumps({k: v for k, v in asdict(event).items() if v not in (None, "")}) + "\n"
-    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / f"events_{event.node}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:
@@ -44,17 +45,13 @@ def append(folder: Path, event: Event) -> None:
 
 
 def read(folder: Path) -> list[Event]:
-    """All events by time; a line that was cut is left out."""
+    """All nodes' events by time; a line that was cut is left out."""
     events = []
-    try:
-        lines = (folder / "events.jsonl").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            events.append(Event(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+    for path in folder.glob("events_*.jsonl"):
+        with suppress(OSError):
+            for line in path.read_text("utf-8", "replace").splitlines():
+                with suppress(ValueError, TypeError):
+                    events.append(Event(**json.loads(line)))
     return sorted(events, key=lambda event: event.time)
 
 
@@ -63,8 +60,8 @@ def reason(code: int) -> str:
     if code >= 0:
         return {
             2: "exit code 2: a mistake in the flags or files",
-            16: "exit code 16: a result was not reproduced, and is to be tried on other machines",
-            17: "exit code 17: a result failed its validation",
+            16: "exit code 16: a bad step, the same when it was tried again",
+            17: "exit code 17: a bad step, other when it was tried again, or without a second try",
         }.get(code, f"exit code {code}")
     try:
         name = signal.Signals(-code).name

@@ -21,6 +21,9 @@ from megatron_hybrid.run_folder.state import State, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
+TELL_AGAIN_S = 10.0
+"""Between two tries to reach SLURM's controller."""
+REQUEUE_TRIES = 30
 
 
 def slurm(args: argparse.Namespace, argv: list[str]) -> int:
@@ -46,14 +49,15 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
 
     def tell(number: int, frame: object) -> None:
         """Neither srun nor the ranks get SIGUSR1: they would die of it. scancel reaches all steps, not this one."""
-        # a job that is being cancelled is unknown to scancel, and SLURM has told its steps already
-        told.append(subprocess.Popen(["scancel", "--signal=TERM", allocation.job], stderr=subprocess.DEVNULL))
+        told.append(_scancel(allocation.job))
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, tell)
     print(job.start_screen(), flush=True)
     # A group of its own: a signal to the batch step's would make srun kill all ranks at once
-    code = _wait(subprocess.Popen(step, start_new_session=True))
+    code = _wait(subprocess.Popen(step, start_new_session=True), told, allocation.job)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # nobody is left to be told, and SLURM's requeue signals this step
     for signalling in told:
         signalling.wait()  # a slow one would stop the job's next start
 
@@ -63,8 +67,23 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
 
     after = job.end(code, bool(told), "queued again", may_requeue)
     if after.requeue:
-        return subprocess.run(["scontrol", "requeue", allocation.job]).returncode  # it ends this process, too
+        return _requeue(allocation.job)
     return after.code
+
+
+def _scancel(job: str) -> subprocess.Popen:
+    """Sends SIGTERM to a job's steps. A job that is being cancelled is unknown to it, and they have it already."""
+    return subprocess.Popen(["scancel", "--signal=TERM", job], stderr=subprocess.DEVNULL)
+
+
+def _requeue(job: str) -> int:
+    """Queues this very job again, which ends this process, too; tries for a while, since the controller may be busy."""
+    for _ in range(REQUEUE_TRIES):
+        code = subprocess.run(["scontrol", "requeue", job]).returncode
+        if code == 0:
+            return 0
+        time.sleep(TELL_AGAIN_S)
+    return code
 
 
 def local(args: argparse.Namespace, argv: list[str]) -> int:
@@ -138,14 +157,17 @@ class _Job:
         signalled = signalled or code == 0 and any(event.kind == "signal" for event in seen)
         state = self._state()
         most = getattr(self.args, "max_requeues", 0)
-        after = requeue.decide(state, code, signalled, seen, self._failed_starts(), most)
+        failed = self._failed_starts(counts=not signalled or state is not None)
+        after = requeue.decide(state, code, signalled, seen, failed, most)
         if after.requeue and may_requeue is not None:
             after = may_requeue(after)
         next_ = f"{again if after.requeue else 'no more'}: {after.why}"
         run = Progress(self.save)
-        run.update()
+        with suppress(OSError):
+            run.update()
         seconds = time.monotonic() - self.began
-        print(summary.end(self.allocation.job, run, self.logs, state is not None, seen, next_, seconds), flush=True)
+        with suppress(OSError):  # on a full disk nothing is shown, and the job comes back all the same
+            print(summary.end(self.allocation.job, run, self.logs, state is not None, seen, next_, seconds), flush=True)
         return after
 
     def _state(self) -> State | None:
@@ -153,25 +175,33 @@ class _Job:
         state = read_state(self.save)
         return None if state == self.state_before else state
 
-    def _failed_starts(self) -> int:
-        """Starts in a row that left no new checkpoint, this one included; kept beside the logs."""
+    def _failed_starts(self, counts: bool) -> int:
+        """Starts in a row that left no new checkpoint, this one included if it ``counts``; kept beside the logs."""
         path = self.logs / "failed_starts.json"
         if pointer(self.save) != self.checkpoint_before:
             path.unlink(missing_ok=True)
             return 1
         try:
-            count = int(json.loads(path.read_text())) + 1
+            count = int(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            count = 1
+            count = 0
+        if not counts:
+            return count
+        count += 1
         with suppress(OSError):  # a full disk: SLURM's own limits on requeues are left
             path.write_text(f"{count}\n")
         return count
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """The exit code, as a shell gives it."""
-    code = process.wait()
-    return code if code >= 0 else 128 - code
+def _wait(process: subprocess.Popen, told: list[subprocess.Popen], job: str) -> int:
+    """The exit code, as a shell gives it. A step that was told to stop is told again: it may just have been born."""
+    while True:
+        try:
+            code = process.wait(TELL_AGAIN_S)
+            return code if code >= 0 else 128 - code
+        except subprocess.TimeoutExpired:
+            if told and told[-1].poll() is not None:
+                told.append(_scancel(job))
 
 
 def parser() -> argparse.ArgumentParser:

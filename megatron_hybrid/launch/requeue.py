@@ -8,8 +8,8 @@ from megatron_hybrid.launch.events import Event
 from megatron_hybrid.run_folder.state import State
 
 FINAL_CODES = (2, 16, 17)
-"""Exit codes of ranks that a new start would meet again: a user's mistake, and upstream's for results that failed
-their validation (core/rerun_state_machine.py: 16 wants other machines, 17 is a wrong result)."""
+"""Exit codes of ranks that a new start would meet again: a user's mistake, and bad steps (engine/bad_steps.py, by
+the codes of core/rerun_state_machine.py)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def decide(
         code: Exit code of srun, or of the agent.
         signalled: The job was told to stop, by its time limit, preemption or a user.
         seen: The events of this start.
-        failed_starts: Starts in a row that failed without a new checkpoint, this one included.
+        failed_starts: Starts in a row that have trained or failed, and left no new checkpoint; this one included.
         most: How many of them there may be.
     """
     status = state.status if state else "unknown"
@@ -45,6 +45,8 @@ def decide(
         return Next(False, f"the run failed ({state.reason}); a restart as it is would not help", code or 1)
     if state and status == "stopped" and state.reason != "signal":
         return Next(False, f"the run stopped by itself ({state.reason})", code)
+    if signalled and status == "running" and failed_starts > most:
+        return Next(False, f"{failed_starts} starts in a row left no new checkpoint: the time is too short", code or 1)
     if signalled:
         saved = "saved and stopped" if status == "stopped" else "ended before it could save"
         return Next(True, f"the run was told to stop, and {saved}", code)

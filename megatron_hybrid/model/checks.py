@@ -153,6 +153,7 @@ def check_unsupported(args: Namespace) -> None:
     """Flags of upstream that our layers would ignore, or that need what is not installed."""
     refused = {
         "use_checkpoint_args": "it would unpickle the checkpoint before it is verified; recipe and flags say the model",
+        "rampup_batch_size": "Megatron 0.19.2 takes it and does nothing; --step-batch-size-schedule 0:N,TOKENS:N does",
         "sft": "fine-tuning's data sets are not there yet",
         "fim_data": "the data set has no fill-in-the-middle",
         "hybrid_context_parallel": "samples are split over all context-parallel ranks alike",

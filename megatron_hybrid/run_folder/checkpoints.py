@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hybrid.data.files import atomic_write
-from megatron_hybrid.run_folder.manifest import is_sealed, problems, seal
+from megatron_hybrid.run_folder.manifest import Unreachable, is_sealed, problems, seal
 
 __all__ = [
     "Checkpoint",
     "Choice",
+    "Unreachable",
     "checkpoints",
     "choose",
     "is_sealed",
@@ -131,7 +132,7 @@ def choose(run: Path, step: int | None, check: Callable[[Path], list[str]]) -> C
     raise ValueError(
         f"{run} has checkpoints, and none that can be loaded; a run does not start from fresh weights beside them.\n  "
         + "\n  ".join(passed)
-        + "\nRestore a whole one, or start with another folder; if this is the run's first save, interrupted, remove it. "
+        + "\nRestore a whole one, or start with another folder; if it is its first save, interrupted, remove it. "
         "If one was written elsewhere, has no manifest and is trusted: tools/verify_checkpoint.py --seal FOLDER, or "
         "--load-unverified where the folder cannot be written."
     )

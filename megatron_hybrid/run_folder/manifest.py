@@ -4,6 +4,7 @@ A hash finds what is torn or corrupt. It does not say who wrote it: a checkpoint
 load checkpoints from trusted folders only.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,15 @@ from megatron_hybrid.data.files import atomic_write
 MANIFEST = "integrity.json"
 ALGORITHM = "sha256"
 MOST_THREADS = 16
+PASSING = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN, errno.ENOMEM} | {
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ENETDOWN),
+    *(errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE),
+}
+"""Errors of a file system that may be well again at the next try: they say nothing about a checkpoint's content."""
+
+
+class Unreachable(OSError):
+    """Something that a run needs does not answer at the moment: files on a network, or other ranks."""
 
 
 def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -30,6 +40,9 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         folder: The checkpoint's own folder.
         part: Which share of the files to hash, from 0. The manifest itself is checked in every share.
         parts: Number of shares, which together hash each file once.
+
+    Raises:
+        Unreachable: A file cannot be read at the moment. To pass the checkpoint over for that would lose steps.
     """
     if not folder.is_dir():
         return ["is not a folder" if folder.exists() else "is not there"]
@@ -37,12 +50,14 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         listed = _read(folder)
     except FileNotFoundError:
         return [f"has no manifest ({MANIFEST}): it is unfinished, or was written elsewhere"]
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return [f"{MANIFEST} is not a manifest: {error}"]
+    except OSError as error:
+        return [f"{MANIFEST} is not a manifest: {_lasting(error, folder / MANIFEST)}"]
     try:
         extra = sorted(_to_list(folder) - set(listed))
     except OSError as error:
-        return [f"cannot be read: {error.strerror}"]
+        return [f"cannot be read: {_lasting(error, folder)}"]
     wrong = [f"{MANIFEST} does not list {name}" for name in [*_lacking(set(listed)), *extra]]
     share = sorted(listed)[part::parts]
     with ThreadPoolExecutor(_threads(len(share))) as pool:
@@ -123,7 +138,14 @@ def _differs(folder: Path, name: str, digest: str) -> str:
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror or error}"
+        return f"{name} cannot be read: {_lasting(error, path)}"
+
+
+def _lasting(error: OSError, path: Path) -> str:
+    """What is wrong with a file for good."""
+    if error.errno in PASSING:
+        raise Unreachable(f"{path} cannot be read at the moment: {error.strerror}") from error
+    return error.strerror or str(error)
 
 
 def _digest(path: Path, sync: bool = False) -> str:

@@ -48,10 +48,8 @@ def hooks_removed_after() -> Iterator[None]:
     async_utils._async_calls_queue = None  # a process makes it once, by its own flags
     try:
         yield
-    except BaseException:
-        filesystem_async._results_queue = None  # a run that fails ends its helpers, the queue's process among them
-        raise
     finally:
+        filesystem_async._results_queue = None  # a run ends its helpers, the queue's process among them
         sys.argv = words
         for module, names in zip(modules, kept, strict=True):
             for name, thing in names.items():

@@ -334,6 +334,7 @@ REFUSED = [
     ("*- --spike-threshold 1", ["--spike-threshold is 1", "above 1"]),
     ("*- --on-bad-step skip --fp16", ["--on-bad-step skip", "--fp16", "loss scaling", "Drop one"]),
     ("*- --on-bad-step wait", ["invalid choice: 'wait'"]),
+    ("*- --rampup-batch-size 2 2 8", ["--rampup-batch-size", "--step-batch-size-schedule"]),
     ("*- --rerun-mode report_stats", ["--rerun-mode report_stats", "Drop it"]),
     ("*- --yaml-cfg x.yaml", ["--yaml-cfg", "Drop it"]),
     ("*- --global-batch-size 0", ["Megatron refuses", "global_batch_size > 0"]),

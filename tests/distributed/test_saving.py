@@ -127,6 +127,27 @@ def test_the_same_command_starts_a_run_and_starts_it_again(ranks, tmp_path, stra
             assert found.train[iteration][key] == expected[iteration][key]
 
 
+def test_an_iteration_of_another_run_is_of_the_first_start_alone(ranks, tmp_path, straight):
+    """--ckpt-step names an iteration of --load; a restart by the same command goes on from the run's own."""
+    where = tmp_path / "run"
+    for last in (5, 7):
+        run(ranks, where, f"--load {straight} --ckpt-step 4 --exit-interval {last}")
+    assert [start["resume"] for start in read_metrics(where / "metrics.jsonl").starts] == [4, 5]
+
+
+@pytest.mark.parametrize("way", ["", "--async-save"], ids=["foreground", "background"])
+def test_a_save_that_is_asked_for_twice_is_made_once(ranks, tmp_path, way):
+    """Upstream saves again where the batch grows, which is the iteration that was just saved."""
+    flags = FLAGS.replace("--global-batch-size 4", "--step-batch-size-schedule 0:2,384:4")  # of tokens, 32 a sample
+    told = ranks(RANKS).run(
+        end, argv=f"{flags} --save {folder(tmp_path)} --keep-last 1 --exit-interval 8 {way}".split()
+    )
+    train = read_metrics(tmp_path / "metrics.jsonl").train
+    assert [train[i]["tokens"] for i in (6, 7)] == [384, 512], "the batch did not grow behind iteration 6"
+    assert told[0][0].count("saving checkpoint at iteration       6 ") == 1
+    assert saved(tmp_path) == [8] and problems(tmp_path / "iter_0000008") == []
+
+
 def test_what_an_interrupted_save_left_is_no_part_of_the_next_one(ranks, tmp_path, straight):
     shutil.copytree(straight / "iter_0000006", tmp_path / "iter_0000006")
     shutil.copytree(straight / "iter_0000006", tmp_path / "iter_0000008")

@@ -672,6 +672,21 @@ CONTRACTS = [
         ("ctx = mp.get_context('fork')",),
     ),
     _C(
+        "keep_vocabulary",
+        "core/tokenizers/utils/build_tokenizer.py",
+        "_set_padded_vocab_size",
+        "args tokenizer",
+        ("args.padded_vocab_size = vocab_size_with_padding(tokenizer.vocab_size, args)",),
+    ),
+    _C(
+        "end_helpers",
+        ASYNC,
+        "AsyncCallsQueue.close",
+        "self abort",
+        ("if self.persistent and AsyncCallsQueue._persistent_caller:\n",),
+    ),
+    _C("end_helpers", ASYNC, "PersistentAsyncCaller.close", "self abort", ("if abort:\n", "self.process.kill()")),
+    _C(
         "spawn_the_worker",
         "training/initialize.py",
         "initialize_megatron",

@@ -86,7 +86,13 @@ END
         echo "NodeName=n$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$(($3 + node)) CPUs=$(nproc)" \
             "RealMemory=$memory" >>"$1/slurm.conf"
     done
-    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP" >>"$1/slurm.conf"
+    cat >>"$1/slurm.conf" <<END
+# jobs of the second partition take the nodes of the first one's, which have GraceTime to save in and are queued again
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
+END
 }
 
 start_node() { # FOLDER NAME

@@ -103,6 +103,15 @@ def test_a_job_that_is_requeued_by_hand_comes_back(start, run, cluster, undistur
     assert job.facts()["Restarts"] == "1", job.report()
 
 
+def test_a_job_that_is_preempted_saves_and_comes_back(start, run, cluster, undisturbed):
+    job = start()
+    cluster.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "sleep", "3")
+    finish(job, run)
+    assert steps(run) == undisturbed
+    assert int(job.facts()["Restarts"]) >= 1, job.report()
+    assert repeated(run) == [], "it saved the last step before it went"
+
+
 @pytest.mark.parametrize("node", ["n2", "n1"])  # n1 is where the batch script and the rendezvous are
 def test_a_job_outlives_a_node(node, start, run, cluster, undisturbed):
     job = start()

@@ -64,6 +64,33 @@ def test_a_rank_that_fails_does_not_wait_for_helpers_that_are_deaf_to_its_signal
     assert done.stderr.strip().endswith("OSError: the disk is full")
 
 
+FINISHED = """if True:
+    import multiprocessing, signal, sys, time
+    from argparse import Namespace
+    from megatron_hybrid.engine import ending
+
+    def wait():
+        time.sleep(300)
+
+    if __name__ == "__main__":
+        ending.spare_helpers_the_signal()
+        worker = multiprocessing.get_context("fork").Process(target=wait, daemon=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        worker.start()
+        with ending.state_of_the_run(None, Namespace(rank=1, skip_train=False, train_iters=1)):
+            if sys.argv[1] == "stopped":
+                sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["finished", "stopped"])
+def test_a_rank_that_ends_in_order_does_not_wait_for_a_worker_that_was_never_used(how):
+    """As that of background saves of a run that has nothing to save: it is deaf, and upstream does not tell it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FINISHED, how], env=environment, timeout=60)
+    assert done.returncode == 0
+
+
 ORPHAN = """if True:
     import multiprocessing, os, signal
     from megatron_hybrid.engine import ending

@@ -169,6 +169,14 @@ def test_groups_that_cross_nodes_and_may(plan):
     assert plan(f"{DENSE} --tensor-model-parallel-size 16", nodes=1, processes=16).notes == []
 
 
+@pytest.mark.parametrize("flag", ["--ckpt-step 20", "--finetune", "--no-load-optim", "--no-load-rng"])
+def test_what_each_restart_would_do_again_is_refused(plan, tmp_path, flag):
+    with pytest.raises(ValueError, match=f"{flag.split()[0]}, and the run loads from its own folder.*each restart"):
+        plan(f"{DENSE} {flag}")
+    plan(f"{DENSE} {flag} --load {tmp_path}/other")  # of the first start alone
+    assert plan(f"{DENSE} --no-load-optim --no-save-optim").save == tmp_path / "run"  # a run without moments
+
+
 def test_a_folder_must_be_named_and_have_a_parent(plan):
     with pytest.raises(ValueError, match="--save is not given"):
         plan(DENSE, save="")
@@ -184,7 +192,7 @@ def test_events_come_back_by_time_and_torn_lines_do_not(tmp_path):
     early = replace(late, node="n1", rank=0, time=1.0, last_words="ValueError: x")
     for event in (late, early):
         events.append(tmp_path, event)
-    with (tmp_path / "events.jsonl").open("a") as stream:
+    with (tmp_path / "events_n2.jsonl").open("a") as stream:
         stream.write('{"kind": "dea')
     assert events.read(tmp_path) == [early, late]
     assert events.read(tmp_path / "nowhere") == []
@@ -218,7 +226,9 @@ DEATH = Event(kind="death", node="n1", requeue=0, reason="SIGKILL", rank=1, code
         (replace(STOPPED, reason="flag"), 0, False, [], 1, False),
         (replace(STOPPED, reason="flag"), 0, True, [], 1, False),
         (State(status="failed", reason="result validation"), 17, False, [], 1, False),
-        (State(status="running"), 137, True, [DEATH], 9, True),  # the grace was too short
+        (State(status="running"), 137, True, [DEATH], 3, True),  # the grace was too short
+        (State(status="running"), 137, True, [DEATH], 4, False),  # and always will be
+        (None, 143, True, [], 9, True),  # it was still starting
         (State(status="running"), 1, False, [DEATH], 1, True),
         (State(status="running"), 1, False, [DEATH], 3, True),
         (State(status="running"), 1, False, [DEATH], 4, False),

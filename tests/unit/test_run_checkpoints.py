@@ -1,5 +1,6 @@
 """Checkpoints of a run's folder: what is detected, which one is chosen, which are removed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -215,6 +216,25 @@ def test_the_pointers_one_is_torn(tmp_path):
         chosen(tmp_path)
     for text in ("iter_0000040: __1_0", "iter_0000020: has no manifest", "iter_0000010: __1_0", "--seal"):
         assert text in str(error.value)
+
+
+def test_what_cannot_be_read_just_now_is_not_called_corrupt(tmp_path, monkeypatch):
+    """A network file system that fails for a moment: the newest checkpoint must not be passed over for an older one."""
+    folders = save(tmp_path, 10, 20)
+    os_open = os.open
+
+    def failing(path, *args, **kwargs):
+        if "iter_0000020" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return os_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    code = errno.EIO
+    with pytest.raises(c.Unreachable, match="iter_0000020.*cannot be read at the moment: Input/output error"):
+        chosen(tmp_path)
+    code = errno.ELOOP  # that is the checkpoint's own
+    assert chosen(tmp_path) == 10
+    assert c.problems(folders[0]) == []
 
 
 def test_a_step_that_is_asked_for_is_that_or_an_error(tmp_path):
