@@ -49,6 +49,31 @@ def test_a_dead_worker_is_noticed():
     assert done.stdout == f"[]\n['saved']\nFalse {said}\nTrue {said}\n", done.stderr
 
 
+FAILING = """if True:
+    import multiprocessing, os, sys, time
+    from argparse import Namespace
+    from megatron_hybrid.engine import cpu, ending
+    cpu.install()
+    import torch
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+    AsyncCallsQueue.warmup_persistent_caller(0, mp_mode="fork", cpu_priority=-1)
+    with ending.state_of_the_run(None, Namespace(rank=1)):
+        AsyncCallsQueue(persistent=True).schedule_async_request(AsyncRequest(time.sleep, (300,), []))
+        raise OSError("something else")
+"""
+
+
+def test_a_rank_that_fails_during_a_background_save_ends():
+    """Upstream would wait for its worker as Python takes the rank apart, and the worker has been killed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FAILING], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.strip().endswith("OSError: something else"), done.stderr
+
+
 LEAVING = """
 import os, signal, sys, time
 from argparse import Namespace
