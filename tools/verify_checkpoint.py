@@ -94,7 +94,10 @@ def seal(given: Path, folders: list[Path]) -> None:
 def check(folder: Path) -> Finding:
     """Hashes a checkpoint."""
     start = time.monotonic()
-    problems = checkpoints.problems(folder)
+    try:
+        problems = checkpoints.problems(folder)
+    except checkpoints.Unreachable as error:
+        problems = [str(error)]
     return Finding(str(folder), checkpoints.size(folder), round(time.monotonic() - start, 3), problems)
 
 

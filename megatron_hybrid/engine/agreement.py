@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron_hybrid.run_folder.checkpoints import Unreachable, size
+from megatron_hybrid.run_folder.checkpoints import Unreachable, passing, size
 
 SLOWEST = 20e6
 """Bytes a second at which the slowest rank is taken to read a checkpoint; beyond that it is taken to hang."""
@@ -122,7 +122,7 @@ def _lead(store: Store, ranks: int, decide: Decide, judge: Judge, patience_s: fl
     try:
         decision: dict[str, Any] = decide(check)
     except (ValueError, OSError) as error:
-        kind = Unreachable if isinstance(error, OSError) else ValueError
+        kind = Unreachable if isinstance(error, OSError) and passing(error) else ValueError
         tell({"error": str(error), "unreachable": kind is Unreachable})
         answers("heard", patience_s)  # the store may end with this process
         raise kind(str(error)) from None

@@ -381,17 +381,22 @@ def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
     """Pads the vocabulary as the checkpoint does, so that a run that goes on with other tensor parallelism is the same.
 
     Upstream pads it to a multiple of ranks (core/tokenizers/utils/build_tokenizer.py:140), and fills what a checkpoint
-    lacks with random rows: each loss would be another.
+    lacks with random rows: each loss would be another. A note says so where that has to be.
 
     Args:
-        args: Megatron's; its ``padded_vocab_size`` is set.
+        args: Megatron's; ``padded_vocab_size`` is known but for ``--print-config``.
         stored: Those in the checkpoint.
     """
-    names = ("tokenizer_type", "tokenizer_model", "vocab_size")
-    same = all(getattr(stored, name, None) == getattr(args, name) for name in names)
-    size = getattr(stored, "padded_vocab_size", None)
-    if same and size and size % args.tensor_model_parallel_size == 0:
+    from megatron.training import global_vars
+
+    size, padded = getattr(stored, "padded_vocab_size", None), args.padded_vocab_size
+    if None in (size, padded) or size == padded:
+        return
+    if global_vars.get_tokenizer().vocab_size <= size and size % args.tensor_model_parallel_size == 0:
         args.padded_vocab_size = size
+        args.notes.append(f"the vocabulary stays padded to {size}, as in the checkpoint")
+    else:
+        args.notes.append(f"the vocabulary is padded to {padded} and in the checkpoint to {size}: new rows are random")
 
 
 def _check_designs(saved: IntraDesign, asked: IntraDesign, folder: str) -> None:

@@ -14,6 +14,7 @@ from megatron_hybrid.run_folder.checkpoints import (
     checkpoints,
     choose,
     is_sealed,
+    passing,
     point_to,
     pointer,
     problems,
@@ -61,7 +62,8 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         try:
             decision = _decide(args, lambda folder: judge(folder, 0, 1), write=not alone)
         except OSError as error:
-            raise Unreachable(f"The checkpoint to load was not found out: {error}") from None
+            text = f"The checkpoint to load was not found out: {error}"
+            raise (Unreachable if passing(error) else ValueError)(text) from None
     else:
         decision = _agree(args, judge)
     if decision["folder"] is not None:
@@ -235,12 +237,12 @@ def _see_pointer(decision: dict[str, Any], seconds: float = 60.0) -> None:
     """Waits until this node sees the pointer that rank 0 may have written: names on NFS are seen late.
 
     Raises:
-        ValueError: It does not.
+        Unreachable: It does not.
     """
     run, said, deadline = Path(decision["run"]), decision["pointer"], time.monotonic() + seconds
     while said is not None and pointer(run) != said:
         if time.monotonic() > deadline:
-            raise ValueError(
+            raise Unreachable(
                 f"{run / POINTER} does not say {said} on this node as it does on the first rank's: all nodes need to "
                 "see the same folder."
             )

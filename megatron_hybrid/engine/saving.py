@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_hybrid.engine.upstream import has_module
 from megatron_hybrid.flags import value
-from megatron_hybrid.run_folder.checkpoints import is_sealed, remove, remove_old, seal
+from megatron_hybrid.run_folder.checkpoints import is_sealed, remove, remove_old, seal, sweep
 
 FORMAT = "torch_dist"
 
@@ -155,7 +155,9 @@ class _Guard:
     def __init__(self, args: Namespace):
         self._args = args
         self._folder = Path()
-        """Of the save that is being made."""
+        """Of the save that was begun last."""
+        self._begun: list[Path] = []
+        """Of all saves that were begun; with --async-save the one before may still be on its way."""
         self._last: int | None = None
         """The iteration that this process has saved, or begun to save, last."""
 
@@ -170,6 +172,7 @@ class _Guard:
                 return None
             self._clear()
             self._last = iteration
+            self._begun = [folder for folder in self._begun if not is_sealed(folder)] + [self._folder]
             result = self.explaining(save_checkpoint)(iteration, *rest, **kwargs)
             if not self._args.async_save:
                 self._remove_old(self._folder)
@@ -194,7 +197,8 @@ class _Guard:
             try:
                 return action(*args, **kwargs)
             except (OSError, RuntimeError, AssertionError, CheckpointException, CheckpointingException) as error:
-                _say(f"error: rank {self._args.rank}: {self._folder} was not saved: {_reason(error)}. {self._room()}")
+                names = ", ".join(str(folder) for folder in self._torn()) or self._args.save
+                _say(f"error: rank {self._args.rank}: {names}: not saved: {_reason(error)}. {self._room()}")
                 self._remove_what_is_torn()
                 raise
 
@@ -219,15 +223,24 @@ class _Guard:
         """
         import torch
 
-        if self._args.rank == 0 and self._folder.is_dir() and not self._folder.is_symlink():
-            remove(self._folder)
+        if self._args.rank == 0:
+            sweep(Path(self._args.save))
+            if self._folder.is_dir() and not self._folder.is_symlink():
+                remove(self._folder)
         torch.distributed.barrier()
 
+    def _torn(self) -> list[Path]:
+        """Folders of saves that were begun, and are not sealed."""
+        with suppress(OSError):
+            return [folder for folder in self._begun if not is_sealed(folder)]
+        return []
+
     def _remove_what_is_torn(self) -> None:
-        """Gives back the room of a save that has failed: others' logs and states need some, too."""
-        if self._args.rank == 0 and self._folder.is_dir() and not is_sealed(self._folder):
+        """Gives back the room of a save that has failed: logs and states need some, too. The run ends here."""
+        if self._args.rank == 0:
             with suppress(OSError):
-                remove(self._folder)
+                for folder in self._torn():
+                    remove(folder)
 
     def _remove_old(self, folder: Path) -> None:
         """What retention does not keep; on rank 0, when the new checkpoint is sealed and the pointer leads to it."""

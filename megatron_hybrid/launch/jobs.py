@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_hybrid import flags
+from megatron_hybrid.data.files import atomic_write
 from megatron_hybrid.launch import allocation as allocations
 from megatron_hybrid.launch import checks, environment, events, requeue, summary
 from megatron_hybrid.launch.allocation import Allocation
@@ -53,7 +54,7 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, tell)
-    print(job.start_screen(), flush=True)
+    job.show_start()
     # A group of its own: a signal to the batch step's would make srun kill all ranks at once
     code = _wait(subprocess.Popen(step, start_new_session=True), told, allocation.job)
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -67,7 +68,7 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
 
     after = job.end(code, bool(told), "queued again", may_requeue)
     if after.requeue:
-        return _requeue(allocation.job)
+        return _requeue(allocation.job, lambda: may_requeue(after).requeue)
     return after.code
 
 
@@ -76,13 +77,15 @@ def _scancel(job: str) -> subprocess.Popen:
     return subprocess.Popen(["scancel", "--signal=TERM", job], stderr=subprocess.DEVNULL)
 
 
-def _requeue(job: str) -> int:
+def _requeue(job: str, still: Callable[[], bool]) -> int:
     """Queues this very job again, which ends this process, too; tries for a while, since the controller may be busy."""
     for _ in range(REQUEUE_TRIES):
         code = subprocess.run(["scontrol", "requeue", job]).returncode
         if code == 0:
             return 0
         time.sleep(TELL_AGAIN_S)
+        if not still():
+            break
     return code
 
 
@@ -94,7 +97,7 @@ def local(args: argparse.Namespace, argv: list[str]) -> int:
     )
     job = _Job(args, argv, allocation)
     port = args.master_port or allocations.free_port(allocations.FIRST_PORT + os.getpid() % allocations.PORTS)
-    print(job.start_screen(), flush=True)
+    job.show_start()
     words = job.for_nodes("localhost", port)
     code = node(parser().parse_args(["node", *words[: words.index("--")]]), words[words.index("--") + 1 :], device)
     return job.end(code, False, "call it again").code
@@ -134,7 +137,8 @@ class _Job:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
         self.state_before = read_state(self.save)
-        self.checkpoint_before = pointer(self.save)
+        self.checkpoint_before = self._pointer()
+        self.measured_before = self._measured()
 
     def for_nodes(self, address: str, port: int) -> list[str]:
         """The words behind `launch.py node`."""
@@ -145,8 +149,12 @@ class _Job:
         words += ["--grace", args.grace, "--program", args.program, "--", *self.plan.argv]
         return [str(word) for word in words]
 
-    def start_screen(self) -> str:
-        return summary.start(self.allocation, self.plan, self.logs, self.args.max_restarts, self.args.grace)
+    def show_start(self) -> None:
+        with suppress(OSError):  # on a full disk nothing is shown
+            print(
+                summary.start(self.allocation, self.plan, self.logs, self.args.max_restarts, self.args.grace),
+                flush=True,
+            )
 
     def end(
         self, code: int, signalled: bool, again: str, may_requeue: Callable[[requeue.Next], requeue.Next] | None = None
@@ -157,7 +165,7 @@ class _Job:
         signalled = signalled or code == 0 and any(event.kind == "signal" for event in seen)
         state = self._state()
         most = getattr(self.args, "max_requeues", 0)
-        failed = self._failed_starts(counts=not signalled or state is not None)
+        failed = self._failed_starts(counts=not signalled or self._measured() > self.measured_before)
         after = requeue.decide(state, code, signalled, seen, failed, most)
         if after.requeue and may_requeue is not None:
             after = may_requeue(after)
@@ -166,7 +174,7 @@ class _Job:
         with suppress(OSError):
             run.update()
         seconds = time.monotonic() - self.began
-        with suppress(OSError):  # on a full disk nothing is shown, and the job comes back all the same
+        with suppress(OSError):
             print(summary.end(self.allocation.job, run, self.logs, state is not None, seen, next_, seconds), flush=True)
         return after
 
@@ -178,8 +186,9 @@ class _Job:
     def _failed_starts(self, counts: bool) -> int:
         """Starts in a row that left no new checkpoint, this one included if it ``counts``; kept beside the logs."""
         path = self.logs / "failed_starts.json"
-        if pointer(self.save) != self.checkpoint_before:
-            path.unlink(missing_ok=True)
+        if self._pointer() != self.checkpoint_before:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             return 1
         try:
             count = int(json.loads(path.read_text()))
@@ -188,9 +197,23 @@ class _Job:
         if not counts:
             return count
         count += 1
-        with suppress(OSError):  # a full disk: SLURM's own limits on requeues are left
-            path.write_text(f"{count}\n")
+        try:
+            with atomic_write(path) as stream:
+                stream.write(f"{count}\n".encode())
+        except OSError:  # a full disk: the count would stand still, and SLURM's of all starts does not
+            count = max(count, self.allocation.requeues + 1)
         return count
+
+    def _pointer(self) -> int | str | None:
+        with suppress(OSError):
+            return pointer(self.save)
+        return None
+
+    def _measured(self) -> int:
+        """Bytes of metrics: they grow when the loop of training begins, and with each step."""
+        with suppress(OSError):
+            return (self.save / "metrics.jsonl").stat().st_size
+        return 0
 
 
 def _wait(process: subprocess.Popen, told: list[subprocess.Popen], job: str) -> int:

@@ -67,6 +67,8 @@ def unless_cancelled(after: Next, job: str) -> Next:
             for a job of more worth, for a node that failed, or since `scancel JOB` asked for it.
     """
     facts = dict(re.findall(r"(\w+)=(\S*)", job))
+    if facts.get("Requeue") == "0":
+        return Next(False, f"{after.why}; but it was submitted with --no-requeue", after.code)
     ending = facts.get("JobState") in ("COMPLETING", "CANCELLED")
     if not ending or facts.get("Reason") == "TimeLimit" or facts.get("PreemptTime", "None") != "None":
         return after

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hybrid.data.files import atomic_write
-from megatron_hybrid.run_folder.manifest import Unreachable, is_sealed, problems, seal
+from megatron_hybrid.run_folder.manifest import Unreachable, is_sealed, passing, problems, seal
 
 __all__ = [
     "Checkpoint",
@@ -23,6 +23,7 @@ __all__ = [
     "checkpoints",
     "choose",
     "is_sealed",
+    "passing",
     "point_to",
     "pointer",
     "problems",
@@ -30,6 +31,7 @@ __all__ = [
     "remove_old",
     "seal",
     "size",
+    "sweep",
 ]
 POINTER = "latest_checkpointed_iteration.txt"
 DELETING = ".deleting-"
@@ -157,8 +159,7 @@ def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed:
     Raises:
         ValueError: ``keep_last`` or ``keep_every`` below 1, or ``sealed`` is no sealed checkpoint of the run.
     """
-    for leftover in run.glob(f"{DELETING}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(run)
     for value, name in ((keep_last, "keep_last"), (keep_every, "keep_every")):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: keep at least 1, or give none to keep all.")
@@ -176,6 +177,12 @@ def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed:
         remove(checkpoint.folder)
         removed.append(checkpoint.folder)
     return removed
+
+
+def sweep(run: Path) -> None:
+    """Removes what :func:`remove` had no time to."""
+    for leftover in run.glob(f"{DELETING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:

@@ -29,6 +29,11 @@ class Unreachable(OSError):
     """Something that a run needs does not answer at the moment: files on a network, or other ranks."""
 
 
+def passing(error: OSError) -> bool:
+    """Whether another try may go well."""
+    return isinstance(error, Unreachable) or error.errno in PASSING
+
+
 def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint; nothing if it is sealed and whole.
 
@@ -143,8 +148,11 @@ def _differs(folder: Path, name: str, digest: str) -> str:
 
 def _lasting(error: OSError, path: Path) -> str:
     """What is wrong with a file for good."""
-    if error.errno in PASSING:
-        raise Unreachable(f"{path} cannot be read at the moment: {error.strerror}") from error
+    if passing(error):
+        raise Unreachable(
+            f"{path} cannot be read at the moment: {error.strerror}. If it stays so, move the checkpoint away: the "
+            "run goes on from an older one"
+        ) from error
     return error.strerror or str(error)
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     verdicts: list[Verdict] = []
     try:
         for number in range(options.tries):
-            how = ["--async-save"] if number % 2 else []
+            how = ["--async-save"] if number % 2 or options.background else []
             with run_in(where / f"try-{number}", [*words, *how], f"{options.seed} {number}") as run:
                 disturb(run, kinds, reference)
             verdicts += run.verdicts
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     made.add_argument("--seed", type=int, default=0, help="of orders, moments and places (default: 0)")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one GPU for each process")
+    made.add_argument("--background", action="store_true", help="save in the background in every try, not every second")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     return made
 

@@ -18,7 +18,7 @@ PATIENCE_S = 300
 """For a job to begin, or to do what is left of it, on a busy machine; a quiet one needs a quarter of it."""
 MIDDLE = SAVE_INTERVAL + 3
 """Where jobs are disturbed: a checkpoint is there, and the last step is not in it."""
-HELD_UNTIL_S = 40
+HELD_UNTIL_S = 44
 """Of the only minute: SLURM's signal has come or is about to, and the rest is enough to save in, not to finish."""
 
 

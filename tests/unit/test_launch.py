@@ -252,6 +252,8 @@ def test_what_follows(state, code, signalled, seen, starts, again):
     ("job", "again"),
     [
         ("JobState=RUNNING Reason=None", True),
+        ("JobState=RUNNING Reason=None\n Requeue=1 Restarts=0", True),
+        ("JobState=RUNNING Reason=None\n Requeue=0 Restarts=0", False),
         ("JobState=COMPLETING Reason=None Dependency=(null)", False),
         ("JobState=CANCELLED Reason=None", False),
         ("JobState=COMPLETING Reason=TimeLimit", True),
