@@ -76,15 +76,19 @@ def full_disk(run: Run) -> None:
     """The run's file system is filled up, and emptied again when the ranks have died of it."""
     run.somewhere()
     run.strike()
-    first, ballast = run.rank(0), run.save / "ballast"
-    fill(ballast, leave=run.random.randint(0, 1_000_000))
-    run.until(lambda: not first.is_running() or first.status() == "zombie", "the ranks die of it")
+    first, ballast, left = run.rank(0), run.save / "ballast", run.random.randint(0, 1_000_000)
+
+    def dead() -> bool:
+        fill(ballast, left)  # and what retention gives back
+        return not first.is_running() or first.status() == "zombie"
+
+    run.until(dead, "the ranks die of it")
     ballast.unlink()
 
 
 def fill(path: Path, leave: int) -> None:
     """Takes all room but ``leave`` bytes."""
-    with path.open("wb", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         try:
             while (room := os.statvfs(path).f_bavail * os.statvfs(path).f_frsize - leave) > 0:
                 file.write(bytes(min(room, 1 << 20)))
