@@ -172,7 +172,7 @@ class _Guard:
                 return None
             self._clear()
             self._last = iteration
-            self._begun = [folder for folder in self._begun if not is_sealed(folder)] + [self._folder]
+            self._begun = [*self._torn(), self._folder]
             result = self.explaining(save_checkpoint)(iteration, *rest, **kwargs)
             if not self._args.async_save:
                 self._remove_old(self._folder)

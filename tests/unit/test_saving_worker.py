@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_elastic import alive
+
 ROOT = Path(__file__).parents[2]
 CODE = """if True:
     import os, signal, time
@@ -50,7 +52,7 @@ def test_a_dead_worker_is_noticed():
 
 
 FAILING = """if True:
-    import multiprocessing, os, sys, time
+    import os, time
     from argparse import Namespace
     from megatron_hybrid.engine import cpu, ending
     cpu.install()
@@ -113,26 +115,20 @@ def test_the_processes_of_background_saves_live_through_the_signal_to_save_and_e
     command = [sys.executable, "-W", "ignore", program]
     with output.open("wb") as stream:  # a pipe would be held open by what is left
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, timeout=120, process_group=0)
-    said, *helpers = output.read_text().split()
+    said, *pids = output.read_text().split()
+    helpers = [int(pid) for pid in pids]
     left = outlived(helpers, 10.0 if spawned else 1.0)
     for helper in left:
-        os.kill(int(helper), signal.SIGKILL)
+        os.kill(helper, signal.SIGKILL)
     if spawned:
         assert (said, left) == ("saved", [])
     else:  # upstream's way, which is why there is another
         assert (said, left) == ("lost", helpers[1:])
 
 
-def outlived(processes: list[str], seconds: float) -> list[str]:
+def outlived(processes: list[int], seconds: float) -> list[int]:
     """Those that are still there after this time; less is waited for when none is."""
     deadline = time.monotonic() + seconds
     while (left := [pid for pid in processes if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
