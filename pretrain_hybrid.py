@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         command = arguments.balance(command, device)
         args = arguments.parse(command.argv, device, command.print_config)
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
-        arguments.check_checkpoint(args)
+        arguments.check_checkpoint(args, command.print_config)
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
@@ -90,7 +90,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import bad_steps, ending, metrics, saving, training
+    from megatron_hybrid.engine import bad_steps, ending, metrics, saving, training, validation
     from megatron_hybrid.model.fusion import mean_alphas
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
@@ -98,13 +98,14 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     training.count_flops_with(flops)
     training.draw_batches_that_are_skipped()
     interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
-    run = Path(args.save) if args.save else None
+    run = Path(args.save) if args.save and not args.skip_train else None  # an evaluation leaves the run's files alone
     metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, mean_alphas if interpolates else None)
     if run:
         training.write_run(run / "run.json", args, counted)
     saving.guard_saves(args)
-    datasets.is_distributed = True  # type: ignore[attr-defined]
-    provider = bad_steps.watch_steps(run, args, datasets)
+    build = validation.validate_on_whole_sets(args, datasets) if args.full_validation else datasets
+    provider: Any = bad_steps.watch_steps(run, args, build)
+    provider.is_distributed = True
     ending.spare_helpers_the_signal()
     with ending.state_of_the_run(run, args):
         pretrain(
@@ -115,13 +116,18 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
         )
 
 
-def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
-    """Train, validation and test sets for the wanted numbers of samples."""
+def datasets(samples: list[int], vp_stage: int | None = None, whole: bool = False) -> Any:
+    """Train, validation and test sets for the wanted numbers of samples.
+
+    whole: the validation and test sets are all samples of their data, each once, whatever the weights of a blend.
+    """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_hybrid.engine import validation
 
     args = get_args()
     tokenizer = build_tokenizer(args)
@@ -151,7 +157,14 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         data_parallel_size=args.data_parallel_size,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, samples, partial(reads_data, vp_stage), config).build()
+
+    def build(sizes: list[int | None], config: Any) -> Any:
+        return BlendedMegatronDatasetBuilder(kind, sizes, partial(reads_data, vp_stage), config).build()
+
+    if not whole:
+        return build(samples, config)
+    train, rest = validation.split_config(config)
+    return [build([samples[0], 0, 0], train)[0], *build([None, None, None], rest)[1:]]
 
 
 def reads_data(vp_stage: int | None) -> bool:
@@ -187,12 +200,29 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
 
 
 def loss(mask: Any, losses: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Sum of the losses under the mask, number of tokens, and both for the log."""
+    """Sum of the losses under the mask, number of tokens, and both for the log.
+
+    Upstream divides the first by the second and averages over context-parallel ranks
+    (core/pipeline_parallel/schedules.py:331), which is no mean over tokens where the mask leaves the ranks different
+    numbers of them. So the number is that of the whole samples, and the sum is scaled by the number of ranks: the
+    quotients' average is what one process computes. Under --calculate-per-token-loss upstream sums both over all ranks.
+
+    Args:
+        mask: 1.0 for each token whose loss counts, float32 [b, s / cp].
+        losses: Of each token, [b, s / cp].
+    """
     import torch
+    from megatron.core import mpu
+    from megatron.training import get_args
 
     total = (losses.view(-1).float() * mask.view(-1)).sum()
-    tokens = mask.sum().int()
-    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
+    tokens = mask.sum()
+    log = {"lm loss": torch.stack([total.detach(), tokens])}
+    if mpu.get_context_parallel_world_size() > 1 and not get_args().calculate_per_token_loss:
+        tokens = tokens.clone()
+        torch.distributed.all_reduce(tokens, group=mpu.get_context_parallel_group())
+        total = total * mpu.get_context_parallel_world_size()
+    return total, tokens.int(), log
 
 
 if __name__ == "__main__":

@@ -74,6 +74,10 @@ class HybridConfig:
     """Load checkpoints that have no manifest (integrity.json), from trusted folders that cannot be written. One that
     differs from its manifest is refused all the same. tools/verify_checkpoint.py --seal makes a manifest."""
 
+    allow_changed: list[str] = field(default_factory=list, metadata={"argparse_meta": {"nargs": "*"}})
+    """Settings that may differ from those stored in the checkpoint although they say what a layer computes, such as
+    rotary_base or swa_window. Without it a difference is refused. Layout, batch, schedule and logging need none."""
+
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a step whose loss or gradient is not finite, or whose loss jumps under --check-for-spiky-loss:
     stop ends the run with exit code 16 or 17 and saves nothing, skip goes on with the next batch without an update.

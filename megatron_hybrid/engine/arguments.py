@@ -12,17 +12,16 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import saving
+from megatron_hybrid.engine import checkpoint_settings, saving, validation
+from megatron_hybrid.engine.resume import takes_weights_alone
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
-from megatron_hybrid.intra_design import IntraDesign, design
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
@@ -153,6 +152,7 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     if print_config and (world or "TORCHELASTIC_RUN_ID" not in os.environ):
         args.world_size = world or max(1, smallest_world(args))
     check(args)
+    validation.check(args)
     notes = []
     if not print_config:
         check_data(args)
@@ -166,6 +166,8 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
     saving.check(args, asked_async="--async-save" in argv)
+    if not print_config and not args.skip_train:
+        checkpoint_settings.schedule(args)
     return args
 
 
@@ -230,7 +232,7 @@ def check_data(args: Namespace) -> None:
     """
     listed = [(flag, path) for flag in DATA_FLAGS for path in getattr(args, flag) or ()]
     in_files = [args.data_args_path, args.per_split_data_args_path]
-    if args.mock_data or args.skip_train:
+    if args.mock_data:
         return
     for name in in_files:
         if name and not Path(name).is_file():
@@ -288,7 +290,7 @@ def check_provenance(args: Namespace) -> list[str]:
     from megatron_hybrid.data import provenance
     from megatron_hybrid.data.tokenizers import TokenizerSpec
 
-    if args.mock_data or args.skip_train:
+    if args.mock_data:
         return []
     spec = TokenizerSpec(
         args.tokenizer_type,
@@ -318,8 +320,8 @@ def _data_prefixes(args: Namespace) -> list[str]:
     return [word for word in words if not _is_number(word)]
 
 
-def stored_arguments(folder: str) -> Namespace | None:
-    """The arguments that upstream stores with each checkpoint (training/checkpointing.py:1311); None if it has none.
+def stored_common(folder: str) -> dict[str, Any]:
+    """What a checkpoint has beside tensors: ``args`` (training/checkpointing.py:1311), ``opt_param_scheduler`` ...
 
     Unpickles: what is in the folder has to be verified first (:mod:`megatron_hybrid.engine.resume`).
     """
@@ -327,7 +329,12 @@ def stored_arguments(folder: str) -> Namespace | None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
-        return dist_checkpointing.load_common_state_dict(folder).get("args")
+        return dist_checkpointing.load_common_state_dict(folder)
+
+
+def stored_arguments(folder: str) -> Namespace | None:
+    """The arguments that upstream stores with each checkpoint; None if it has none. See :func:`stored_common`."""
+    return stored_common(folder).get("args")
 
 
 def check_end_of_document(args: Namespace) -> None:
@@ -347,22 +354,24 @@ def check_end_of_document(args: Namespace) -> None:
         )
 
 
-def check_checkpoint(args: Namespace) -> None:
-    """Refuses to load a checkpoint of other layers, or of P layers of another design; stage boundaries may differ.
+def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
+    """Refuses to load a checkpoint of another model, or to go on under another schedule; the layout may differ.
 
     Where the run goes on in another layout, its vocabulary stays as it is (:func:`keep_vocabulary`).
 
     args: ``checkpoint`` is the folder that :func:`megatron_hybrid.engine.resume.choose_checkpoint` has found.
+    print_config: The run ends before it trains: its schedule is not compared.
 
     Raises:
-        ValueError: With both patterns, or both designs.
+        ValueError: With what differs, and both values.
     """
     from megatron.core import dist_checkpointing
 
     folder = args.checkpoint
     if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return
-    stored = stored_arguments(folder)
+    common = stored_common(folder)
+    stored = common.get("args")
     saved = getattr(stored, "hybrid_layer_pattern", None)
     if stored is None or saved is None:
         return
@@ -372,9 +381,11 @@ def check_checkpoint(args: Namespace) -> None:
             f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
             "recipe, or give another --load."
         )
-    if "P" in saved:
-        _check_designs(design(stored), design(args), folder)
+    args.notes += checkpoint_settings.check_model(stored, args, folder)
     keep_vocabulary(args, stored)
+    if not print_config and not args.skip_train and not takes_weights_alone(args, folder):
+        args.notes += checkpoint_settings.check_schedule(common, args, folder)
+        args.notes += checkpoint_settings.data_notes(stored, args)
 
 
 def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
@@ -397,21 +408,6 @@ def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
         args.notes.append(f"the vocabulary stays padded to {size}, as in the checkpoint")
     else:
         args.notes.append(f"the vocabulary is padded to {padded} and in the checkpoint to {size}: new rows are random")
-
-
-def _check_designs(saved: IntraDesign, asked: IntraDesign, folder: str) -> None:
-    """Some designs have each other's weights: loading would give another function without a word."""
-    free = ("overlap", "window", "sinks")  # how it runs, and what a longer context may change
-    differ = [
-        f"{field.name.replace('_', '-')} {getattr(saved, field.name)}, not {getattr(asked, field.name)}"
-        for field in fields(saved)
-        if field.name not in free and getattr(saved, field.name) != getattr(asked, field.name)
-    ]
-    if differ:
-        raise ValueError(
-            f"The P layers of the checkpoint in {folder} are of another design than this run's: {'; '.join(differ)}. "
-            "Give its --intra-* (and --mamba-*) flags, or another --load."
-        )
 
 
 @contextlib.contextmanager

@@ -79,10 +79,15 @@ class _Metrics:
         return kept
 
     def recording_steps(self, log: Callable) -> Callable:
+        from megatron.training.global_vars import get_args
+
         def recorded(loss_dict: dict, total: dict, rate: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             work = self._work()
             # the positional order of training_log: loss_scale, report_memory_flag, skipped_iter, grad_norm
             self._append(self._record(work, loss_dict, rate, iteration, skipped=args[2], grad_norm=args[3]))
+            if kwargs.get("is_first_iteration") and not iteration % get_args().log_interval:
+                # upstream would keep this step's loss and add it to that of the next line (training/training.py:2590)
+                kwargs["is_first_iteration"] = False
             result = log(loss_dict, total, rate, iteration, *args, **kwargs)
             self._last = time.perf_counter()
             return result

@@ -82,13 +82,17 @@ def _check_optimizer(args: Namespace, folder: str) -> None:
     Raises:
         ValueError: With the flag to drop or to add.
     """
-    from_pretrained = args.load is None or Path(args.load) not in Path(folder).parents
-    weights_alone = args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release"
-    if args.no_save_optim and not weights_alone and not args.skip_train:
+    if args.no_save_optim and not takes_weights_alone(args, folder) and not args.skip_train:
         raise ValueError(
             f"--no-save-optim, and the run goes on from {folder}: Megatron would not load the optimizer's moments, and "
             "train with what memory holds. Drop --no-save-optim, or give --no-load-optim for fresh moments."
         )
+
+
+def takes_weights_alone(args: Namespace, folder: str) -> bool:
+    """Whether the run starts its optimizer and its schedule anew, with the weights of a checkpoint."""
+    from_pretrained = args.load is None or Path(args.load) not in Path(folder).parents
+    return args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release"
 
 
 def _go_on_from_own(args: Namespace) -> list[str]:
@@ -217,6 +221,7 @@ def _lead(args: Namespace, run: Path, flag: str, checkpoint: Checkpoint, write: 
     wanted = "release" if checkpoint.release else checkpoint.iteration
     step = checkpoint.iteration or None
     own = args.save is not None and Path(args.save).is_dir() and os.path.samefile(run, args.save)
+    own = own and not args.skip_train  # an evaluation changes nothing in the run's folder
     kept = said == wanted or (isinstance(said, int) and step is not None)
     # without a pointer it goes by ckpt_step, but takes --pretrained-checkpoint where one is given
     kept = kept or not (run / POINTER).exists() and step is not None and args.pretrained_checkpoint is None

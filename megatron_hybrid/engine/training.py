@@ -72,6 +72,7 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
     from megatron.training.global_vars import get_args, get_tokenizer
 
     args = get_args()
+    samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
@@ -89,7 +90,7 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
         if batch:
             documents = document_ids(batch["tokens"], get_tokenizer().eod)
         else:
-            documents = torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int32, device=device)
+            documents = torch.empty(samples, args.seq_length, dtype=torch.int32, device=device)
         group = mpu.get_tensor_model_parallel_group()
         torch.distributed.broadcast(documents, mpu.get_tensor_model_parallel_src_rank(), group)
     if not (first or last):
@@ -103,7 +104,7 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=samples,
         seq_length=args.seq_length,
         mtp_on_this_rank=bool(args.mtp_num_layers)
         and mtp_on_this_rank(layout=None, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage),

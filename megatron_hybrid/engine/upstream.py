@@ -37,6 +37,8 @@ def prepare(device: str, stack: type) -> list[str]:
     load_optimizers_of_other_expert_layouts()
     save_optimizer_buckets_in_place()
     shift_tokens_inside_documents()
+    count_tokens_of_context_parallel_heads()
+    load_optimizers_of_other_schedules()
     sum_shared_gradients()
     if kernels.ssm_backend(device) == "torch":
         use_torch_mamba_kernels()
@@ -140,6 +142,41 @@ def shift_tokens_inside_documents() -> None:
 
     roll.wrapped = by_lengths  # type: ignore[attr-defined]
     mtp._roll_tensor_packed_seq = roll
+
+
+def count_tokens_of_context_parallel_heads() -> None:
+    """Divides the loss of a prediction head by the tokens of whole samples (core/transformer/multi_token_prediction.py).
+
+    ``process_mtp_loss`` divides by the rank's own tokens, which :func:`roll_tensor` counts behind the shift, and the
+    gradients are averaged over context-parallel ranks: no mean over tokens, since the mask and the shift leave the
+    ranks different numbers of them. Here the count of a mask is that of all ranks by their number. Under
+    ``--calculate-per-token-loss`` the head's sum is scaled by the tokens before the shift, too, of this rank: the
+    count is scaled so that the quotient is that of all ranks. Masks alone are floating-point tensors.
+    """
+    from megatron.core.transformer import multi_token_prediction as mtp
+    from megatron.training.global_vars import get_args
+
+    upstreams = mtp.roll_tensor
+    if hasattr(upstreams, "wrapped"):
+        return
+
+    def roll(
+        tensor: Any, shifts: int = -1, dims: int = -1, cp_group: Any = None, packed_seq_params: Any = None
+    ) -> tuple[Any, Any]:
+        rolled, count = upstreams(tensor, shifts, dims, cp_group, packed_seq_params)
+        if cp_group is None or cp_group.size() == 1 or not tensor.is_floating_point():
+            return rolled, count
+        unshifted = getattr(tensor, "unshifted_count", None)  # of the mask that the first head has shifted
+        unshifted = tensor.sum() if unshifted is None else unshifted
+        rolled.unshifted_count = unshifted
+        counts = torch.stack([count, unshifted])
+        torch.distributed.all_reduce(counts, group=cp_group)
+        if get_args().calculate_per_token_loss:
+            return rolled, counts[0] * unshifted / counts[1].clamp(min=1)
+        return rolled, counts[0] / cp_group.size()
+
+    roll.wrapped = upstreams  # type: ignore[attr-defined]
+    mtp.roll_tensor = roll
 
 
 def use_torch_mamba_kernels() -> None:
@@ -306,6 +343,73 @@ def load_optimizers_of_other_expert_layouts() -> None:
 
     load_state_dict.wrapped = load  # type: ignore[attr-defined]
     optimizer.ChainedOptimizer.load_state_dict = load_state_dict
+
+
+LR_FIELDS = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
+"""What of a parameter group follows from flags of the optimizer and its schedule."""
+
+
+def load_optimizers_of_other_schedules() -> None:
+    """Loads optimizer state under other learning rates (core/optimizer/distrib_optimizer.py:937, optimizer.py:595).
+
+    Upstream finds the saved group of each parameter group by its fields, the learning rates among them: with
+    ``--override-opt-param-scheduler`` and another ``--lr``, or ``--use-checkpoint-opt_param-scheduler`` without the
+    checkpoint's, there is none (KeyError). Here both get the rates that the flag says before they are compared. The
+    same goes for Adam's betas and epsilon, which upstream takes from the checkpoint whatever the flags.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    load = DistributedOptimizer.load_state_dict
+    if hasattr(load, "wrapped"):
+        return
+    pair = MegatronOptimizer._filter_and_reorder_param_groups
+
+    def load_state_dict(self: Any, state_dict: dict) -> None:
+        saved = state_dict.get("optimizer", {}).get("param_groups") if hasattr(self, "optimizer") else None
+        if saved and not getattr(self, "is_stub_optimizer", False):
+            agree_on_schedule(self.optimizer.param_groups, saved)
+        load(self, state_dict)
+
+    def filter_and_reorder(current_groups: list, state_dict_groups: list) -> list:
+        agree_on_schedule(current_groups, state_dict_groups)
+        return pair(current_groups, state_dict_groups)
+
+    load_state_dict.wrapped = load  # type: ignore[attr-defined]
+    DistributedOptimizer.load_state_dict = load_state_dict
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(filter_and_reorder)
+
+
+def agree_on_schedule(current: list[dict], saved: list[dict]) -> None:
+    """Gives groups that differ in fields of the schedule alone the same ones: the flags', or the checkpoint's.
+
+    Where a model has several learning rates, groups of the same kind are paired by their order.
+    """
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+    from megatron.training.global_vars import get_args
+
+    from_flags = get_args().override_opt_param_scheduler
+    kind_keys = [key for key in param_group_identifier_keys if key not in LR_FIELDS]
+
+    def rates(group: dict) -> tuple:
+        return tuple(group.get(key) or 0.0 for key in ("max_lr", "min_lr"))
+
+    def kinds(groups: list[dict]) -> dict[tuple, dict[tuple, list[dict]]]:
+        found: dict[tuple, dict[tuple, list[dict]]] = {}
+        for group in groups:
+            kind = tuple(group.get(key, group.get(f"pre_{key}")) for key in kind_keys)
+            found.setdefault(kind, {}).setdefault(rates(group), []).append(group)
+        return found
+
+    there = kinds(saved)
+    for kind, ours in kinds(current).items():
+        theirs = there.get(kind, {})
+        if len(ours) != len(theirs):
+            continue  # upstream says what does not match
+        for rate, their_rate in zip(sorted(ours), sorted(theirs), strict=True):
+            source, to = (ours[rate], theirs[their_rate]) if from_flags else (theirs[their_rate], ours[rate])
+            for group in to:
+                group.update({key: source[0][key] for key in LR_FIELDS if key in source[0]})
 
 
 def save_optimizer_buckets_in_place() -> None:

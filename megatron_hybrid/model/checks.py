@@ -117,6 +117,33 @@ def check_batch(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
             f"{args.micro_batch_size} times {replicas} model replicas: change one of them, or the number of processes."
         )
+    if batch > 0 and args.global_batch_size and not args.step_batch_size_schedule:
+        _check_micro_batches(args, args.global_batch_size // batch, "--global-batch-size and --micro-batch-size")
+    evaluated = args.eval_global_batch_size or args.global_batch_size
+    at_once = (args.eval_micro_batch_size or args.micro_batch_size) * replicas
+    if evaluated and at_once > 0 and (args.eval_global_batch_size or args.eval_micro_batch_size):
+        names = "--eval-global-batch-size and --eval-micro-batch-size"
+        if evaluated % at_once:
+            raise ValueError(
+                f"{names}: {evaluated} samples are no multiple of {at_once // replicas} times {replicas} model replicas: "
+                "change one of them, or the number of processes."
+            )
+        _check_micro_batches(args, evaluated // at_once, names)
+
+
+def _check_micro_batches(args: Namespace, count: int, names: str) -> None:
+    """The rule of interleaved stages (core/pipeline_parallel/schedules.py:1145), which upstream checks in the step."""
+    pp = args.pipeline_model_parallel_size
+    segments = args.hybrid_layer_pattern.split("/")[0].count("|") + 1
+    if pp == 1 or segments <= pp:
+        return
+    group = args.microbatch_group_size_per_vp_stage or pp
+    if 0 < count % group < pp:
+        raise ValueError(
+            f"{names} give {count} micro-batches on each model replica, and with virtual pipeline stages their "
+            f"remainder by {group} has to be 0 or at least --pipeline-model-parallel-size {pp}: change the batch, or "
+            "drop the virtual stages."
+        )
 
 
 def smallest_world(args: Namespace) -> int:
