@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,7 +117,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
         )
 
 
-def datasets(samples: list[int], vp_stage: int | None = None, whole: bool = False) -> Any:
+def datasets(samples: Sequence[int | None], vp_stage: int | None = None, whole: bool = False) -> Any:
     """Train, validation and test sets for the wanted numbers of samples.
 
     whole: the validation and test sets are all samples of their data, each once, whatever the weights of a blend.
@@ -158,7 +159,7 @@ def datasets(samples: list[int], vp_stage: int | None = None, whole: bool = Fals
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
 
-    def build(sizes: list[int | None], config: Any) -> Any:
+    def build(sizes: Sequence[int | None], config: Any) -> Any:
         return BlendedMegatronDatasetBuilder(kind, sizes, partial(reads_data, vp_stage), config).build()
 
     if not whole:

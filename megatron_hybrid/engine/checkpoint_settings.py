@@ -17,20 +17,11 @@ from megatron_hybrid.data.blend import sources_of, split_fractions
 from megatron_hybrid.data.indexed import read_index
 from megatron_hybrid.intra_design import AXES, design
 
-SHAPES = [
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "group_query_attention",
-    "kv_channels",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "attention_output_gate",
-    "untie_embeddings_and_output_weights",
-    "mtp_num_layers",
-    "mtp_use_repeated_layer",
-]
+SHAPES = (
+    "hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels "
+    "add_bias_linear add_qkv_bias attention_output_gate untie_embeddings_and_output_weights mtp_num_layers "
+    "mtp_use_repeated_layer"
+)
 """Settings of all layers that the tensors show, too. Upstream would end at these, or leave tensors out."""
 COMPUTES = {
     "": "normalization layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm "
@@ -66,7 +57,7 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
         ValueError: With the names and both values.
     """
     allowed = _allowed(args.allow_changed)
-    relevant = list(SHAPES)
+    relevant = SHAPES.split()
     for symbols, names in COMPUTES.items():
         if not symbols or set(symbols) & set(args.hybrid_layer_pattern):
             relevant += names.split()
@@ -77,7 +68,7 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
     }
     if "P" in args.hybrid_layer_pattern:
         saved, asked = design(stored), design(args)
-        for axis in (*AXES, *_P_WIDTHS):
+        for axis in (*AXES, *_P_WIDTHS.split()):
             if getattr(saved, axis) != getattr(asked, axis):
                 differ[f"intra_{axis}"] = (_text(getattr(saved, axis)), _text(getattr(asked, axis)))
     refused = {name: both for name, both in differ.items() if name not in allowed}
@@ -92,17 +83,9 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
     return [f"{name} is {now}, and {was} in the checkpoint (--allow-changed)" for name, (was, now) in differ.items()]
 
 
-_P_WIDTHS = [
-    "num_attention_heads",
-    "num_query_groups",
-    "qk_dim",
-    "value_dim",
-    "ssm_dim",
-    "ssm_head_dim",
-    "ssm_groups",
-    "state_dim",
-    "norm_groups",
-]
+_P_WIDTHS = (
+    "num_attention_heads num_query_groups qk_dim value_dim ssm_dim ssm_head_dim ssm_groups state_dim norm_groups"
+)
 
 
 def _may_be_allowed(name: str) -> bool:
@@ -222,12 +205,11 @@ def check_schedule(common: dict[str, Any], args: Namespace, folder: str) -> list
         args.use_checkpoint_opt_param_scheduler = saved.get("wd_incr_steps") != now["wd_incr_steps"]
         return []
     lines = "; ".join(f"{told}: {was} in the checkpoint, {new} by this run" for told, (was, new) in differ.items())
-    length = _length(stored, args)
     raise ValueError(
-        f"The checkpoint in {folder} was trained under another schedule than this run's flags give. {length}{lines}. To "
-        "go on under these flags' schedule, from the step that the checkpoint has reached: "
-        "--override-opt-param-scheduler. To keep the checkpoint's, however long the run is: "
-        "--use-checkpoint-opt_param-scheduler. Else give the flags that it was trained with."
+        f"The checkpoint in {folder} was trained under another schedule than this run's flags give. "
+        f"{_length(stored, args)}{lines[0].upper()}{lines[1:]}. To go on under these flags' schedule, from the step "
+        "that the checkpoint has reached: --override-opt-param-scheduler. To keep the checkpoint's, however long the "
+        "run is: --use-checkpoint-opt_param-scheduler. Else give the flags that it was trained with."
     )
 
 

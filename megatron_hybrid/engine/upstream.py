@@ -145,7 +145,7 @@ def shift_tokens_inside_documents() -> None:
 
 
 def count_tokens_of_context_parallel_heads() -> None:
-    """Divides the loss of a prediction head by the tokens of whole samples (core/transformer/multi_token_prediction.py).
+    """Divides a prediction head's loss by the tokens of whole samples (core/transformer/multi_token_prediction.py).
 
     ``process_mtp_loss`` divides by the rank's own tokens, which :func:`roll_tensor` counts behind the shift, and the
     gradients are averaged over context-parallel ranks: no mean over tokens, since the mask and the shift leave the

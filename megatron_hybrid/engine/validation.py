@@ -42,10 +42,11 @@ class WholeSets(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index %= sum(self._lengths)
-        for dataset, length in zip(self.datasets, self._lengths, strict=True):
-            if index < length:
-                break
-            index -= length
+        which = 0
+        while index >= self._lengths[which]:
+            index -= self._lengths[which]
+            which += 1
+        dataset = self.datasets[which]
         if index < len(dataset):
             return dataset[index]
         sample = dict(dataset[0])

@@ -125,8 +125,8 @@ def check_batch(args: Namespace) -> None:
         names = "--eval-global-batch-size and --eval-micro-batch-size"
         if evaluated % at_once:
             raise ValueError(
-                f"{names}: {evaluated} samples are no multiple of {at_once // replicas} times {replicas} model replicas: "
-                "change one of them, or the number of processes."
+                f"{names}: {evaluated} samples are no multiple of {at_once // replicas} times {replicas} model "
+                "replicas: change one of them, or the number of processes."
             )
         _check_micro_batches(args, evaluated // at_once, names)
 

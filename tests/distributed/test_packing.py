@@ -93,7 +93,6 @@ def test_layout_equals_one_process(ranks, one_process, layout):
 
 
 def test_prediction_heads_equal_one_process(ranks, one_process):
-    # not under context parallelism, packed or not: upstream averages a head's loss over each rank's own tokens
     where, expected = one_process[HEAD]
     flags = f"{PACKED} {DP} {TP2} {SP} --mtp-num-layers 1 --hybrid-recompute intra ssm"
     for found in ranks(2).run(losses, pattern=f"{PATTERN}{HEAD}", load=where, flags=flags, steps=2):

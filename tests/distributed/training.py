@@ -123,13 +123,18 @@ class Run:
         tokens = torch.randint(0, 64, (size, length + 1), generator=generator)
         if self.args.reset_attention_mask:  # documents of about seven tokens
             tokens[torch.rand(tokens.shape, generator=generator) < 0.15] = EOD
+        mask = torch.ones(size, length)
+        if self.args.eod_mask_loss:  # unevenly: a few tokens of the first half, most of the second, all of one sample
+            mask[:, : length // 2] = (torch.rand(size, length // 2, generator=generator) > 0.1).float()
+            mask[:, length // 2 :] = (torch.rand(size, length - length // 2, generator=generator) > 0.8).float()
+            mask[-1] = 0
         micro = self.args.micro_batch_size
         for start in range(rank * micro, size, dp * micro):
             part = tokens[start : start + micro]
             yield {
                 "tokens": part[:, :-1].contiguous(),
                 "labels": part[:, 1:].contiguous(),
-                "loss_mask": torch.ones(micro, length),
+                "loss_mask": mask[start : start + micro].contiguous(),
                 "position_ids": torch.arange(length).expand(micro, -1).contiguous(),
             }
 
