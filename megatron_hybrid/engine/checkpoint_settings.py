@@ -25,8 +25,8 @@ SHAPES = (
 """Settings of all layers that the tensors show, too. Upstream would end at these, or leave tensors out."""
 COMPUTES = {
     "": "normalization layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm "
-    "reset_attention_mask use_mup mup_embedding_mult mup_output_mult mup_attn_scale_power mup_base_head_dim "
-    "mup_base_hidden_size mup_width_mult",
+    "use_mup mup_embedding_mult mup_output_mult mup_attn_scale_power mup_base_head_dim mup_base_hidden_size "
+    "mup_width_mult",
     "*WP": "position_embedding_type rotary_percent rotary_interleaved softmax_type qk_layernorm qk_l2_norm",
     "*P": "rotary_base use_rope_scaling rope_scaling_factor",
     "W": "swa_window swa_sinks swa_rotary_base",
@@ -249,23 +249,32 @@ def data_notes(stored: Namespace, args: Namespace) -> list[str]:
     one more shuffles anew, and some samples come again that were seen, and others late.
     """
     notes = []
-    for name in ("seed", "seq_length", "split", "data_path", "train_data_path", "per_split_data_args_path"):
-        was, now = getattr(stored, name, None), getattr(args, name)
-        if _names(was) != _names(now) and was is not None:
+    for name in ("reset_attention_mask", "eod_mask_loss"):
+        if getattr(stored, name, None) not in (None, getattr(args, name)):
+            notes.append(f"WARNING: {name} is {getattr(args, name)}, and was {getattr(stored, name)}")
+    changed = {
+        name: (getattr(stored, name), getattr(args, name))
+        for name in ("seed", "seq_length", "split", "data_path", "train_data_path", "per_split_data_args_path")
+        if getattr(stored, name, None) is not None and _names(getattr(stored, name)) != _names(getattr(args, name))
+    }
+    for name, (was, now) in changed.items():
+        notes.append(
+            f"WARNING: {name} is {_short(now)}, and was {_short(was)}: samples are drawn in another order from the "
+            "start, so some come again and others never"
+        )
+    for part, (was, now) in {} if changed or args.mock_data else _passes(stored, args).items():
+        if was != now:
             notes.append(
-                f"WARNING: {name} is {_short(now)}, and was {_short(was)}: samples are drawn in another order from the "
-                "start, so some come again and others never"
-            )
-    if notes or args.mock_data:
-        return notes
-    for part, (before, after) in _passes(stored, args).items():
-        if before != after:
-            notes.append(
-                f"WARNING: {part}: {after[0]} passes over the data, and {before[0]} in the run that wrote the "
-                "checkpoint: Megatron shuffles all passes together, so that the order changes and samples that were "
-                "seen may come again"
+                f"WARNING: {part} takes {_told(now)}, and {_told(was)} in the run that wrote the checkpoint: the order "
+                "changes from the start, so that some samples come again and others late"
             )
     return notes
+
+
+def _told(order: tuple[int, bool]) -> str:
+    passes, apart = order
+    words = "1 pass over the data" if passes == 1 else f"{passes} passes over the data"
+    return f"{words} (the last of them shuffled by itself)" if apart else words
 
 
 def _names(value: Any) -> Any:

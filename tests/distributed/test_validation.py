@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from tests.distributed.program import end
-from tests.distributed.training import SIZES, folder
+from tests.distributed.training import SIZES, folder, initial_checkpoint
 
 EOD = 63
 FLAGS = f"""{SIZES} --micro-batch-size 1 --global-batch-size 4 --train-iters 2 --lr 1e-3 --min-lr 1e-3 --num-workers 0
@@ -42,7 +42,16 @@ def validations(where: Path) -> dict[tuple[int, str], float]:
     return {(r["iteration"], r["validation"]): r["validation_loss"] for r in records if "validation_loss" in r}
 
 
+@pytest.fixture(scope="module")
+def weights(ranks, tmp_path_factory) -> str:
+    """A checkpoint that all runs start from: initial weights depend on the layout."""
+    where = folder(tmp_path_factory.mktemp("weights"))
+    ranks(1).run(initial_checkpoint, pattern="M-*-", folder=where)
+    return where
+
+
 def losses_of(ranks, tmp_path, size: int, flags: str, pattern: str = "M-*-") -> dict[tuple[int, str], float]:
+    """Losses of the validations of a run."""
     where = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     line = f"{FLAGS} --save {where} --data-cache-path {tmp_path}/cache --hybrid-layer-pattern {pattern} {flags}"
     ended = ranks(size).run(end, argv=line.split())
@@ -59,11 +68,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_sample_of_every_set_is_read_once(ranks, tmp_path, data, layout):
+def test_every_sample_of_every_set_is_read_once(ranks, tmp_path, data, weights, layout):
     """The whole sets' losses are those of one process that reads each set by itself, sample by sample."""
     size, pattern, flags = LAYOUTS[layout]
     packed = "--reset-attention-mask" if "packed" in layout else ""
-    sets = f"--train-data-path {data['train']} --test-data-path {data['first']}"
+    sets = f"--load {weights} --finetune --train-data-path {data['train']} --test-data-path {data['first']}"
     both = f"{sets} --valid-data-path {data['first']} {data['second']} --full-validation --multiple-validation-sets"
     found = losses_of(ranks, tmp_path, size, f"{both} {flags} --eval-micro-batch-size 2 --eval-iters 1", pattern)
     assert sorted(found) == sorted([(i, n) for i in (1, 2) for n in ("validation", "validation-1")] + [(2, "test")])

@@ -1,0 +1,123 @@
+"""A run that goes on from a checkpoint with other flags: what is refused, what holds, and what is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.distributed.engine_cases import program
+from tests.distributed.program import end
+from tests.distributed.test_validation import write
+from tests.distributed.training import SIZES, Run
+
+PATTERN = "M-*-"
+FLAGS = f"""{SIZES} --hybrid-layer-pattern {PATTERN} --micro-batch-size 1 --global-batch-size 4 --num-workers 0
+--tokenizer-type NullTokenizer --seed 7 --save-interval 100 --eval-iters 1 --eval-interval 100 --log-interval 1
+--use-distributed-optimizer --split 80,20,0 --lr 1e-2 --min-lr 1e-3 --lr-decay-style WSD --lr-wsd-decay-iters 2
+--lr-warmup-iters 1 --train-iters 4"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    where = tmp_path_factory.mktemp("data")
+    return f"--data-path {write(where, 'small', 30, 0)} --data-cache-path {where}/cache"
+
+
+@pytest.fixture(scope="module")
+def trained(ranks, tmp_path_factory, data) -> str:
+    """A run of four steps, whose learning rate has reached its end."""
+    where = str(tmp_path_factory.mktemp("trained"))
+    text, code = ranks(1).run(
+        end, argv=f"{FLAGS} {data} --save {where} --squared-relu".replace("--swiglu", "").split()
+    )[0]
+    assert code is None, text[-2000:]
+    return where
+
+
+def records(where: str) -> list[dict]:
+    lines = (Path(where) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "loss" in r]
+
+
+def refusal(ranks, trained, data, more: str) -> str:
+    line = f"{FLAGS} {data} --load {trained} --squared-relu {more}".replace("--swiglu", "")
+    code, _, errors = ranks(1).run(program, line=line, sizes=False)[0]
+    assert code == 2, errors
+    message = errors[errors.index("error: ") :]
+    assert "\n\n" not in message and "Traceback" not in errors
+    return message
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--rotary-base 10", ["rotary_base is 500000 in it and 10 here", "--allow-changed rotary_base"]),
+        ("--swiglu", ["swiglu is False in it and True here", "squared_relu", "run.json"]),
+        ("--hidden-size 64", ["hidden_size is 32 in it and 64 here", "mamba_num_heads"]),
+        (
+            "--train-iters 8",
+            ["--train-iters was 4 and is 8", "16 in the checkpoint, 32 by this run", "--override-opt-param-scheduler"]
+            + ["--use-checkpoint-opt_param-scheduler"],
+        ),
+        ("--global-batch-size 2", ["--global-batch-size was 4 and is 2", "16 in the checkpoint, 8 by this run"]),
+        ("--lr 1e-3", ["--lr: 0.01 in the checkpoint, 0.001 by this run", "--override-opt-param-scheduler"]),
+        ("--lr-wsd-decay-iters 3", ["--lr-wsd-decay-*): 8 in the checkpoint, 12 by this run"]),
+        ("--adam-beta2 0.9", ["--adam-beta2: 0.999 in the checkpoint, 0.9 by this run"]),
+        ("--lr-warmup-iters 9", ["Megatron refuses these flags", "lr_warmup_steps < self.lr_decay_steps"]),
+        ("--allow-changed lr", ["--allow-changed lr", "may change without it"]),
+    ],
+)
+def test_a_change_is_refused_before_the_model_is_built(ranks, trained, data, more, words):
+    message = refusal(ranks, trained, data, more)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+def test_a_longer_run_under_another_learning_rate(ranks, tmp_path, data, trained, optimizer):
+    """--override-opt-param-scheduler gives the schedule of the flags, the other flag the checkpoint's; moments stay."""
+    flags, start = f"{FLAGS} {data}".split(), trained
+    flags = [f for f in flags if f != "--swiglu"] + ["--squared-relu"]
+    if optimizer == "plain":
+        flags.remove("--use-distributed-optimizer")
+        start = str(tmp_path / "start")
+        ranks(1).run(end, argv=[*flags, "--save", start])
+    rates = {}
+    for way, flag in (("flags", "--override-opt-param-scheduler"), ("kept", "--use-checkpoint-opt_param-scheduler")):
+        where = str(tmp_path / way)
+        more = f"--load {start} --save {where} --train-iters 8 --lr 2e-2 --adam-beta2 0.9 {flag}"
+        text, code = ranks(1).run(end, argv=[*flags, *more.split()])[0]
+        assert code is None, text[-2000:]
+        assert "warning  " not in text.split("--lr: ")[0]
+        assert ("0.02, and 0.01 in the checkpoint" if way == "flags" else "0.01 as in the checkpoint, not 0.02") in text
+        assert "training on small takes 2 passes over the data" in text  # 8 x 4 samples of 32 tokens out of some 500
+        rates[way] = [r["learning_rate"] for r in records(where)]
+        assert [r["iteration"] for r in records(where)] == [5, 6, 7, 8]
+    # the stable part at the new rate until two steps before the end; the log has the rate of the step that follows
+    assert rates["flags"] == pytest.approx([2e-2, 2e-2, 1.05e-2, 1e-3])
+    assert rates["kept"] == pytest.approx([1e-3] * 4)
+
+
+def orders(flags: str, counts: list[int]) -> list[list[list[int]]]:
+    """Tokens of the first samples of training sets for so many samples."""
+    import pretrain_hybrid
+
+    Run("M-", flags)
+    sets = [pretrain_hybrid.datasets([count, 0, 0])[0] for count in counts]
+    return [[sample["tokens"].tolist() for sample in (found[i] for i in range(6))] for found in sets]
+
+
+def test_the_order_of_samples_changes_where_we_say_so(ranks, data):
+    """The key that two lengths of a run are compared by, against the data sets that Megatron makes."""
+    from megatron_hybrid.engine.checkpoint_settings import _order, _part_tokens
+
+    counts = [8, 10, 16, 24, 28, 32, 40]
+    path = data.split()[1]
+    found = ranks(1).run(orders, flags=f"{data} --split 80,20,0", counts=counts)[0]
+    keys = [_order(_part_tokens(path, "80,20,0")[0], count, 32) for count in counts]
+    assert len(set(keys)) > 3
+    for i in range(len(counts)):
+        for j in range(i):
+            assert (found[i] == found[j]) == (keys[i] == keys[j]), (counts[j], counts[i], keys[j], keys[i])
+    assert np.asarray(found).shape == (len(counts), 6, 32)
