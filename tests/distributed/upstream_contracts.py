@@ -445,7 +445,80 @@ CONTRACTS = [
     ),
     _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory", holds=("def build_group(",)),
     _C("add_hybrid_flags", "training/argument_utils.py", "ArgumentGroupFactory.build_group", "self parser title"),
-    _C("stored_arguments", "training/checkpointing.py", "generate_state_dict", holds=("state_dict['args'] = args",)),
+    _C(
+        "count_tokens_of_context_parallel_heads",
+        MTP,
+        "process_mtp_loss",
+        holds=(
+            "loss_mask, num_tokens = roll_tensor(loss_mask, shifts=-1, dims=-1, cp_group=cp_group, "
+            "packed_seq_params=packed_seq_params)",
+            "original_num_tokens = loss_mask.sum()",
+            "mtp_loss_scale * mtp_loss * (original_num_tokens / num_tokens_safe)",
+            "mtp_loss_scale * mtp_loss / safe_num_tokens",
+            "torch.sum(mtp_loss) * (num_tokens > 0).to(mtp_loss.dtype) / num_tokens.clamp(min=1)",
+        ),
+    ),
+    _C(
+        "count_tokens_of_context_parallel_heads",
+        MTP,
+        "roll_tensor",
+        "tensor shifts dims cp_group packed_seq_params",
+        ("return (rolled_tensor, rolled_tensor.sum())",),
+    ),
+    _C(
+        "load_optimizers_of_other_schedules",
+        ADAM,
+        "DistributedOptimizer.load_state_dict",
+        holds=(
+            "for param_group in state_dict['optimizer']['param_groups']:\n",
+            "{**param_groups_map[needed_groups], 'params': inner_param_group['params']}",
+        ),
+    ),
+    _C(
+        "load_optimizers_of_other_schedules",
+        OPTIMIZER,
+        "MegatronOptimizer._filter_and_reorder_param_groups",
+        "current_groups state_dict_groups",
+        ("loaded_groups_map = {_identifier_for(group): group for group in state_dict_groups}",),
+    ),
+    _C(
+        "schedule",
+        TRAINING,
+        "get_optimizer_param_scheduler",
+        "optimizer",
+        ("wsd_decay_steps=wsd_decay_steps", "lr_warmup_steps = args.lr_warmup_fraction * lr_decay_steps"),
+    ),
+    _C(
+        "schedule",
+        "core/optimizer_param_scheduler.py",
+        "OptimizerParamScheduler.state_dict",
+        holds=("'lr_decay_steps': self.lr_decay_steps",),
+        lacks=("wsd",),
+    ),
+    _C(
+        "data_notes",
+        "core/datasets/gpt_dataset.py",
+        "GPTDataset._build_document_sample_shuffle_indices",
+        holds=(
+            "threshold = 0.8\n",
+            "separate_final_epoch = num_samples_from_final_epoch < int(threshold * num_samples_per_epoch)",
+        ),
+    ),
+    _C(
+        "validate_on_whole_sets",
+        TRAINING,
+        "evaluate_and_print_results",
+        "prefix forward_step_func data_iterator model iteration process_non_loss_data_func config verbose "
+        "write_to_tensorboard non_loss_data_func pg_collection p2p_communicator",
+        ("data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]",),
+    ),
+    _C(
+        "validate_on_whole_sets",
+        TRAINING,
+        "build_train_valid_test_data_loaders",
+        holds=("build_pretraining_data_loader(valid_d, args.consumed_valid_samples)",),
+    ),
+    _C("stored_common", "training/checkpointing.py", "generate_state_dict", holds=("state_dict['args'] = args",)),
     _C(
         "choose_checkpoint",
         "training/checkpointing.py",
