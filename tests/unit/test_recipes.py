@@ -18,7 +18,9 @@ from megatron_hybrid.pattern import from_blocks, parse
 from megatron_hybrid.recipes import flags_to_argv, merge, recipe, recipes
 
 NAMES = [r.name for r in recipes()]
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/paper_intra_1b.json").read_text())
+GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
+GOLDEN = json.loads((GOLDEN_FOLDER / "paper_intra.json").read_text())
+PLACEMENTS = json.loads((GOLDEN_FOLDER / "paper_placements.json").read_text())
 
 
 def pattern_of(args):
@@ -67,20 +69,81 @@ def test_every_flag_of_the_conflict_rules_exists(parser):
     assert named | set(module._ROPE_FLAGS) <= known
 
 
-def test_the_studys_training_is_in_every_paper_recipe():
+LEARNING_RATES = {"100m": 6e-3, "350m": 3e-3, "1b": 6e-4, "3b": 3e-4}
+
+
+def test_the_papers_training_is_in_every_paper_recipe():
     for r in recipes():
         if r.name == "demo":
             continue
         flags = r.flags
-        tokens = flags["--train-iters"] * flags["--global-batch-size"] * flags["--seq-length"]
-        assert tokens == pytest.approx(60e9, rel=1e-4)  # to a batch of 2 million tokens
-        assert flags["--global-batch-size"] * flags["--seq-length"] == 2**21
-        assert (flags["--lr-decay-style"], flags["--lr-warmup-fraction"]) == ("WSD", 0.25)
+        scaling = r.name.startswith("paper-scaling-")
+        assert (
+            flags["--lr"] == LEARNING_RATES[r.name.removeprefix("paper-scaling-").removeprefix("paper-").split("-")[0]]
+        )
+        assert (flags["--optimizer"], flags["--lr-decay-style"], flags["--vocab-size"]) == ("adam", "WSD", 128256)
+        batch = flags["--global-batch-size"] * flags["--seq-length"]
+        assert batch == (2**19 if scaling else 2**21)
         assert flags["--lr-wsd-decay-iters"] / flags["--train-iters"] == pytest.approx(0.2, 1e-3)
+        assert flags.get("--lr-warmup-fraction") == (None if scaling else 0.25)
+        if not (scaling or r.name.endswith(("-16k", "-32k"))):
+            assert flags["--train-iters"] * batch == pytest.approx(60e9, rel=1e-4)  # to a batch of 2 million tokens
+            assert flags["--seq-length"] == 8192
+        assert flags["--max-position-embeddings"] == flags["--seq-length"]
         assert "arXiv:2510.04800" in r.source
         for flag in ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"):
             assert flags[flag] is True
         assert "--use-checkpoint-args" not in flags
+        # attention crosses documents
+        assert not flags.keys() & {"--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"}
+
+
+@pytest.mark.parametrize("size", LEARNING_RATES)
+@pytest.mark.parametrize("architecture", ["llama", "mamba", "inter", "intra"])
+def test_scaling_runs_of_one_model_share_its_warm_up(size, architecture):
+    """A quarter of the smallest budget's steps; each budget has a cool-down of its own. Steps: test_published_costs."""
+    name = f"paper-scaling-{size}-{architecture}"
+    model, largest = recipe(f"paper-{size}-{architecture}").flags, recipe(name)
+    budgets = largest.summary.partition("; also ")[2].split()
+    assert budgets[0] == "-2e19"
+    runs = [*(recipe(name + budget) for budget in budgets), largest]
+    assert [r.name for r in runs] == [*(name + budget for budget in budgets), name]
+    steps = [r.flags["--train-iters"] for r in runs]
+    assert steps == sorted(steps) and steps[1] == pytest.approx(2 * steps[0], abs=2)
+    for r, length in zip(runs, steps, strict=True):
+        assert r.flags["--lr-warmup-iters"] == round(steps[0] / 4)
+        assert r.flags["--lr-wsd-decay-iters"] == round(length / 5)
+        changed = {flag for flag in {*model, *r.flags} if model.get(flag) != r.flags.get(flag)}
+        lengths = {"--global-batch-size", "--train-iters", "--lr-wsd-decay-iters"}
+        assert changed == lengths | {"--lr-warmup-fraction", "--lr-warmup-iters"}
+
+
+def test_budgets_that_the_paper_did_not_train_are_unknown():
+    with pytest.raises(
+        ValueError, match=r"no recipe 'paper-scaling-100m-mamba-8e19'; did you mean .*paper-scaling-100m"
+    ):
+        recipe("paper-scaling-100m-mamba-8e19")
+
+
+def test_the_warm_up_of_a_scaling_run_stays_with_a_length_in_samples(parser):
+    flags = recipe("paper-scaling-1b-inter").flags
+    args = parser.parse_args(merge(flags, ["--train-samples", "100000"]))
+    assert (args.train_iters, args.lr_warmup_iters, args.lr_warmup_samples) == (None, 0, 64 * 1560)
+    assert (args.lr_wsd_decay_samples, flags["--lr-warmup-iters"]) == (20000, 1560)
+    for own in ("--lr-warmup-fraction", "--lr-warmup-samples"):
+        assert merge(flags, ["--train-samples", "100000", own, "0"]).count("--lr-warmup-samples") == (own[-1] == "s")
+
+
+def test_longer_samples_keep_everything_but_their_length():
+    for architecture in ("llama", "swa", "mamba", "inter", "intra"):
+        short = recipe(f"paper-1b-{architecture}").flags
+        for context in (16, 32):
+            long = recipe(f"paper-1b-{architecture}-{context}k").flags
+            assert long["--seq-length"] == 1024 * context
+            changed = {flag for flag in short if short[flag] != long[flag]}
+            lengths = {"--train-iters", "--lr-wsd-decay-iters"}
+            assert changed == lengths | {"--seq-length", "--max-position-embeddings", "--global-batch-size"}
+            assert short.keys() == long.keys()
 
 
 def test_the_names_promised():
@@ -89,6 +152,8 @@ def test_the_names_promised():
     promised = {f"paper-{s}-{a}" for s in sizes for a in architectures}
     promised |= {f"paper-1b-{a}-moe" for a in ("llama", "mamba", "inter", "intra")}
     promised |= {"demo", "paper-1b-swa-1-1", "paper-1b-inter-1-3", "paper-1b-intra-1-0"}
+    promised |= {"paper-350m-intra-1-10", "paper-1b-swa-0-1", "paper-1b-inter-1-5-front", "paper-1b-intra-32k"}
+    promised |= {f"paper-scaling-{s}-{a}" for s in sizes for a in architectures if a != "swa"}
     assert promised <= set(NAMES)
     assert len(NAMES) == len(set(NAMES)) == len(recipes())
     assert all(r.name == recipe(r.name).name and r.summary for r in recipes())
@@ -106,6 +171,8 @@ def test_the_demo_is_small_and_holds_the_main_layers():
 
 def test_names_are_forgiving_and_unknown_ones_are_answered():
     assert recipe("paper-1b-intra-1-5") is recipe("PAPER-1B-INTRA")
+    assert recipe("paper-350m-swa-3-11") is recipe("paper-350m-swa")
+    assert recipe("paper-scaling-1b-inter-4e20") is recipe("paper-scaling-1b-inter")
     with pytest.raises(ValueError, match=r"no recipe 'paper-1b-itra'.*paper-1b-intra"):
         recipe("paper-1b-itra")
     with pytest.raises(ValueError, match="such as demo"):
@@ -122,11 +189,12 @@ def arguments(parser, line):
 
 
 def recipe_of(row):
-    """The name of a row of table 18: our preset's, or its axes."""
+    """The name of a row of table 18 or 19: our preset's, or its axes."""
+    prefix = f"paper-{row['size']}-intra-"
     if "name" in row:
-        return "paper-1b-intra-" + row["name"].replace("_", "-")
+        return prefix + row["name"].replace("_", "-")
     value = {"joint": "shared"}.get(row["value"], row["value"])
-    return "paper-1b-intra-" + "-".join([row["norm"], row["scale"].replace("_", "-"), row["fusion"], value, row["out"]])
+    return prefix + "-".join([row["norm"], row["scale"].replace("_", "-"), row["fusion"], value, row["out"]])
 
 
 def axes_of(row):
@@ -134,7 +202,7 @@ def axes_of(row):
     kinds = {"T": "attention", "M": "mamba"}
     return {
         "branches": tuple(kinds[letter] for letter in row["branches"].split("/")),
-        "norm": "fused" if row.get("name") == "diff_transformer" else row["norm"],
+        "norm": "fused" if row["branches"] == "T/T" else row["norm"],
         "scale": row["scale"].replace("_", "-"),
         "fusion": row["fusion"],
         "value": {"joint": "shared"}.get(row["value"], row["value"]),
@@ -142,11 +210,15 @@ def axes_of(row):
     }
 
 
-by_row = pytest.mark.parametrize("row", GOLDEN["table_18"], ids=recipe_of)
+ROWS = [{"size": s, **row} for s, table in (("1b", "table_18"), ("350m", "table_19")) for row in GOLDEN[table]]
+by_row = pytest.mark.parametrize("row", ROWS, ids=recipe_of)
+OWN = {"1b": (0.9524, 0.93, 0.98), "350m": (0.3546, 0.34, 0.365)}
+"""Parameters of the paper's own design in billions, and bounds for the others. One block more or less is 0.06 to 0.08
+at 1B and 0.026 to 0.035 at 350M, so the bounds tell a wrong number of blocks from the right one."""
 
 
 @by_row
-def test_table_18_has_its_blocks_and_axes(parser, row):
+def test_tables_18_and_19_have_their_blocks_and_axes(parser, row):
     args = arguments(parser, f"--recipe {recipe_of(row)}")
     assert args.hybrid_layer_pattern == "P-" * row["layers"]
     found = design(args)
@@ -154,60 +226,86 @@ def test_table_18_has_its_blocks_and_axes(parser, row):
 
 
 @by_row
-def test_designs_of_table_18_are_of_one_size(parser, row):
+def test_designs_are_of_one_size(parser, row):
+    """The paper compares designs at the size of its own and of the Transformer: 0.95 and 0.97 (table 9), 0.35."""
     args = arguments(parser, f"--recipe {recipe_of(row)}")
     billions = model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding / 1e9
-    # The study compares designs at the size of its own, 0.95 (table 9), and of the Transformer, 0.97. One block more
-    # or less is 0.06 to 0.08, so the bounds tell a wrong number of blocks from the right one.
-    assert 0.93 < billions < 0.98
-    own = "widths of P: Table 8" in recipe(recipe_of(row)).source
-    assert own == (abs(billions - 0.9524) < 2e-4), "rows of the study's widths differ by norms and scales alone"
+    usual, low, high = OWN[row["size"]]
+    assert low < billions < high
+    own = "widths of P: Table" in recipe(recipe_of(row)).source
+    assert own == (abs(billions - usual) < 2e-4), "rows of the paper's widths differ by norms and scales alone"
 
 
-def test_the_studys_own_design_is_the_all_p_model_of_table_9():
-    ours = dict(recipe("paper-1b-intra-paper-final").flags)
+@pytest.mark.parametrize("size", OWN)
+def test_the_papers_own_design_is_the_all_p_model_of_tables_9_and_10(size):
+    ours = dict(recipe(f"paper-{size}-intra-paper-final").flags)
     assert ours.pop("--intra-preset") == "paper"
-    assert ours == recipe("paper-1b-intra-1-0").flags
+    assert ours == recipe(f"paper-{size}-intra-1-0").flags
 
 
-@pytest.mark.parametrize("row", GOLDEN["table_20"], ids=lambda row: f"qk{row['d_qk']}")
-def test_widths_of_table_20(parser, row):
+@pytest.mark.parametrize(("size", "row"), [(s, row) for s, rows in GOLDEN["table_20"].items() for row in rows])
+def test_widths_of_table_20(parser, size, row):
     width = 2 * row["d_inner"]
-    args = arguments(parser, f"--recipe paper-1b-intra-qk{row['d_qk']}-ssm{width}")
+    args = arguments(parser, f"--recipe paper-{size}-intra-qk{row['d_qk']}-ssm{width}")
     found = design(args)
-    assert args.hybrid_layer_pattern == "P-" * 13
-    assert (found.qk_dim, found.ssm_dim, found.value_dim) == (row["d_qk"], width, 2048)
+    assert args.hybrid_layer_pattern == "P-" * {"1b": 13, "350m": 11}[size]
+    assert (found.qk_dim, found.ssm_dim, found.value_dim) == (row["d_qk"], width, args.hidden_size)
     billions = model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding / 1e9
-    # Equal sizes are why d_inner is read as half: taken as it is, the rows would have 0.85 to 0.87.
-    assert billions == pytest.approx(0.9524, rel=0.01)
+    # Equal sizes are why d_inner is read as half: taken as it is, the rows would have 0.85 to 0.87 (350M: 0.31).
+    assert billions == pytest.approx(OWN[size][0], rel=0.01 if size == "1b" else 0.03)
 
 
-@pytest.mark.parametrize("name", GOLDEN["table_21"])
-def test_placements_of_table_21(parser, name):
-    ratio, placement = name.split()
-    ending = "" if placement == "scatter" else f"-{placement}"
-    args = arguments(parser, f"--recipe paper-1b-intra-{ratio.replace(':', '-')}{ending}")
-    mixers = args.hybrid_layer_pattern[::2]
-    assert len(mixers) == 13
-    assert [i for i, symbol in enumerate(mixers, 1) if symbol == "P"] == GOLDEN["table_21"][name]
+def test_the_p_of_350m_hybrids_is_narrower_than_that_of_p_alone(parser):
+    """As Table 10's caches say: 60, 34, 26 and 17 MiB of 6, 3, 2 and 1 P blocks; and 67 billion tokens for 11."""
+    alone, beside = (design(arguments(parser, f"--recipe paper-350m-intra{end}")) for end in ("-1-0", ""))
+    assert (alone.qk_dim, alone.value_dim, alone.ssm_dim) == (896, 1536, 1792)
+    assert (beside.qk_dim, beside.value_dim, beside.ssm_dim) == (768, 1536, 1536)
 
 
-@pytest.mark.parametrize("base", ["PAPER-1b-intra", "paper-1b-intra-1-0"])
+def mixers_of(line):
+    """1-based blocks whose mixer bears attention, of the layers that a command line asks for."""
+    mixers = [c for c in str(command_lines.resolve(line.split()).pattern) if c != "-"]
+    rarer = "W" if "W" in mixers else "M"
+    return [i for i, symbol in enumerate(mixers, 1) if symbol != rarer]
+
+
+@pytest.mark.parametrize("row", PLACEMENTS["placements"], ids=lambda r: f"{r['family']} {r['ratio']} {r['placement']}")
+def test_placements_of_tables_11_17_and_21_are_recipes(row):
+    """The row of Tables 9 and 10 has no placement in its name."""
+    family, _, size = row["family"].lower().partition("_")
+    usual = {"inter": "end" if row["ratio"] == "1:1" else "middle", "intra": "scatter"}
+    usual["swa"] = "front" if row["ratio"] == "1:1" else "middle"
+    ending = "" if row["placement"] == usual[family] else f"-{row['placement']}"
+    name = f"paper-{size or '1b'}-{family}-{row['ratio'].replace(':', '-')}{ending}"
+    assert mixers_of(f"--recipe {name}") == row["blocks"]
+
+
+@pytest.mark.parametrize("size", ["1b", "350m"])
+def test_a_single_attention_of_table_17_is_a_pattern(size):
+    blocks = recipe(f"paper-{size}-inter").flags["--num-blocks"]
+    for at in PLACEMENTS["single"][size]:
+        text = "M-" * (at - 1) + "*-" + "M-" * (blocks - at)
+        line = f"--recipe paper-{size}-inter --hybrid-layer-pattern {text}"
+        assert mixers_of(line) == [at] and str(command_lines.resolve(line.split()).pattern) == text
+    ratio = f"1-{blocks - 1}"
+    assert mixers_of(f"--recipe paper-{size}-inter-{ratio}")[0] in PLACEMENTS["single"][size]
+
+
+@pytest.mark.parametrize("base", ["PAPER-1b-intra", "paper-1b-intra-1-0", "paper-350m-intra"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_takes_its_row_of_table_18(preset, base):
+def test_a_preset_takes_its_row_of_the_table_of_designs(preset, base):
+    size = base.split("-")[1]
     for spelling in (f"--intra-preset {preset}", f"--intra-preset={preset}"):
         command = command_lines.resolve(f"--recipe {base} {spelling}".split())
-        row = recipe(f"paper-1b-intra-{'paper-final' if preset == 'paper' else preset}")
+        row = recipe(f"paper-{size}-intra-{'paper-final' if preset == 'paper' else preset}")
         assert command.recipe == row.name and command.argv[:2] == ["--recipe", row.name]
         assert str(command.pattern) == "P-" * row.flags["--num-blocks"]
         for flag in ("--intra-qk-dim", "--intra-value-dim", "--intra-ssm-dim"):
             assert command.argv[command.argv.index(flag) + 1] == str(row.flags[flag])
         assert sum(word.startswith("--intra-preset") for word in command.argv) == 1
     # who names a ratio keeps it
-    assert (
-        str(command_lines.resolve(f"--recipe paper-1b-intra-1-5 --intra-preset {preset}".split()).pattern).count("P")
-        == 2
-    )
+    ratio = command_lines.resolve(f"--recipe paper-{size}-intra-1-5 --intra-preset {preset}".split())
+    assert str(ratio.pattern).count("P") == 2
 
 
 def test_the_users_flags_win_over_a_presets_row(parser):
