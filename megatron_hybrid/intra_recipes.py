@@ -1,23 +1,30 @@
-"""The study's design space of the intra-layer hybrid at 1B: its Tables 18, 20 and 21 as rows of flags.
+"""The paper's design space of the intra-layer hybrid, at 1B and 350M: its Tables 18 to 21 as rows of flags.
 
-Source of names, axes, numbers of blocks and printed widths: arXiv:2510.04800v3. The study prints the widths of its own
-design alone (Table 8: queries and keys 1152, V 2048, SSM 2304). Table 18 gives other designs more or fewer blocks, so
-that all have as many parameters. Widths that it doesn't print are OURS, chosen to land near the 0.95 billion
-non-embedding parameters of its own design at the printed number of blocks (0.945 to 0.973):
+Source of names, axes, numbers of blocks and printed widths: arXiv:2510.04800v3. The paper prints the widths of its own
+design alone: at 1B in Table 8 (queries and keys 1152, V 2048, SSM 2304), of 350M models of ``P`` alone in Table 20
+(queries and keys 896, SSM 1792; V is the hidden size), which is wider than the ``P`` of its 350M hybrids (768 and
+1536). Tables 18 and 19 give other designs more blocks, so that all have as many parameters. Widths that it doesn't
+print are OURS, chosen to land near the non-embedding parameters of its own design at the printed number of blocks (1B:
+0.945 to 0.973 for 0.952 billion; 350M: 0.344 to 0.360 for 0.355):
 
-- one output projection for a sum or a difference wants branches of equal width: V = SSM = 2048, 14 blocks;
-- the same with a shared value: V = SSM = 1536, 15 blocks;
-- Differential Transformer: Llama's attention (Table 8) cut in two, queries 2 x 1024, one V of 2048, 16 blocks;
-- Differential Mamba: SSM 2 x 1792, 13 blocks.
+- one output projection for a sum or a difference wants branches of equal width: V = SSM = hidden size, one block more;
+- the same with a shared value: V = SSM = 1536 at 1B, 1280 at 350M, two blocks more;
+- Differential Transformer: Llama's attention (Table 8) cut in two, queries 2 x half the hidden size, one V of the
+  hidden size, three blocks more;
+- Differential Mamba: SSM 2 x 1792 at 1B, 2 x 1408 at 350M.
+
+The row of two attentions that are added (T/T, lambda, add) is Differential Transformer with a sum in place of the
+difference, norm and all; that is our reading.
 
 Table 20 moves width between the branches at fixed V. Its ``d_inner`` is half of our SSM width: its second row is the
-study's own design, 1152, and 640 channels of queries and a quarter as many of keys weigh 800 x 2048, as much as 128 of
-its ``d_inner`` only if each stands for two channels of z, x and the output: 768 x 2048. The four rows then have 0.952
-to 0.959 billion parameters. The printed FLOPs, 4.5e20 down to 3.6e20, spread more than those of these widths, 4.2e20
-down to 3.9e20; the study doesn't say what else differs.
+paper's own design, 1152 at 1B, and 640 channels of queries and a quarter as many of keys weigh 800 x 2048, as much as
+128 of its ``d_inner`` only if each stands for two channels of z, x and the output: 768 x 2048. The rows then have 0.952
+to 0.959 billion parameters at 1B, 0.352 to 0.364 at 350M. The printed FLOPs spread more than those of these widths (1B:
+4.5e20 down to 3.6e20 against 4.2e20 to 3.9e20); the paper doesn't say what else differs.
 
-Tensor-parallel ranks take whole heads. There are 16 attention heads, and SSM heads of 128 as in the study: widths of
-2048 allow up to 16 ranks, 2560 and 1536 up to 4; 1792, 2304 and 2816 make 14, 18 and 22 heads, which allow 2.
+Tensor-parallel ranks take whole heads. There are 16 attention heads, and SSM heads of 128 as in the paper: widths of
+2048 allow up to 16 ranks, 2560 and 1536 up to 4; 1280, 1792, 2304 and 2816 make 10, 14, 18 and 22 heads, which allow 2,
+and 1408 makes 11, which allow one.
 
 This module imports neither torch nor Megatron.
 """
@@ -26,99 +33,128 @@ from typing import NamedTuple
 
 from megatron_hybrid.intra_design import AXES, PRESETS
 
-_OWN_WIDTHS = (1152, 2048, 2304)
-"""Of queries and keys, V and SSM in the study's own design (Table 8)."""
 
-_NAMED = {
-    "diff-transformer": ("diff-transformer", 16),
-    "diff-mamba": ("diff-mamba", 13),
-    "hymba": ("hymba", 14),
-    "falcon-h1": ("falcon-h1", 13),
-    "paper-final": ("paper", 13),
+class Scale(NamedTuple):
+    """Widths of ``P`` at one of the paper's sizes."""
+
+    table: str
+    """The table of designs."""
+    stated: str
+    """Where the widths of the paper's own design stand."""
+    blocks: int
+    own: tuple[int, int, int]
+    """Of queries and keys, V and SSM in the paper's own design, all blocks ``P``."""
+    hidden: int
+    shared: int
+    """V = SSM of designs with a shared value."""
+    mambas: int
+    """SSM of each branch of Differential Mamba."""
+    table_20: tuple[tuple[int, int], ...]
+    """Widths of queries and keys, and the table's ``d_inner``."""
+
+
+SCALES = {
+    "1b": Scale(
+        "Table 18", "Table 8", 13, (1152, 2048, 2304), 2048, 1536, 1792,
+        ((1792, 1024), (1152, 1152), (512, 1280), (128, 1408)),
+    ),
+    "350m": Scale(
+        "Table 19", "Table 20", 11, (896, 1536, 1792), 1536, 1280, 1408,
+        ((1408, 768), (896, 896), (512, 1024), (128, 1152)),
+    ),
+}  # fmt: skip
+
+_NAMED: dict[str, dict[str, str]] = {
+    "diff-transformer": {"--intra-preset": "diff-transformer"},
+    "diff-transformer-add": {"--intra-preset": "diff-transformer", "--intra-fusion": "add"},
+    "diff-mamba": {"--intra-preset": "diff-mamba"},
+    "hymba": {"--intra-preset": "hymba"},
+    "falcon-h1": {"--intra-preset": "falcon-h1"},
+    "paper-final": {"--intra-preset": "paper"},
 }
-"""Rows of Table 18 that have a name: preset and blocks."""
+"""Rows of Tables 18 and 19 that stand near a preset."""
 
 _UNNAMED = [
-    ("none", "diff-lambda", "diff", "shared", "joint", 15),
-    ("group", "diff-lambda", "diff", "shared", "joint", 15),
-    ("none", "diff-lambda", "diff", "separate", "joint", 14),
-    ("group", "diff-lambda", "diff", "separate", "joint", 14),
-    ("group", "diff-lambda", "diff", "separate", "separate", 13),
-    ("none", "none", "add", "separate", "joint", 14),
-    ("group", "none", "add", "separate", "joint", 14),
-    ("none", "vector", "add", "separate", "joint", 14),
-    ("group", "vector", "add", "shared", "joint", 15),
-    ("none", "none", "add", "separate", "separate", 13),
-    ("group", "none", "add", "separate", "separate", 13),
-    ("group", "vector", "add", "separate", "separate", 13),
-    ("none", "none", "diff", "separate", "separate", 13),
-    ("group", "vector", "diff", "separate", "separate", 13),
-    ("group", "none", "diff", "separate", "joint", 14),
-    ("group", "none", "concat", "separate", "joint", 13),
-    ("group", "vector", "concat", "separate", "joint", 13),
+    ("none", "diff-lambda", "diff", "shared", "joint"),
+    ("group", "diff-lambda", "diff", "shared", "joint"),
+    ("none", "diff-lambda", "diff", "separate", "joint"),
+    ("group", "diff-lambda", "diff", "separate", "joint"),
+    ("group", "diff-lambda", "diff", "separate", "separate"),
+    ("none", "none", "add", "separate", "joint"),
+    ("group", "none", "add", "separate", "joint"),
+    ("none", "vector", "add", "separate", "joint"),
+    ("group", "vector", "add", "shared", "joint"),
+    ("none", "none", "add", "separate", "separate"),
+    ("group", "none", "add", "separate", "separate"),
+    ("group", "vector", "add", "separate", "separate"),
+    ("none", "none", "diff", "separate", "separate"),
+    ("group", "vector", "diff", "separate", "separate"),
+    ("group", "none", "diff", "separate", "joint"),
+    ("group", "none", "concat", "separate", "joint"),
+    ("group", "vector", "concat", "separate", "joint"),
 ]
-"""The others, all of attention and Mamba: norm, scale, fusion, value, output, and blocks."""
+"""The others, all of attention and Mamba: norm, scale, fusion, value, output."""
 
 
 class Row(NamedTuple):
-    """A row of a table: what differs from the study's all-P model, or for Table 21 from that of its ratio."""
+    """A row of a table: what differs from the paper's all-P model, or for Table 21 from that of its ratio."""
 
     name: str
-    """What follows ``paper-1b-intra-`` in the recipe's name."""
+    """What follows ``paper-1b-intra-`` or ``paper-350m-intra-`` in the recipe's name."""
     flags: dict[str, str | int]
     words: str
     source: str
     """The table, and whose the widths are."""
 
 
-def table_18() -> list[Row]:
-    """The designs. The flags hold the preset or all axes, the number of blocks and the widths."""
+def designs(scale: Scale) -> list[Row]:
+    """Tables 18 and 19. The flags hold the preset or all axes, the number of blocks and the widths."""
     rows = []
-    for name, (preset, blocks) in _NAMED.items():
-        rows.append(_design(name, {"--intra-preset": preset}, PRESETS[preset], blocks))
-    for *values, blocks in _UNNAMED:
+    for name, chosen in _NAMED.items():
+        axes = PRESETS[chosen["--intra-preset"]] | {a: chosen[f"--intra-{a}"] for a in AXES if f"--intra-{a}" in chosen}
+        rows.append(_design(scale, name, chosen, axes))
+    for values in _UNNAMED:
         axes = dict(zip(AXES, ("attention,mamba", *values), strict=True))
-        rows.append(_design("-".join(values), {f"--intra-{axis}": axes[axis] for axis in AXES}, axes, blocks))
+        rows.append(_design(scale, "-".join(values), {f"--intra-{axis}": axes[axis] for axis in AXES}, axes))
     return rows
 
 
-def _design(name: str, chosen: dict[str, str], axes: dict[str, str], blocks: int) -> Row:
-    qk, value, ssm = widths = _widths(axes)
-    flags: dict[str, str | int] = {
-        **chosen,
-        "--num-blocks": blocks,
-        "--intra-qk-dim": qk,
-        "--intra-value-dim": value,
-        "--intra-ssm-dim": ssm,
-    }
+def _design(scale: Scale, name: str, chosen: dict[str, str], axes: dict[str, str]) -> Row:
+    more, widths = _size(scale, axes)
+    qk, value, ssm = widths
+    flags: dict[str, str | int] = {**chosen, "--num-blocks": scale.blocks + more, **width_flags(widths)}
     parts = [f"Q and K {qk}, V {value}"] if "attention" in axes["branches"] else []
     parts += [f"SSM {ssm}"] if "mamba" in axes["branches"] else []
-    whose = "Table 8" if widths == _OWN_WIDTHS else "ours"
-    return Row(name, flags, f"{blocks} blocks, {', '.join(parts)}", f"Table 18; widths of P: {whose}")
+    whose = scale.stated if widths == scale.own else "ours"
+    words = f"{flags['--num-blocks']} blocks, {', '.join(parts)}"
+    return Row(name, flags, words, f"{scale.table}; widths of P: {whose}")
 
 
-def _widths(axes: dict[str, str]) -> tuple[int, int, int]:
-    """Queries and keys, V, SSM; all but the study's own are ours."""
-    qk, value, ssm = _OWN_WIDTHS
+def width_flags(widths: tuple[int, int, int]) -> dict[str, str | int]:
+    """Of queries and keys, V, SSM."""
+    return dict(zip(("--intra-qk-dim", "--intra-value-dim", "--intra-ssm-dim"), widths, strict=True))
+
+
+def _size(scale: Scale, axes: dict[str, str]) -> tuple[int, tuple[int, int, int]]:
+    """Blocks more than the paper's own design has (printed), and widths; all but the paper's own are ours."""
+    qk, value, ssm = scale.own
     if axes["branches"] == "attention,attention":
-        return 1024, value, ssm
+        return 3, (scale.hidden // 2, value, ssm)
     if axes["branches"] == "mamba,mamba":
-        return qk, value, 1792
+        return 0, (qk, value, scale.mambas)
     if axes["output"] == "joint" and axes["fusion"] != "concat":
-        return (qk, 1536, 1536) if axes["value"] == "shared" else (qk, 2048, 2048)
-    return qk, value, ssm
+        return (2, (qk, *2 * (scale.shared,))) if axes["value"] == "shared" else (1, (qk, *2 * (scale.hidden,)))
+    return 0, scale.own
 
 
-def table_20() -> list[Row]:
+def table_20(scale: Scale) -> list[Row]:
     """The widths of queries and keys against those of the SSM branch."""
     rows = []
-    for qk, inner in ((1792, 1024), (1152, 1152), (512, 1280), (128, 1408)):
+    for qk, inner in scale.table_20:
         ssm = 2 * inner
-        flags: dict[str, str | int] = {"--intra-qk-dim": qk, "--intra-ssm-dim": ssm}
-        words = f"13 blocks, Q and K {qk}, V 2048, SSM {ssm}"
-        rows.append(
-            Row(f"qk{qk}-ssm{ssm}", flags, words, f"Table 20 (its d_inner is {inner}, half of --intra-ssm-dim)")
-        )
+        words = f"{scale.blocks} blocks, Q and K {qk}, V {scale.hidden}, SSM {ssm}"
+        source = f"Table 20 (its d_inner is {inner}, half of --intra-ssm-dim)"
+        rows.append(Row(f"qk{qk}-ssm{ssm}", {"--intra-qk-dim": qk, "--intra-ssm-dim": ssm}, words, source))
     return rows
 
 

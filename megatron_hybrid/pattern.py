@@ -9,7 +9,7 @@ more layers (``W``, ``P``) and repetition::
 
 ``(M-)3P-`` is ``M-M-M-P-``; groups nest and may hold ``|``; white space means nothing.
 
-A *block* is the study's unit: a mixer and its feed-forward layer, two characters.
+A *block* is the paper's unit: a mixer and its feed-forward layer, two characters.
 :func:`from_blocks` makes a pattern from a number of blocks, a ratio and a placement.
 
 This module imports neither torch nor Megatron.
@@ -105,7 +105,7 @@ class Pattern:
             found.append(f"the pattern {self} has no mixer: no token sees another one. Add one of {_symbols('mixer')}.")
         elif mixers[0].attention_bearing and not all(m.attention_bearing for m in mixers):
             found.append(
-                f"the first mixer of {self} is {mixers[0].symbol} ({mixers[0].name}); the study "
+                f"the first mixer of {self} is {mixers[0].symbol} ({mixers[0].name}); the paper "
                 "found that attention in the first block costs quality (2.771 nats/token against "
                 "2.741 in the middle, one attention block of 13). Start with M, or use "
                 "--block-placement scatter or middle."
@@ -290,10 +290,11 @@ PAPER_SETS: dict[tuple[int, int, str], tuple[int, ...]] = {
     (13, 7, "scatter"): (2, 4, 6, 8, 10, 12, 13),
     (13, 2, "middle"): (4, 8),
     (13, 2, "end"): (4, 11),
+    (16, 4, "front"): (1, 4, 7, 10),
 }
-"""The study's own sets that follow no rule, by (blocks, attention blocks, placement).
+"""The paper's own sets that follow no rule, by (blocks, attention blocks, placement).
 
-Every other set of the study comes out of the rules in :func:`attention_blocks`. ``front`` moves
+Every other set of the paper comes out of the rules in :func:`attention_blocks`. ``front`` moves
 the first block of ``middle``, so (13, 2, "front") = (1, 8) follows from the entry for ``middle``.
 """
 
@@ -302,7 +303,7 @@ def attention_count(num_blocks: int, ratio: str) -> int:
     """How many of ``num_blocks`` blocks bear attention at a ratio such as ``1:5``.
 
     The nearest whole number, halves up; when both sides of the ratio are positive, at least one
-    block of each kind (so ``1:12`` of 6 blocks is 1). Gives the counts of the study's Table 9.
+    block of each kind (so ``1:12`` of 6 blocks is 1). Gives the counts of the paper's Tables 9 and 10.
 
     Raises:
         ValueError: for a ratio that is not ``a:b`` or fewer blocks than kinds of blocks.
@@ -330,13 +331,13 @@ def attention_blocks(num_blocks: int, ratio: str, placement: str) -> list[int]:
     ========  ===================================================================================
     scatter   k blocks cut the stack into k+1 runs, each position rounded on its own
     middle    k blocks with one equal gap, centred; where that would put attention first: scatter
-    front     middle, with its first block moved to block 1
+    front     middle, with its first block moved to block 1; of as many blocks of each kind the odd ones
     end       middle, with its last block moved to the last block
     cluster   one run, with three quarters of the other blocks before it
     sandwich  a run at each end, about a third each, and the rest in the centre
     ========  ===================================================================================
 
-    Source: the index sets of arXiv:2510.04800 (placement ablations at 1B and 350M); sets that
+    Source: the index sets of arXiv:2510.04800 (Tables 11, 17 and 21); sets that
     follow no rule are in :data:`PAPER_SETS`.
 
     Raises:
@@ -367,6 +368,8 @@ def _place(blocks: int, count: int, placement: str) -> list[int]:
         first, centre = range(1, outer + 1), range(start, start + inner)
         return [*first, *centre, *range(blocks - outer + 1, blocks + 1)]
     if placement == "front":
+        if 2 * count == blocks:
+            return list(range(1, blocks, 2))
         return [1, *_place(blocks, count, "middle")[1:]]
     if placement == "end":
         return [*_place(blocks, count, "middle")[:-1], blocks]

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of layers that are written out by hand; what the study prints is in test_published_costs.py."""
+"""Parameters and FLOPs of layers that are written out by hand; what the paper prints is in test_published_costs.py."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from megatron_hybrid.costs import (
 from megatron_hybrid.costs.flops import pairs_in_chunks
 from megatron_hybrid.intra_design import design
 from megatron_hybrid.pattern import LAYERS, from_blocks, parse
-from megatron_hybrid.recipes import recipe
+from megatron_hybrid.recipes import recipe, recipes
 
 
 def namespace(**settings):
@@ -38,6 +38,15 @@ def model_of(name):
         flags["ffn"],
     )
     return pattern, Sizes.from_args(namespace(**flags))
+
+
+def distinct_models():
+    """Names of the paper's recipes, one for each model: placements, lengths of samples and training make no other."""
+    found = {}
+    for name in (r.name for r in recipes() if r.name.startswith("paper-") and "-scaling-" not in r.name):
+        pattern, sizes = model_of(name)
+        found.setdefault((tuple(pattern.counts().values()), dataclasses.replace(sizes, seq_length=1)), name)
+    return list(found.values())
 
 
 # Layers written out ------------------------------------------------------------------------------
@@ -156,7 +165,7 @@ def test_pairs_in_chunks_are_those_of_a_token_and_one_before_it(length, chunk):
     assert pairs_in_chunks(length, chunk, masked=False) == sum(q * q for q in chunks)
 
 
-def test_the_study_counts_cores_by_its_own_formulas():
+def test_the_paper_counts_cores_by_its_own_formulas():
     cores = {
         "*": 2 * 48 * 5.5,
         "M": 9 * 24 * 5 + 2 * 24,

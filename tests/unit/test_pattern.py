@@ -1,4 +1,4 @@
-"""The pattern language, its errors, and the study's block placements."""
+"""The pattern language, its errors, and the paper's block placements."""
 
 import json
 import subprocess
@@ -177,7 +177,7 @@ def test_pipeline_layouts_that_do_not_fit(text, pp, vpp, remedy):
 # Blocks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", GOLDEN["placements"], ids=lambda r: f"{r['family']} {r['ratio']}")
+@pytest.mark.parametrize("row", GOLDEN["placements"], ids=lambda r: f"{r['family']} {r['ratio']} {r['placement']}")
 def test_placements_are_the_papers(row):
     found = attention_blocks(row["num_blocks"], row["ratio"], row["placement"])
     assert found == row["blocks"]
@@ -219,7 +219,7 @@ def test_every_size_ratio_and_placement_gives_a_sound_pattern(blocks, a, b, plac
     assert len(pattern.layers) == blocks * (1 if ffn == "none" else 2)
 
 
-def test_the_studys_model_in_full():
+def test_the_papers_model_in_full():
     expected = "M-M-M-M-P-M-M-M-P-M-M-M-M-"  # 13 blocks, intra-layer hybrids at 5 and 9
     assert str(from_blocks(13, "1:5")) == expected
     assert str(from_blocks(4, "1:1", "end", "*:W", "moe")) == "WE*EWE*E"

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs, caches and matched sizes against what the study prints, at the precision printed.
+"""Parameters, FLOPs, caches and matched sizes against what the paper prints, at the precision printed.
 
 Where the paper's own formulas do not give a printed figure, the golden file has both, and it is asserted that the two
 differ: a figure that a change makes reachable must leave that list.
@@ -15,8 +15,8 @@ from megatron_hybrid.costs import model_parameters, training_flops_per_token
 from megatron_hybrid.costs.caches import model_cache
 from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.pattern import from_blocks
-from megatron_hybrid.recipes import recipe, recipes
-from tests.unit.test_costs import model_of
+from megatron_hybrid.recipes import recipe
+from tests.unit.test_costs import distinct_models, model_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/paper_costs.json").read_text())
 
@@ -66,16 +66,79 @@ def test_parameters_of_table_4(row):
 
 @by_recipe(GOLDEN["table_9"])
 def test_layers_parameters_flops_and_cache_of_table_9(row):
+    check_model(row, "table_9")
+
+
+@by_recipe(GOLDEN["table_9_equal_flops"])
+def test_tokens_and_cache_of_table_9_at_equal_flops(row):
+    check_equal_flops(row, "table_9_equal_flops", "paper-1b-llama")
+
+
+@by_recipe(GOLDEN["table_10"])
+def test_layers_parameters_flops_cache_and_tokens_of_table_10(row):
+    check_model(row, "table_10")
+    if "tokens" in row:  # the Transformer is the reference
+        check_equal_flops(row, "table_10", "paper-350m-llama")
+
+
+@by_recipe(GOLDEN["table_12"])
+def test_tokens_and_cache_of_table_12(row):
+    """Longer samples on the FLOPs of the Transformer at 8K; the recipe trains on these tokens, to a batch."""
+    check_equal_flops(row, "table_12", "paper-1b-llama")
+    flags = recipe(row["recipe"]).flags
+    trained = flags["--train-iters"] * flags["--global-batch-size"] * flags["--seq-length"]
+    assert abs(trained - match_flops(study_flops("paper-1b-llama"), *model_of(row["recipe"]))) <= 2**20
+
+
+def check_model(row: dict, table: str) -> None:
+    """Layers, parameters and the FLOPs of 60 billion tokens, and the cache."""
     pattern, sizes = model_of(row["recipe"])
     counts = pattern.counts()
     assert {s: counts[s] for s in "*WMP"} == {s: row[s] for s in "*WMP"}
-    assert half_up(model_parameters(pattern, sizes).non_embedding / 1e9, 2) == row["non_embedding"]
-    check(study_flops(row["recipe"]) / 1e20, row, "table_9", "flops", 1, 2)
-    check(model_cache(pattern, sizes, 8192).size() / 2**20, row, "table_9", "cache", 0, 1)
+    check(model_parameters(pattern, sizes).non_embedding / 1e9, row, table, "non_embedding", 2, 2)
+    check(study_flops(row["recipe"]) / 1e20, row, table, "flops", 1, 2)
+    check(model_cache(pattern, sizes, 8192).size() / 2**20, row, table, "cache", 0, 1)
 
 
-def test_six_cells_of_table_9_are_out_of_reach():
-    assert [len(unreachable("table_9", column)) for column in ("flops", "cache")] == [3, 3]
+def check_equal_flops(row: dict, table: str, reference: str) -> None:
+    """Billions of tokens on the FLOPs that the reference takes for 60, and the cache of one sample."""
+    pattern, sizes = model_of(row["recipe"])
+    check(match_flops(study_flops(reference), pattern, sizes) / 1e9, row, table, "tokens", 0, 1)
+    check(model_cache(pattern, sizes, sizes.seq_length).size() / 2**20, row, table, "cache", 0, 1)
+
+
+@by_recipe(GOLDEN["tables_14_15"])
+def test_parameters_and_steps_of_the_scaling_runs(row):
+    """Thousands of steps of half a million tokens at each budget; the recipes train as many steps as the FLOPs pay."""
+    name, budgets = row["recipe"], ("2e19", "4e19", "8e19", "2e20", "4e20")
+    pattern, sizes = model_of(name)
+    check(model_parameters(pattern, sizes).non_embedding / 1e9, row, "tables_14_15", "non_embedding", 2, 2)
+    rows = GOLDEN["tables_14_15_unreachable"]["steps"]
+    listed = {budget: pair for recipe_name, budget, *pair in rows if recipe_name == name}
+    for budget, printed in zip(budgets, row["steps"], strict=False):
+        steps = match_flops(float(budget), pattern, sizes) / 2**19
+        assert abs(recipe(f"{name}-{budget}").flags["--train-iters"] - steps) <= 0.5
+        if budget in listed:
+            assert [printed, half_up(steps / 1e3, 1)] == listed[budget]
+        assert (half_up(steps / 1e3, 0) == printed) == (budget not in listed)
+    largest = budgets[len(row["steps"]) - 1]
+    assert recipe(f"{name}-{largest}") is recipe(name)
+
+
+def test_how_many_cells_are_out_of_reach():
+    found = {
+        table.removesuffix("_unreachable"): {column: len(cells) for column, cells in lists.items() if column != "note"}
+        for table, lists in GOLDEN.items()
+        if table.endswith("_unreachable")
+    }
+    assert found == {
+        "table_8": {"non_embedding": 4},
+        "table_9": {"non_embedding": 0, "flops": 3, "cache": 3},
+        "table_9_equal_flops": {"tokens": 1, "cache": 3},
+        "table_10": {"non_embedding": 3, "flops": 1, "cache": 5, "tokens": 0},
+        "table_12": {"tokens": 2, "cache": 1},
+        "tables_14_15": {"non_embedding": 3, "steps": 14},
+    }
 
 
 @by_recipe(GOLDEN["table_20"]["rows"])
@@ -114,18 +177,18 @@ def _pattern(ratio, placement, mixers, ffn, blocks):
 
 
 NOT_NEAREST = {"paper-3b-intra": (22, 21)}
-"""Recipe to the study's blocks (18 + 4, Table 8: 2.89 billion for the Transformer's 2.78) and the nearest: 2.77."""
+"""Recipe to the paper's blocks (18 + 4, Table 8: 2.89 billion for the Transformer's 2.78) and the nearest: 2.77."""
 
 
-@pytest.mark.parametrize("name", [r.name for r in recipes() if r.name.startswith("paper-")])
-def test_equal_parameters_give_the_studys_blocks(name):
-    """At all scales; dense and of experts; the designs of Table 18 with widths of ours."""
+@pytest.mark.parametrize("name", distinct_models())
+def test_equal_parameters_give_the_papers_blocks(name):
+    """At all scales; dense and of experts; the designs of Tables 18 and 19 with widths of ours."""
     reference = f"paper-{name.split('-')[1]}-llama{'-moe' if name.endswith('-moe') else ''}"
     used, nearest = blocks_of(name, reference)
     assert (used, nearest) == NOT_NEAREST.get(name, (used, used))
 
 
-def test_the_studys_blocks_at_1b():
+def test_the_papers_blocks_at_1b():
     kinds = {"llama": 16, "swa": 16, "mamba": 13, "inter": 13, "inter-1-1": 14, "intra": 13}
     found = {kind: blocks_of(f"paper-1b-{kind}", "paper-1b-llama")[1] for kind in kinds}
     assert found == kinds
