@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         args = arguments.parse(command.argv, device, command.print_config)
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         arguments.check_checkpoint(args)
+        args.notes += [] if command.print_config else arguments.check_data_content(args)
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
@@ -118,15 +119,17 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
 def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
     """Train, validation and test sets for the wanted numbers of samples."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
 
+    from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig
+
     args = get_args()
     tokenizer = build_tokenizer(args)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = ContentGPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -149,8 +152,9 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         create_attention_mask=False,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
+        contents=args.data_contents,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else ContentGPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, partial(reads_data, vp_stage), config).build()
 
 
