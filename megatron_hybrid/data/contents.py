@@ -20,7 +20,7 @@ class Contents(NamedTuple):
     """Its fingerprint (:mod:`megatron_hybrid.data.fingerprint`)."""
     dtype: np.dtype
     known: Range | None
-    """Its ids, by the manifest; None where that does not say."""
+    """Its ids, by the manifest; None where that does not say, or is older than the ids."""
     limit: int | None
     """A bound that the ids are below, where they are known to have one."""
 
@@ -42,12 +42,13 @@ def examine(prefix: str) -> Contents:
     index = read_index(path)
     _check_index(path, index)
     found, said = fingerprint(path), manifest.read_manifest(path)
-    limit = None if index.dtype.kind == "i" else int(np.iinfo(index.dtype).max) + 1
     if said is not None:
         _check_manifest(path, said, found.order)
-        vocabulary = (said.get("tokenizer") or {}).get("vocab_size")  # which preprocessing has compared each id with
-        limit = min(value for value in (limit, vocabulary) if value is not None) if vocabulary or limit else None
-    return Contents(prefix, found.content, index.dtype, manifest.known_ids(said), limit)
+    if said is None or files[1].stat().st_mtime_ns > manifest.manifest_path(path).stat().st_mtime_ns:
+        limit = int(np.iinfo(index.dtype).max) + 1 if index.dtype.kind == "u" else None
+        return Contents(prefix, found.content, index.dtype, None, limit)
+    vocabulary = (said.get("tokenizer") or {}).get("vocab_size")  # which preprocessing has compared each id with
+    return Contents(prefix, found.content, index.dtype, manifest.known_ids(said), vocabulary)
 
 
 def _check_index(path: Path, index: Index) -> None:

@@ -90,6 +90,9 @@ def _check_weights(flag: str, blend: Parts) -> None:
         )
     if not blend.prefixes:
         raise ValueError(f"{flag} names no data: give the prefix of a .bin/.idx pair.")
+    for word in blend.prefixes if blend.weights is None else ():
+        if word.replace(".", "", 1).isdigit() and not Path(f"{word}.idx").is_file():
+            raise ValueError(f"{flag} has {word} where a data set stands: give WEIGHT PREFIX pairs, or prefixes alone.")
 
 
 def prefixes(args: Namespace) -> list[str]:

@@ -85,7 +85,8 @@ def test_all_ways_to_name_the_data_are_checked(ranks, tmp_path):
         return same(ranks(1).run(cases.checked, flags=f"{SMALL} {flags}")).get("error", "")
 
     listed.write_text(f"0.5 {good}\n0.5 {bad}\n")
-    assert said(f"--data-args-path {listed}").startswith(f"{bad} has token ids up to 257")
+    assert said(f"--data-args-path {listed} --split 1,0,0").startswith(f"{bad} has token ids up to 257")
+    assert "of which --split 969, 30, 1 leaves none for test" in said(f"--data-args-path {listed}")
     per_split.write_text(json.dumps({"train": [str(good)], "valid": None, "test": f"1 {bad}"}))
     assert said(f"--per-split-data-args-path {per_split}").startswith(f"{bad} has token ids up to 257")
     assert said(f"--train-data-path {good} --valid-data-path {bad}").startswith(f"{bad} has token ids up to 257")
@@ -97,7 +98,7 @@ def test_all_ways_to_name_the_data_are_checked(ranks, tmp_path):
     )
     assert "drop --split" in said(f"--split 1,0,0 --train-data-path {good}")
     assert "weight 0: weights are numbers above 0" in said(f"--data-path 0 {bad} 1 {good}")
-    assert "is no list of data" in said(f"--data-path 1 {good} more {good}")
+    assert "has 1 where a data set stands" in said(f"--data-path 1 {good} more {good}")
     per_split.write_text(json.dumps({"train": [str(good)]}))
     assert "is not a JSON object with train, valid and test" in said(f"--per-split-data-args-path {per_split}")
     Path(f"{good}.bin").write_bytes(b"\0" * 10)
@@ -108,7 +109,7 @@ def test_all_ways_to_name_the_data_are_checked(ranks, tmp_path):
 def test_where_the_data_cannot_be_written_the_order_is_kept_elsewhere(ranks, tmp_path, asked):
     prefix = data_set(tmp_path / "d", 99)
     prefix.write_text("a file stands where upstream makes its folder")  # root may write whatever the modes say
-    flags = f"{TP2} {SMALL} --data-path {prefix} --save {tmp_path}/run"
+    flags = f"{TP2} {SMALL} --data-path {prefix} --save {tmp_path}/run --save-interval 9"
     if asked:
         said = same(ranks(2).run(cases.checked, flags=f"{flags} {asked} {prefix}/cache"))["error"]
         assert said.startswith(f"--data-cache-path {prefix}/cache cannot be written (Not a directory)")
