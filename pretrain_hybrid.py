@@ -124,7 +124,7 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig
+    from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig, NotBuilt
 
     args = get_args()
     tokenizer = build_tokenizer(args)
@@ -155,7 +155,10 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> Any:
         contents=args.data_contents,
     )
     kind = MockGPTDataset if args.mock_data else ContentGPTDataset
-    return BlendedMegatronDatasetBuilder(kind, samples, partial(reads_data, vp_stage), config).build()
+    try:
+        return BlendedMegatronDatasetBuilder(kind, samples, partial(reads_data, vp_stage), config).build()
+    except NotBuilt as error:
+        refuse(error, 2)
 
 
 def reads_data(vp_stage: int | None) -> bool:

@@ -25,11 +25,20 @@ CHECKPOINT = "the checkpoint to load"
 
 
 def among_ranks(
-    args: Namespace, decide: Decide, judge: Judge, about: str = CHECKPOINT, bytes_of: Callable[[Path], int] = size
+    args: Namespace,
+    decide: Decide,
+    judge: Judge,
+    about: str = CHECKPOINT,
+    bytes_of: Callable[[Path], int] = size,
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """:func:`agree` with the ranks of a run, by Megatron's arguments; a single rank decides by itself."""
-    if args.world_size == 1:
-        return decide(lambda folder: judge(folder, 0, 1))
+    """:func:`agree` with the ranks of a run, by Megatron's arguments; a single one, or ``alone``, decides by itself."""
+    if alone or args.world_size == 1:
+        try:
+            return decide(lambda folder: judge(folder, 0, 1))
+        except OSError as error:
+            text = f"{about[0].upper()}{about[1:]} was not found out: {error}"
+            raise (Unreachable if passing(error) else ValueError)(text) from None
     patience_s = 60.0 * args.distributed_timeout_minutes
     try:
         _kept.append(rendezvous_store(patience_s))

@@ -14,7 +14,6 @@ from megatron_hybrid.run_folder.checkpoints import (
     checkpoints,
     choose,
     is_sealed,
-    passing,
     point_to,
     pointer,
     problems,
@@ -60,14 +59,7 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
             return _unfinished(folder)
         return problems(folder, part, parts)
 
-    try:
-        if alone:
-            decision = _decide(args, lambda folder: judge(folder, 0, 1), write=False)
-        else:
-            decision = agreement.among_ranks(args, lambda check: _decide(args, check), judge)
-    except OSError as error:
-        text = f"The checkpoint to load was not found out: {error}"
-        raise (Unreachable if passing(error) else ValueError)(text) from None
+    decision = agreement.among_ranks(args, lambda check: _decide(args, check, write=not alone), judge, alone=alone)
     if decision["folder"] is not None:
         _check_optimizer(args, decision["folder"])
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]

@@ -34,13 +34,14 @@ def build():
 
     from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig
 
-    def of(words: list[str], cache: Path | None, ours: bool = True):
+    def of(words: list[str], cache: Path | None, ours: bool = True, built: bool = False):
         config = ContentGPTDatasetConfig(
             random_seed=1,
             sequence_length=16,
             blend=get_blend_from_list(words),
             split="1,0,0",
             path_to_cache=str(cache) if cache else None,
+            defer_npy_index_mmap=built,
             tokenizer=Tokenizer(),
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -89,6 +90,15 @@ def test_a_blend_is_drawn_anew_when_one_of_its_sources_changes(build, tmp_path):
         found = build(words, tmp_path / "cache")
         assert tokens(found) == tokens(build(words, tmp_path / f"upstream{documents}", ours=False))
     assert len(list((tmp_path / "cache").glob("*-BlendedDataset-train-dataset_index.npy"))) == 3
+
+
+def test_an_order_that_was_to_be_built_before_is_that_of_the_data_that_are_there(build, tmp_path):
+    data_set(tmp_path / "d", [9] * 40)
+    fresh = build([str(tmp_path / "d")], tmp_path / "cache")
+    assert tokens(build([str(tmp_path / "d")], tmp_path / "cache", built=True)) == tokens(fresh)
+    data_set(tmp_path / "d", [9] * 50)
+    with pytest.raises(ValueError, match="has none of .*/d as it is now .* start it once without these flags"):
+        build([str(tmp_path / "d")], tmp_path / "cache", built=True)
 
 
 def test_a_run_that_is_killed_while_it_writes_leaves_no_torn_cache(build, tmp_path, monkeypatch):
