@@ -14,8 +14,6 @@ from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hybrid.data.fingerprint import first_twins
-
 KEYS = ("name", "path", "weight", "epochs")
 DEFAULT_SPLIT = "969, 30, 1"
 """What upstream takes where --data-path comes without --split (training/arguments.py, validate_args)."""
@@ -73,6 +71,8 @@ def read_blend(file: Path) -> list[Source]:
     Raises ValueError, with the source's name, if it is not a blend, or a source's files are not there.
     """
     import yaml
+
+    from megatron_hybrid.data.fingerprint import first_twins
 
     if not file.is_file():
         raise ValueError(f"--data-blend {file}: there is no such file; give a YAML file with a list of sources.")

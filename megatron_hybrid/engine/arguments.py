@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
-from megatron_hybrid.data.blend import DEFAULT_SPLIT, split_fractions
+from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.engine import datasets, saving
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
@@ -244,13 +244,16 @@ def check_data(args: Namespace) -> None:
                 f"{prefix}, which is given as data: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
+    if not (args.data_path or args.data_args_path):
+        return
     split = args.split or DEFAULT_SPLIT
-    cut = split_fractions(split) if args.data_path or args.data_args_path else None
-    if cut and args.eval_iters and cut[1] == cut[0]:
+    if args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
         raise ValueError(
             f"--split {split} leaves nothing for validation, and --eval-iters is {args.eval_iters}: give "
             "--eval-iters 0, or a part such as --split 98,1,1."
         )
+    for prefix in listed:
+        check_parts(prefix, split)
 
 
 def check_tokenizer(args: Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hybrid.data import ids
-from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts
+from megatron_hybrid.data.blend import DEFAULT_SPLIT
 from megatron_hybrid.data.contents import Contents, examine
 from megatron_hybrid.data.files import atomic_write
 from megatron_hybrid.data.indexed import bin_path, read_index
@@ -141,8 +141,6 @@ def check_content(args: Namespace) -> list[str]:
 def _decide(args: Namespace, names: Sequence[str], ask: Ask) -> dict[str, Any]:
     """On rank 0: fingerprints of the data, the folder for their order, and notes."""
     contents = [examine(name) for name in names]
-    for name in names if args.split else ():
-        check_parts(name, args.split)
     cache, notes = _cache_folder(args, names)
     first: dict[str, str] = {}
     for one in contents:
