@@ -2,7 +2,13 @@
 
 from typing import Any
 
+from tests.distributed import program
 from tests.distributed.training import SIZES, STEPS, forget
+
+
+def words(flags: str) -> list[str]:
+    """The command line of a small run with the flags that name its data."""
+    return f"{SIZES} {STEPS.replace('--mock-data', '')} --eval-iters 0 {flags} --hybrid-layer-pattern M-".split()
 
 
 def checked(flags: str) -> dict[str, Any]:
@@ -11,14 +17,18 @@ def checked(flags: str) -> dict[str, Any]:
     from megatron_hybrid.engine import arguments, resume
 
     forget()
-    argv = f"{SIZES} {STEPS.replace('--mock-data', '')} --eval-iters 0 {flags} --hybrid-layer-pattern M-".split()
     try:
-        args = arguments.parse(command_line.resolve(argv).argv, "cpu")
+        args = arguments.parse(command_line.resolve(words(flags)).argv, "cpu")
         resume.choose_checkpoint(args)
         notes = arguments.check_data_content(args)
     except ValueError as error:
         return {"error": str(error)}
     return {"notes": notes, "contents": args.data_contents, "cache": args.data_cache_path}
+
+
+def trained(flags: str) -> str:
+    """A run of one step, by the program itself; what it printed."""
+    return program.train([*words(flags), *"--train-iters 1 --eval-interval 9 --device cpu --num-workers 0".split()])
 
 
 def train_set(flags: str) -> dict[str, Any]:

@@ -124,3 +124,15 @@ def test_where_the_data_cannot_be_written_the_order_is_kept_elsewhere(ranks, tmp
     data_set(prefix, 99, documents=200)  # made anew
     assert [one["documents"] for one in ranks(2).run(cases.train_set, flags=flags)] == [200, None]
     assert os.listdir(tmp_path / "run") == ["index_cache"]
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(ranks, tmp_path):
+    prefix, run = data_set(tmp_path / "d", 99), tmp_path / "run"
+    flags = f"{SMALL} --split 1,0,0 --data-path {prefix} --save {run} --load {run} --save-interval 9"
+    printed = ranks(1).run(cases.trained, flags=flags)[0]
+    assert f"--load {run} has no checkpoint: the run starts from fresh weights" in printed
+    assert ranks(1).run(cases.checked, flags=flags)[0]["notes"] == []
+    data_set(prefix, 99, documents=70)
+    assert ranks(1).run(cases.checked, flags=flags)[0]["notes"] == [
+        f"{prefix} has another content than when {run}/iter_0000001 was saved: the order of its documents is a new one"
+    ]

@@ -406,6 +406,12 @@ CONTRACTS = [
         ("get_blend_from_list(per_split_data_args['train'])", "get_blend_from_list(args.train_data_path)"),
     ),
     _C(
+        "_check_ids",
+        "core/tensor_parallel/layers.py",
+        "VocabParallelEmbedding.forward",
+        holds=("masked_input[input_mask] = 0", "output_parallel[input_mask, :] = 0.0"),
+    ),
+    _C(
         "ContentGPTDataset",
         "core/datasets/megatron_dataset.py",
         "MegatronDataset.__init__",
