@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
         args = arguments.parse(command.argv, device, command.print_config)
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         arguments.check_checkpoint(args, command.print_config)
+        args.notes += [] if command.print_config else arguments.check_data_content(args)
         if args.reset_attention_mask and not command.print_config:
             arguments.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
@@ -123,17 +124,18 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None, whole: 
     whole: the validation and test sets are all samples of their data, each once, whatever the weights of a blend.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
 
     from megatron_hybrid.engine import validation
+    from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig, NotBuilt
 
     args = get_args()
     tokenizer = build_tokenizer(args)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = ContentGPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -156,11 +158,15 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None, whole: 
         create_attention_mask=False,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
+        contents=args.data_contents,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else ContentGPTDataset
 
     def build(sizes: Sequence[int | None], config: Any) -> Any:
-        return BlendedMegatronDatasetBuilder(kind, sizes, partial(reads_data, vp_stage), config).build()
+        try:
+            return BlendedMegatronDatasetBuilder(kind, sizes, partial(reads_data, vp_stage), config).build()
+        except NotBuilt as error:
+            refuse(error, 2)
 
     if not whole:
         return build(samples, config)

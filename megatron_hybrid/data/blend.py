@@ -72,6 +72,8 @@ def read_blend(file: Path) -> list[Source]:
     """
     import yaml
 
+    from megatron_hybrid.data.fingerprint import first_twins
+
     if not file.is_file():
         raise ValueError(f"--data-blend {file}: there is no such file; give a YAML file with a list of sources.")
     try:
@@ -96,6 +98,13 @@ def read_blend(file: Path) -> list[Source]:
                 f"--data-blend {file}, source {source.name}: there is no {missing[0]}. path is the prefix of a "
                 ".bin/.idx pair, without the ending, from the folder of the blend file."
             )
+    names = {source.path: source.name for source in sources}
+    twins = first_twins(names)
+    if twins:
+        raise ValueError(
+            f"--data-blend {file}: the sources {names[twins[0]]} ({twins[0]}) and {names[twins[1]]} ({twins[1]}) are "
+            "the same data, so that a limit of epochs on one would say nothing; make them one."
+        )
     return sources
 
 
@@ -171,21 +180,20 @@ def check_parts(path: str, split: str) -> None:
     """Refuse a data set that is too small for its validation or test part, where upstream would count epochs for ever.
 
     Raises:
-        ValueError: With the number of sequences. An index that cannot be read is left to upstream.
+        ValueError: With the number of sequences, or an index that cannot be read.
     """
     from megatron_hybrid.data.indexed import read_index
 
-    try:
-        count = len(read_index(Path(path)).lengths)
-    except ValueError:
-        return
-    begin = 0.0
+    lengths = read_index(Path(path)).lengths
+    count, begin = len(lengths), 0.0
     for name, end in zip(("training", "validation", "test"), split_fractions(split), strict=True):
-        if end > begin and round(end * float(count)) == round(begin * float(count)):
+        part = lengths[round(begin * float(count)) : round(end * float(count))]
+        if end > begin and not part.any():
             raise ValueError(
-                f"{path} has {count:,} sequences, of which --split {split} leaves none for {name}. Give that part "
-                "more, or nothing (--split 90,10,0, or 1,0,0 with --eval-iters 0); or join this data set with another "
-                "(tools/merge_datasets.py)."
+                f"{path} has {count:,} sequences, of which --split {split} leaves {
+                    'none' if not len(part) else 'empty ones alone'
+                } for {name}. Give that part more, or nothing (--split 90,10,0, or 1,0,0 with --eval-iters "
+                "0); or join this data set with another (tools/merge_datasets.py)."
             )
         begin = end
 

@@ -12,6 +12,7 @@ from megatron_hybrid.data import dedup
 from megatron_hybrid.data.documents import Fault, parse
 from megatron_hybrid.data.filters import Filters
 from megatron_hybrid.data.gigatokens import GigatokenTokenizer, first_difference, hard_texts, unsuitable, version
+from megatron_hybrid.data.ids import range_of
 from megatron_hybrid.data.indexed import dtype_for
 from megatron_hybrid.data.sources import Batch
 from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer, TokenizerSpec, load_tokenizer, split
@@ -105,11 +106,9 @@ class Encoder:
                     passed.append(text)
             filled = passed
         ids, lengths = self._ids(filled, encoded)
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"the tokenizer gave the ids {ids.min()} to {ids.max()}, but its vocabulary has "
-                f"{self.tokenizer.vocab_size:,}; nothing is written for them. Is its file damaged?"
-            )
+        found = range_of(ids)
+        if found and (fault := found.fault(self.tokenizer.vocab_size)):
+            raise ValueError(f"the tokenizer gave {fault}; nothing is written for them. Is its file damaged?")
         texts_without = int((lengths == 0).sum())
         ids, lengths = mark(ids, lengths[lengths > 0], self.head, self.tail, self.dtype)
         documents = Documents(ids, lengths, filtered=filtered)

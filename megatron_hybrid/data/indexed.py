@@ -23,7 +23,11 @@ import numpy as np
 from megatron_hybrid.data.files import open_at, to_disk
 
 MAGIC = b"MMIDIDX\x00\x00"
-DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_CODES: dict[np.dtype, int] = {
+    np.dtype(kind): code
+    for kind, code in ((np.uint8, 1), (np.int8, 2), (np.int16, 3), (np.int32, 4), (np.int64, 5), (np.uint16, 8))
+}
+"""Integer types of upstream's DType, which are those of token ids; its own tools write int32 and uint16."""
 _HEADER = struct.Struct("<9sQBQQ")
 _BLOCK = 1 << 20
 """Entries of an index that are worked on at a time."""
@@ -74,7 +78,10 @@ def read_index(prefix: Path) -> Index:
     _, version, code, sequences, documents = _HEADER.unpack(header)
     dtype = {known: dtype for dtype, known in DTYPE_CODES.items()}.get(code)
     if version != 1 or dtype is None:
-        raise ValueError(f"{path}: version {version}, dtype code {code}; known are version 1 with uint16 or int32 ids.")
+        raise ValueError(
+            f"{path}: version {version}, dtype code {code}; known are version 1 and the codes of integers, "
+            f"{', '.join(f'{code} ({dtype})' for dtype, code in DTYPE_CODES.items())}."
+        )
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if size < expected:
         raise ValueError(f"{path} is cut short: {size:,} bytes, but {sequences:,} sequences need {expected:,}.")
@@ -141,7 +148,7 @@ class IndexedWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, at: Sizes = NOTHING) -> None:
         """Open the files, cut to ``at``. Raises ValueError if they are shorter, or the dtype is not Megatron's."""
         if dtype not in DTYPE_CODES:
-            raise ValueError(f"dtype {dtype} of token ids: Megatron reads uint16 or int32 here.")
+            raise ValueError(f"dtype {dtype} of token ids: Megatron reads {', '.join(map(str, DTYPE_CODES))}.")
         self.prefix, self.dtype = folder / name, dtype
         self.documents, self.tokens = at
         self._bin = open_at(bin_path(self.prefix), at.tokens * dtype.itemsize)

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 import megatron_hybrid
-from megatron_hybrid.data.files import checksum
+from megatron_hybrid.data import ids
+from megatron_hybrid.data.files import checksum, checksum_text
 from megatron_hybrid.data.indexed import bin_path, idx_path, read_index
 from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec
 
@@ -50,14 +52,23 @@ def tokenizer_entry(tokenizer: Tokenizer, spec: TokenizerSpec, prepend_bos: bool
     }
 
 
-def describe(prefix: Path, files: Path | None = None, bin_checksum: str | None = None, **fields: Any) -> dict[str, Any]:
+class Scanned(NamedTuple):
+    """What one pass over a PREFIX.bin has found."""
+
+    checksum: str
+    ids: ids.Range | None
+    """None if there are none."""
+
+
+def describe(prefix: Path, files: Path | None = None, scanned: Scanned | None = None, **fields: Any) -> dict[str, Any]:
     """Return a manifest: the figures that follow from the files, and ``fields``.
 
-    prefix: the name in the manifest; files: where the files lie now, if elsewhere; bin_checksum: that of the .bin, if
-    it is known already.
+    prefix: the name in the manifest; files: where the files lie now, if elsewhere; scanned: of the .bin, if it is known
+    already.
     """
     files = files or prefix
     index = read_index(files)
+    scanned = scanned or _scan(files, index.dtype)
     return {
         "format": FORMAT,
         "tool": f"megatron_hybrid {megatron_hybrid.__version__}",
@@ -65,11 +76,30 @@ def describe(prefix: Path, files: Path | None = None, bin_checksum: str | None =
         "documents": len(index.documents) - 1,
         "tokens": index.tokens,
         "dtype": str(index.dtype),
-        "bin": {"size": bin_path(files).stat().st_size, "checksum": bin_checksum or checksum(bin_path(files))},
+        "ids": {"min": scanned.ids.least, "max": scanned.ids.greatest} if scanned.ids else None,
+        "bin": {"size": bin_path(files).stat().st_size, "checksum": scanned.checksum},
         "idx": {"size": idx_path(files).stat().st_size, "checksum": checksum(idx_path(files))},
         "lengths": length_statistics(index.lengths),
         **fields,
     }
+
+
+def _scan(files: Path, dtype: np.dtype) -> Scanned:
+    state = xxhash.xxh3_128()
+    found = ids.scan(bin_path(files), dtype, each=lambda block: state.update(block.data))
+    return Scanned(checksum_text(state), found)
+
+
+def known_ids(said: dict[str, Any] | None) -> ids.Range | None:
+    """Return the range of ids that a manifest notes; None if it does not, or there is none."""
+    noted = (said or {}).get("ids")
+    return ids.Range(noted["min"], noted["max"]) if noted else None
+
+
+def noted_files(said: dict[str, Any]) -> tuple[int | None, str | None]:
+    """Return the size of .bin and the checksum of .idx that a manifest notes."""
+    entries = {end: entry for end in ("bin", "idx") if isinstance(entry := said.get(end), dict)}
+    return entries.get("bin", {}).get("size"), entries.get("idx", {}).get("checksum")
 
 
 def length_statistics(lengths: np.ndarray) -> dict[str, Any]:

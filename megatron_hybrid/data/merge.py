@@ -14,6 +14,7 @@ import xxhash
 
 from megatron_hybrid.data import dedup, manifest
 from megatron_hybrid.data.files import checksum_text, to_disk
+from megatron_hybrid.data.ids import range_of, union
 from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_hybrid.data.merge_inputs import (
     Input,
@@ -107,19 +108,19 @@ class Merge:
         with IndexedWriter(folder, "merged", self.inputs[0].dtype) as writer:
             if self.job.dedup:
                 found = self._copy_unique(writer, progress)
-                checksum, duplicates = None, (duplicates or 0) + found
+                scanned, duplicates = None, (duplicates or 0) + found
             else:
-                checksum = self._copy(writer, progress)
-        described = manifest.describe(prefix, folder / "merged", checksum, **self._fields(duplicates))
+                scanned = self._copy(writer, progress)
+        described = manifest.describe(prefix, folder / "merged", scanned, **self._fields(duplicates))
         with (folder / "merged.json").open("wb") as stream:
             stream.write(manifest.to_json(described))
             to_disk(stream)
         finals = (bin_path(prefix), idx_path(prefix), manifest.manifest_path(prefix))
         return {f"merged{final.suffix}": final.name for final in finals}, described
 
-    def _copy(self, writer: IndexedWriter, progress: Callable[[int], None]) -> str:
-        """Append all inputs; returns the checksum of the .bin."""
-        whole = xxhash.xxh3_128()
+    def _copy(self, writer: IndexedWriter, progress: Callable[[int], None]) -> manifest.Scanned:
+        """Append all inputs; returns what is known of the .bin then."""
+        whole, found = xxhash.xxh3_128(), None
         documents = None if all(one.one_each for one in self.inputs) else self.work.path / "merged.documents"
         if documents:
             documents.write_bytes(np.zeros(1, np.int64).tobytes())
@@ -129,9 +130,10 @@ class Merge:
             for ids, lengths in read_blocks(one):
                 writer.add(ids, lengths)
                 whole.update(ids.data)
+                found = union((found, range_of(ids)))
                 progress(ids.nbytes)
         writer.finish(np.memmap(documents, dtype=np.int64, mode="r") if documents else None)
-        return checksum_text(whole)
+        return manifest.Scanned(checksum_text(whole), found)
 
     def _copy_unique(self, writer: IndexedWriter, progress: Callable[[int], None]) -> int:
         """Append the first of equal documents; returns how many others there are."""

@@ -9,6 +9,7 @@ import xxhash
 
 from megatron_hybrid.data import manifest
 from megatron_hybrid.data.files import checksum, checksum_text
+from megatron_hybrid.data.ids import Range, range_of, union
 from megatron_hybrid.data.indexed import Index, bin_path, idx_path, read_index, token_blocks
 
 _BLOCK = 1 << 20
@@ -161,7 +162,7 @@ class _Scan:
 
     def __init__(self, bos: int | None, eod: int | None) -> None:
         self.bos, self.eod = bos, eod
-        self.least, self.greatest = 1 << 31, -1
+        self.ids: Range | None = None
         self.hash = xxhash.xxh3_128()
         self.done = 0
         self.without_bos: list[int] = []
@@ -171,8 +172,7 @@ class _Scan:
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Look at the next documents."""
         self.hash.update(ids.data)
-        if len(ids):
-            self.least, self.greatest = min(self.least, int(ids.min())), max(self.greatest, int(ids.max()))
+        self.ids = union((self.ids, range_of(ids)))
         ends = np.cumsum(lengths)
         filled = lengths > 0
         for name, wanted, at, wrong in (
@@ -209,15 +209,16 @@ def _scan_checks(
                 ids = np.fromfile(stream, dtype=index.dtype, count=tokens.stop - tokens.start)
                 scan.add(ids, block[documents])
                 progress(ids.nbytes)
-    size = entry.get("vocab_size")
-    note = f"{scan.least:,} to {scan.greatest:,}" if scan.greatest >= 0 else "none"
+    size, found = entry.get("vocab_size"), scan.ids or Range(0, -1)
     if size is not None:
-        fault = scan.least < 0 or scan.greatest >= size
-        text = f"ids from {note}, but the vocabulary has {size:,}" if fault else ""
-        yield Check("data: ids are in the vocabulary", text, f"largest {scan.greatest:,} of {size:,}")
+        fault = found.fault(size) if scan.ids else ""
+        yield Check("data: ids are in the vocabulary", fault, f"largest {found.greatest:,} of {size:,}")
     else:
-        text = f"ids from {note}" if scan.least < 0 else ""
-        yield Check("data: ids are not negative", text, f"largest {scan.greatest:,}")
+        text = f"ids from {found.least:,} to {found.greatest:,}" if found.least < 0 else ""
+        yield Check("data: ids are not negative", text, f"largest {found.greatest:,}")
+    if (noted := manifest.known_ids(said)) is not None:
+        fault = "" if noted == found else f"it says {noted.least:,} to {noted.greatest:,}, but they are "
+        yield Check("manifest: ids", fault and f"{fault}{found.least:,} to {found.greatest:,}")
     yield from _mark_checks(scan, index.tokens)
     if said is not None:
         yield Check("manifest: checksum of .bin", _checksum_fault(said, "bin", checksum_text(scan.hash)))

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +14,44 @@ from torch.distributed import DistError, PrefixStore, Store
 from megatron_hybrid.run_folder.checkpoints import Unreachable, passing, size
 
 SLOWEST = 20e6
-"""Bytes a second at which the slowest rank is taken to read a checkpoint; beyond that it is taken to hang."""
+"""Bytes a second at which the slowest rank is taken to read its share; beyond that it is taken to hang."""
 
 Judge = Callable[[Path, int, int], list[str]]
-"""A checkpoint's folder, this rank and the number of ranks, to what is wrong with this rank's share of it."""
+"""A checkpoint's folder (or what else is read), this rank and the number of ranks, to what is wrong with this rank's
+share of it (or what else it has found)."""
 Decide = Callable[[Callable[[Path], list[str]]], dict[str, Any]]
-"""What the ranks together find wrong with a checkpoint's folder, to a decision that JSON can hold."""
+"""What the ranks together find in a folder, to a decision that JSON can hold."""
+CHECKPOINT = "the checkpoint to load"
+
+
+def among_ranks(
+    args: Namespace,
+    decide: Decide,
+    judge: Judge,
+    about: str = CHECKPOINT,
+    bytes_of: Callable[[Path], int] = size,
+    alone: bool = False,
+) -> dict[str, Any]:
+    """:func:`agree` with the ranks of a run, by Megatron's arguments; a single one, or ``alone``, decides by itself."""
+    if alone or args.world_size == 1:
+        try:
+            return decide(lambda folder: judge(folder, 0, 1))
+        except OSError as error:
+            text = f"{about[0].upper()}{about[1:]} was not found out: {error}"
+            raise (Unreachable if passing(error) else ValueError)(text) from None
+    patience_s = 60.0 * args.distributed_timeout_minutes
+    try:
+        _kept.append(rendezvous_store(patience_s))
+    except RuntimeError as error:
+        raise Unreachable(
+            f"Rank {args.rank} of {args.world_size} does not reach the store of the run's ranks ({error}). Start all "
+            "ranks by torchrun, or check MASTER_ADDR and MASTER_PORT."
+        ) from None
+    return agree(_kept[-1], args.rank, args.world_size, decide, judge, patience_s, about, bytes_of)
+
+
+_kept: list[Any] = []
+"""The store, as long as the process lives: without torchrun rank 0 serves it for the others."""
 
 
 def rendezvous_store(patience_s: float) -> Store:
@@ -32,7 +65,16 @@ def rendezvous_store(patience_s: float) -> Store:
     return store
 
 
-def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, patience_s: float) -> dict[str, Any]:
+def agree(
+    store: Store,
+    rank: int,
+    ranks: int,
+    decide: Decide,
+    judge: Judge,
+    patience_s: float,
+    about: str = CHECKPOINT,
+    bytes_of: Callable[[Path], int] = size,
+) -> dict[str, Any]:
     """Rank 0 decides, with what all ranks find in their shares; all ranks come to its decision or to its error.
 
     Args:
@@ -41,7 +83,9 @@ def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, pat
         ranks: Number of ranks.
         decide: Called on rank 0. A ValueError or OSError of it is every rank's.
         judge: Called on every rank for each folder that ``decide`` asks about.
-        patience_s: How long to wait for another rank's start, and for its answer beside the time that hashing takes.
+        patience_s: How long to wait for another rank's start, and for its answer beside the time that reading takes.
+        about: What is agreed on, for errors.
+        bytes_of: How much all ranks together read of a folder.
 
     Raises:
         ValueError: ``decide`` says so.
@@ -49,18 +93,18 @@ def agree(store: Store, rank: int, ranks: int, decide: Decide, judge: Judge, pat
     """
     try:
         if rank == 0:
-            session = PrefixStore(_invite(store, ranks, patience_s), store)
-            return _lead(session, ranks, decide, judge, patience_s)
+            session = PrefixStore(_invite(store, ranks, patience_s, about), store)
+            return _lead(session, ranks, decide, judge, patience_s, about, bytes_of)
         session = PrefixStore(_join(store, rank, patience_s), store)
         return _follow(session, rank, ranks, judge, patience_s)
     except DistError as error:
         raise Unreachable(
-            f"Rank {rank} of {ranks} lost the others while they agreed on the checkpoint to load ({error}). See what "
-            "the rank that ended first has said; that the nodes see each other and the folder of --load."
+            f"Rank {rank} of {ranks} lost the others while they agreed on {about} ({error}). See what the rank that "
+            f"ended first has said; that the nodes see each other, and {about}."
         ) from None
 
 
-def _invite(store: Store, ranks: int, patience_s: float) -> str:
+def _invite(store: Store, ranks: int, patience_s: float, about: str) -> str:
     """Rank 0: opens a session, whose name only ranks of this start of the run get to know.
 
     A restarted run finds the keys of the one before in torchrun's store. A rank is invited by a token of its own.
@@ -77,7 +121,7 @@ def _invite(store: Store, ranks: int, patience_s: float) -> str:
                 invited[rank] = token
         missing = {rank for rank in missing if not store.check([f"{session}/joined/{rank}"])}
         if missing and time.monotonic() > deadline:
-            raise _late(missing, patience_s)
+            raise _late(missing, patience_s, about)
         time.sleep(0.02 if missing else 0)
     return session
 
@@ -92,7 +136,15 @@ def _join(store: Store, rank: int, patience_s: float) -> str:
     return session
 
 
-def _lead(store: Store, ranks: int, decide: Decide, judge: Judge, patience_s: float) -> dict[str, Any]:
+def _lead(
+    store: Store,
+    ranks: int,
+    decide: Decide,
+    judge: Judge,
+    patience_s: float,
+    about: str,
+    bytes_of: Callable[[Path], int],
+) -> dict[str, Any]:
     asked = 0
 
     def tell(message: dict[str, Any]) -> None:
@@ -106,11 +158,11 @@ def _lead(store: Store, ranks: int, decide: Decide, judge: Judge, patience_s: fl
             store.wait(list(keys.values()), timedelta(seconds=seconds))
         except DistError:
             late = {rank for rank, key in keys.items() if not store.check([key])}
-            raise _late(late, seconds) from None
+            raise _late(late, seconds, about) from None
         return [text.decode() for text in store.multi_get(list(keys.values()))]
 
     def check(folder: Path) -> list[str]:
-        seconds = patience_s + size(folder) / ranks / SLOWEST
+        seconds = patience_s + bytes_of(folder) / ranks / SLOWEST
         tell({"folder": str(folder), "seconds": seconds})
         found = [_judged(judge, folder, 0, ranks)]
         found += [json.loads(text) for text in answers(f"found/{asked}", seconds)]
@@ -153,9 +205,9 @@ def _judged(judge: Judge, folder: Path, rank: int, ranks: int) -> dict[str, Any]
         return {"unreachable": f"{folder} could not be checked on rank {rank} ({type(error).__name__}: {error})"}
 
 
-def _late(ranks: set[int], seconds: float) -> Unreachable:
+def _late(ranks: set[int], seconds: float, about: str) -> Unreachable:
     few = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
     return Unreachable(
         f"{'Ranks' if len(ranks) > 1 else 'Rank'} {few} did not answer in {seconds:.0f} s while the ranks agreed on "
-        "the checkpoint to load. See what they have said; --distributed-timeout-minutes sets how long the others wait."
+        f"{about}. See what they have said; --distributed-timeout-minutes sets how long the others wait."
     )

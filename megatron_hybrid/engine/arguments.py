@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import io
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import checkpoint_settings, saving, validation
+from megatron_hybrid.engine import checkpoint_settings, datasets, saving, validation
 from megatron_hybrid.engine.resume import takes_weights_alone
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
@@ -31,7 +30,6 @@ _TORCH_BACKEND_FLAGS = [
     "--no-persist-layer-norm",
     "--no-rope-fusion",
 ]
-DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 USAGE = """pretrain_hybrid.py --list-recipes
        pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
        pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
@@ -165,6 +163,7 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
+    args.data_contents = {}
     saving.check(args, asked_async="--async-save" in argv)
     if not print_config and not args.skip_train:
         checkpoint_settings.schedule(args)
@@ -230,34 +229,31 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: With the file and how to make it.
     """
-    listed = [(flag, path) for flag in DATA_FLAGS for path in getattr(args, flag) or ()]
-    in_files = [args.data_args_path, args.per_split_data_args_path]
+    listed = datasets.prefixes(args)
     if args.mock_data:
         return
-    for name in in_files:
-        if name and not Path(name).is_file():
-            raise ValueError(f"There is no file {name}, which is given as the list of data.")
-    if not listed and not any(in_files):
+    if not listed:
         raise ValueError(
             "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), --data-blend FILE, "
             "or --mock-data for random tokens."
         )
-    for flag, path in listed:
-        missing = [path + end for end in (".idx", ".bin") if not Path(path + end).is_file()]
-        if not _is_number(path) and missing:
+    for prefix in listed:
+        missing = [prefix + end for end in (".idx", ".bin") if not Path(prefix + end).is_file()]
+        if missing:
             raise ValueError(
-                f"--{flag.replace('_', '-')} {path}: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
+                f"{prefix}, which is given as data: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
+    if not (args.data_path or args.data_args_path):
+        return
     split = args.split or DEFAULT_SPLIT
-    if args.data_path and args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
+    if args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
         raise ValueError(
             f"--split {split} leaves nothing for validation, and --eval-iters is {args.eval_iters}: give "
             "--eval-iters 0, or a part such as --split 98,1,1."
         )
-    for path in args.data_path or ():
-        if not _is_number(path):
-            check_parts(path, split)
+    for prefix in listed:
+        check_parts(prefix, split)
 
 
 def check_tokenizer(args: Namespace) -> None:
@@ -300,24 +296,28 @@ def check_provenance(args: Namespace) -> list[str]:
         vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
     )
     run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
-    return provenance.check(_data_prefixes(args), run)
+    return provenance.check(datasets.prefixes(args), run)
 
 
-def _data_prefixes(args: Namespace) -> list[str]:
-    """Prefixes of all data sets that the flags name, or the files that they name do."""
-    words = [word for flag in DATA_FLAGS for word in getattr(args, flag) or ()]
-    if args.data_args_path:
-        words += Path(args.data_args_path).read_text().split()
-    if args.per_split_data_args_path:
-        try:
-            parts = json.loads(Path(args.per_split_data_args_path).read_text())
-            words += [w for part in parts.values() for w in (part.split() if isinstance(part, str) else part or ())]
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"--per-split-data-args-path {args.per_split_data_args_path} is not a JSON object with train, valid "
-                f"and test ({error})."
-            ) from None
-    return [word for word in words if not _is_number(word)]
+def check_data_content(args: Namespace) -> list[str]:
+    """Refuses data that are damaged or do not fit the model (:func:`.datasets.check_content`).
+
+    Returns:
+        Notes for the user, also on data that are others than those that the checkpoint was trained on.
+    """
+    from megatron.core import dist_checkpointing
+
+    notes = datasets.check_content(args)
+    folder = args.checkpoint
+    if folder is None or args.skip_train or not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return notes
+    before = getattr(stored_arguments(folder), "data_contents", {})
+    for prefix, content in args.data_contents.items():
+        if before.get(prefix, content) != content:
+            notes.append(
+                f"{prefix} has another content than when {folder} was saved: the order of its documents is a new one"
+            )
+    return notes
 
 
 def stored_common(folder: str) -> dict[str, Any]:
@@ -436,11 +436,3 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
             raise ValueError(f"--distributed-backend {asked}: the CPU engine communicates over gloo. Drop it.")
         flags += [*_CPU_FLAGS, "--distributed-backend=gloo"]
     return flags
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

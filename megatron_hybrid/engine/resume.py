@@ -14,7 +14,6 @@ from megatron_hybrid.run_folder.checkpoints import (
     checkpoints,
     choose,
     is_sealed,
-    passing,
     point_to,
     pointer,
     problems,
@@ -43,6 +42,8 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         ValueError: On all ranks alike: checkpoints are there and none can be loaded, or Megatron cannot be led to it.
         Unreachable: Likewise; files or ranks do not answer, and another start may find them well.
     """
+    from megatron_hybrid.engine import agreement
+
     args.checkpoint = None
     notes = _go_on_from_own(args)
     if args.load is None and args.pretrained_checkpoint is None:
@@ -58,14 +59,7 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
             return _unfinished(folder)
         return problems(folder, part, parts)
 
-    if alone or args.world_size == 1:
-        try:
-            decision = _decide(args, lambda folder: judge(folder, 0, 1), write=not alone)
-        except OSError as error:
-            text = f"The checkpoint to load was not found out: {error}"
-            raise (Unreachable if passing(error) else ValueError)(text) from None
-    else:
-        decision = _agree(args, judge)
+    decision = agreement.among_ranks(args, lambda check: _decide(args, check, write=not alone), judge, alone=alone)
     if decision["folder"] is not None:
         _check_optimizer(args, decision["folder"])
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
@@ -166,24 +160,6 @@ def skip_second_check(folder: str) -> None:
             verify(checkpoint_dir)
 
     serialization.verify_integrity_manifest = verify_others
-
-
-def _agree(args: Namespace, judge: Callable[[Path, int, int], list[str]]) -> dict[str, Any]:
-    from megatron_hybrid.engine import agreement
-
-    patience_s = 60.0 * args.distributed_timeout_minutes
-    try:
-        _kept.append(agreement.rendezvous_store(patience_s))
-    except RuntimeError as error:
-        raise Unreachable(
-            f"Rank {args.rank} of {args.world_size} does not reach the store of the run's ranks ({error}). Start all "
-            "ranks by torchrun, or check MASTER_ADDR and MASTER_PORT."
-        ) from None
-    return agreement.agree(_kept[-1], args.rank, args.world_size, lambda check: _decide(args, check), judge, patience_s)
-
-
-_kept: list[Any] = []
-"""The store, as long as the process lives: without torchrun rank 0 serves it for the others."""
 
 
 def _decide(args: Namespace, check: Check, write: bool = True) -> dict[str, Any]:

@@ -52,10 +52,14 @@ NO_REACH = {
     "check_schedule": "of what stored_common and schedule find",
     "agree_on_schedule": "called by load_optimizers_of_other_schedules",
     "split_config": "called by validate_on_whole_sets",
+    "prefixes": "calls blends",
+    "check_content": "of files, and of Megatron's public get_tokenizer",
+    "check_data_content": "calls check_content and stored_arguments",
     "open_checkpoint": "calls stored_arguments",
     "verified": "reads files",
     "check": "of flags that retention and background saves need",
     "agree": "of torch's public store",
+    "among_ranks": "calls agree",
     "rendezvous_store": "of torch's public rendezvous",
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
@@ -408,7 +412,8 @@ PIECES = "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/sp.model
     ],
 )
 def test_data_that_do_not_fit_the_run(ranks, of_bytes, line, words):
-    flags = f"--hybrid-layer-pattern M- --split 97,2,1 {line}".format(of_bytes)
+    split = "" if "--train-data-path" in line else "--split 97,2,1"
+    flags = f"--hybrid-layer-pattern M- {split} {line}".format(of_bytes)
     code, out, errors = ranks(1).run(cases.program, line=flags, mock=False)[0]
     if "half" in line:  # how long the run is follows from Megatron's checks, which begin with a list of all flags
         out = ""

@@ -399,6 +399,47 @@ CONTRACTS = [
     ),
     _C("documents", "core/datasets/megatron_dataset.py", holds=("self.dataset_path = dataset_path",)),
     _C(
+        "blends",
+        "training/utils/common_utils.py",
+        "get_blend_and_blend_per_split",
+        "args",
+        ("get_blend_from_list(per_split_data_args['train'])", "get_blend_from_list(args.train_data_path)"),
+    ),
+    _C(
+        "_check_ids",
+        "core/tensor_parallel/layers.py",
+        "VocabParallelEmbedding.forward",
+        holds=("masked_input[input_mask] = 0", "output_parallel[input_mask, :] = 0.0"),
+    ),
+    _C(
+        "ContentGPTDataset",
+        "core/datasets/megatron_dataset.py",
+        "MegatronDataset.__init__",
+        holds=(
+            "self.unique_description = json.dumps(self.unique_identifiers, indent=4, default=lambda obj: "
+            "obj.unique_identifiers)",
+            "hashlib.md5(self.unique_description.encode('utf-8'), usedforsecurity=False)",
+        ),
+    ),
+    _C(
+        "ContentGPTDataset",
+        "core/datasets/gpt_dataset.py",
+        "GPTDataset._build_document_sample_shuffle_indices",
+        "self",
+        (
+            "os.path.join(self.dataset.path_prefix, 'cache', f'{type(self).__name__}_indices')",
+            "base = f'{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}'",
+            "get_path_to('description.txt')",
+            "(not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0)",
+        ),
+    ),
+    _C(
+        "ContentGPTDataset",
+        "core/datasets/blended_dataset.py",
+        "BlendedDataset.__init__",
+        holds=("[dataset.unique_identifiers for dataset in self.datasets]",),
+    ),
+    _C(
         "documents",
         "core/datasets/blended_dataset.py",
         "BlendedDataset.__getitem__",

@@ -107,6 +107,18 @@ def test_a_missing_file_and_an_empty_train_part(data):
         blend.train_tokens(str(data / "code"), "1,999")
 
 
+def test_one_data_set_under_two_names_is_refused(data, tmp_path):
+    """Else a limit of two epochs on each would let a run pass over it four times."""
+    for end in (".bin", ".idx"):
+        (tmp_path / f"copied{end}").write_bytes((data / f"web{end}").read_bytes())
+        (tmp_path / f"soft{end}").symlink_to(data / f"web{end}")
+        (tmp_path / f"hard{end}").hardlink_to(data / f"web{end}")
+    for path in (tmp_path / "copied", tmp_path / "soft", tmp_path / "hard", data / ".." / data.name / "web"):
+        file = write(data, f"sources: [{{name: a, path: web, epochs: 2}}, {{name: b, path: {path}, epochs: 2}}]")
+        with pytest.raises(ValueError, match=rf"the sources a \({data}/web\) and b \({path}\) are the same data"):
+            blend.read_blend(file)
+
+
 def test_a_part_without_sequences_is_refused(data):
     code = str(data / "code")  # 90 sequences, of which upstream's default split leaves none to the test
     for split, part in (("969,30,1", "test"), ("99,0.1,0.9", "validation"), ("1,500,500", "training")):
@@ -114,7 +126,11 @@ def test_a_part_without_sequences_is_refused(data):
             blend.check_parts(code, split)
     for split in ("96.9,3,0", "1", "90,9,1", "1,0,90"):
         blend.check_parts(code, split)
-    blend.check_parts(str(data / "none"), "1,1,1")  # upstream's to say
+    with IndexedWriter(data, "hollow", dtype_for(9)) as writer:  # a part without tokens would be counted for ever, too
+        writer.add(np.ones(8, np.uint16), np.array([8, 0]))
+        writer.finish()
+    with pytest.raises(ValueError, match="leaves empty ones alone for validation"):
+        blend.check_parts(str(data / "hollow"), "1,1")
 
 
 def test_a_run_that_repeats_too_much_is_refused_with_the_longest_that_does_not(data):

@@ -70,8 +70,8 @@ def test_what_a_writer_refuses(tmp_path):
             writer.add(np.arange(3, dtype=np.uint16), np.array([4]))
         with pytest.raises(ValueError, match="as uint16"):
             writer.add(np.arange(4), np.array([4]))
-    with pytest.raises(ValueError, match="uint16 or int32"):
-        IndexedWriter(tmp_path, "b", np.dtype(np.int64))
+    with pytest.raises(ValueError, match="float32 of token ids: Megatron reads uint8, int8, int16"):
+        IndexedWriter(tmp_path, "b", np.dtype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_a_writer_refuses(tmp_path):
         (lambda b: b[:20], "does not begin with their mark"),
         (lambda b: b[:-1], "cut short"),
         (lambda b: b + b"x", "1 bytes too many"),
-        (lambda b: b[:17] + b"\x05" + b[18:], "dtype code 5"),
+        (lambda b: b[:17] + b"\x06" + b[18:], "dtype code 6; known are version 1 and the codes of integers, 1 .uint8"),
     ],
 )
 def test_damaged_indexes_are_refused(tmp_path, damage, message):

@@ -323,7 +323,7 @@ def test_tool(tmp_path):
     assert figures["documents"] == 50 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert figures == statistics(prefix)
     done = tool(prefix, "--verify", "--verify-inputs")
-    assert done.returncode == 0 and done.stdout.count(" ok") == 10 and "ok       " in done.stdout
+    assert done.returncode == 0 and done.stdout.count(" ok") == 11 and "ok       " in done.stdout
     flip(bin_path(prefix), 20)
     done = tool(prefix, "--verify")
     assert done.returncode == 1 and "FAILED" in done.stdout and "1 check failed" in done.stderr

@@ -138,7 +138,7 @@ def test_several_keys_make_a_data_set_each(tmp_path):
 def test_ids_outside_the_vocabulary_are_impossible(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ["ok", "ÿ"])
     monkeypatch.setattr("megatron_hybrid.data.tokenizers.ByteTokenizer.vocab_size", 150)
-    with pytest.raises(ValueError, match=r"ids 107 to 195, but its vocabulary has 150"):
+    with pytest.raises(ValueError, match=r"ids from 107 to 195, but the vocabulary has 150"):
         preprocess([path], tmp_path / "out")
     assert list(files(tmp_path)) == ["a.jsonl"]
 
