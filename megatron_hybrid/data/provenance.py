@@ -47,7 +47,7 @@ def check(prefixes: Sequence[str], run: RunTokenizer) -> list[str]:
         for prefix, data in entries.items():
             _check_null(prefix, data, run)
         return []
-    reason = _unknown(run.spec)
+    reason = unknown(run.spec)
     if reason:
         return [f"not compared with the tokenizer that wrote the data: {reason}"]
     tokenizer = _load(run.spec, next(iter(entries)))
@@ -58,8 +58,17 @@ def check(prefixes: Sequence[str], run: RunTokenizer) -> list[str]:
     return []
 
 
-def _unknown(spec: TokenizerSpec) -> str:
-    """Why a run's tokenizer has no fingerprint; empty if it has one."""
+def written_by(prefixes: Sequence[str], kind: str) -> str | None:
+    """Return the first data set whose manifest names a tokenizer of a type; None if there is none."""
+    for prefix in dict.fromkeys(prefixes):
+        entry = (read_manifest(Path(prefix)) or {}).get("tokenizer")
+        if isinstance(entry, dict) and entry.get("type") == kind:
+            return prefix
+    return None
+
+
+def unknown(spec: TokenizerSpec) -> str:
+    """Return why a run's tokenizer has no fingerprint; empty if it has one."""
     if spec.kind not in TOKENIZERS:
         return f"{spec.kind} has no fingerprint"
     if spec.kind == "HuggingFaceTokenizer":

@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
@@ -165,6 +165,8 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
+    if not print_config:
+        compare_tokenizer(args)
     saving.check(args, asked_async="--async-save" in argv)
     return args
 
@@ -207,7 +209,10 @@ def import_megatron_quietly() -> None:
         for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
             warnings.filterwarnings("ignore", message=f".*{package}")
         import megatron.training.training  # noqa: F401
+    from megatron_hybrid.engine.tokenizers import size_by_largest_id
+
     register_symbols()
+    size_by_largest_id()
 
 
 def set_single_process_defaults() -> None:
@@ -286,19 +291,44 @@ def check_provenance(args: Namespace) -> list[str]:
         ValueError: With the data set and both tokenizers.
     """
     from megatron_hybrid.data import provenance
-    from megatron_hybrid.data.tokenizers import TokenizerSpec
 
     if args.mock_data or args.skip_train:
         return []
-    spec = TokenizerSpec(
+    spec = _tokenizer_spec(args)
+    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
+    return provenance.check(_data_prefixes(args), run)
+
+
+def compare_tokenizer(args: Namespace) -> None:
+    """Refuses a Hugging Face tokenizer that Megatron loads otherwise than the data's, whose fingerprint it has.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    from megatron.training import global_vars
+
+    from megatron_hybrid.data import provenance
+    from megatron_hybrid.engine import tokenizers
+
+    spec = _tokenizer_spec(args)
+    if spec.kind != "HuggingFaceTokenizer" or args.mock_data or args.skip_train or provenance.unknown(spec):
+        return
+    prefix = provenance.written_by(_data_prefixes(args), spec.kind)
+    if prefix is not None:
+        tokenizers.compare(prefix, spec, global_vars.get_tokenizer())
+
+
+def _tokenizer_spec(args: Namespace) -> Any:
+    """The run's tokenizer as preprocessing knows it (:class:`megatron_hybrid.data.tokenizers.TokenizerSpec`)."""
+    from megatron_hybrid.data.tokenizers import TokenizerSpec
+
+    return TokenizerSpec(
         args.tokenizer_type,
         Path(args.tokenizer_model) if args.tokenizer_model else None,
         pattern=args.tiktoken_pattern or TokenizerSpec.pattern,
         num_special_tokens=args.tiktoken_num_special_tokens,
         vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
     )
-    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
-    return provenance.check(_data_prefixes(args), run)
 
 
 def _data_prefixes(args: Namespace) -> list[str]:
