@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import saving
+from megatron_hybrid.engine import saving, unpickling
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
 from megatron_hybrid.intra_design import IntraDesign, design
@@ -213,6 +213,7 @@ def import_megatron_quietly() -> None:
 
     register_symbols()
     size_by_largest_id()
+    unpickling.admit_known_classes_only()
 
 
 def set_single_process_defaults() -> None:
@@ -351,10 +352,12 @@ def _data_prefixes(args: Namespace) -> list[str]:
 def stored_arguments(folder: str) -> Namespace | None:
     """The arguments that upstream stores with each checkpoint (training/checkpointing.py:1311); None if it has none.
 
-    Unpickles: what is in the folder has to be verified first (:mod:`megatron_hybrid.engine.resume`).
+    Unpickles admitted classes alone (:mod:`megatron_hybrid.engine.unpickling`); what is in the folder has to be
+    verified first (:mod:`megatron_hybrid.engine.resume`).
     """
     from megatron.core import dist_checkpointing
 
+    unpickling.admit_known_classes_only()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
         return dist_checkpointing.load_common_state_dict(folder).get("args")
@@ -390,6 +393,8 @@ def check_checkpoint(args: Namespace) -> None:
     from megatron.core import dist_checkpointing
 
     folder = args.checkpoint
+    if folder is not None and args.rank == 0:
+        unpickling.check(Path(folder))
     if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return
     stored = stored_arguments(folder)

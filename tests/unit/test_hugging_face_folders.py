@@ -234,4 +234,5 @@ def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(originals, tmp_path, m
     size_by_largest_id()
     assert theirs.vocab_size == ours.vocab_size and compared(spec, theirs) == ""
     theirs.add_special_tokens({"mask_token": "<m>"})
-    assert theirs.vocab_size == 1701 == theirs._tokenizer.token_to_id("<m>") + 1
+    largest = max(theirs._tokenizer.tokenizer.get_vocab().values())
+    assert theirs.vocab_size == largest + 1
