@@ -42,7 +42,7 @@ def add_special_tokens(tokenizer: Tokenizer, file: Path) -> Special:
     config_file = file.with_name("tokenizer_config.json")
     settings = _read(config_file)
     builder = _builder(settings, file)
-    before = tokenizer.get_vocab_size(with_added_tokens=True)
+    before = tokenizer.get_vocab(with_added_tokens=True)
     try:
         padding = {"pad_token": tokenizer.padding["pad_token"]} if tokenizer.padding else {}
         named, extra, decoder = _settings(settings, padding, file)
@@ -53,11 +53,20 @@ def add_special_tokens(tokenizer: Tokenizer, file: Path) -> Special:
             "Write each special token as a text, or as an object as in added_tokens_decoder."
         ) from None
     tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-    added = tokenizer.get_vocab_size(with_added_tokens=True) - before
+    after = tokenizer.get_vocab(with_added_tokens=True)
+    added = {token: place for token, place in after.items() if token not in before}
+    taken = {place: token for token, place in before.items()}
+    for token, place in added.items():
+        if place in taken:
+            raise ValueError(
+                f"{config_file.parent} names the token {token!r}, which {file.name} lacks; transformers gives it the "
+                f"id {place} (it counts tokens, and the ids have gaps), which {taken[place]!r} has. Write it into "
+                f"added_tokens of {file.name} with an id of its own."
+            )
     if added and builder:
         raise ValueError(
-            f"{config_file.parent} names {added} tokens that {file.name} lacks, and the class {builder}: their ids "
-            f"depend on how transformers builds that class. To have them behind the vocabulary, in their order, "
+            f"{config_file.parent} names {len(added)} tokens that {file.name} lacks, and the class {builder}: their "
+            f"ids depend on how transformers builds that class. To have them behind the vocabulary, in their order, "
             f"{REMEDY}."
         )
     text = {

@@ -165,7 +165,9 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
-    if not print_config:
+    if print_config:
+        args.vocab_size = _vocabulary(args)
+    else:
         compare_tokenizer(args)
     saving.check(args, asked_async="--async-save" in argv)
     return args
@@ -185,10 +187,11 @@ def balance(command: Command, device: str) -> Command:
 
     sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
     args = arguments.parse_args(add_hybrid_flags)
+    args.vocab_size = _vocabulary(args)
     if args.vocab_size is None:
         raise ValueError(
             "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
-            "number will do where the tokenizer knows it better."
+            "number will do where the tokenizer is not at hand."
         )
     from megatron_hybrid.model.checks import check_sizes
 
@@ -330,6 +333,20 @@ def _tokenizer_spec(args: Namespace) -> Any:
         num_special_tokens=args.tiktoken_num_special_tokens,
         vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
     )
+
+
+def _vocabulary(args: Namespace) -> int | None:
+    """Size of the vocabulary before the run has its tokenizer: that of the tokenizer's files, else --vocab-size.
+
+    A SentencePiece or Hugging Face tokenizer has a size of its own, whatever --vocab-size says.
+    """
+    from megatron_hybrid.data.provenance import unknown
+    from megatron_hybrid.data.tokenizers import load_tokenizer
+
+    spec = _tokenizer_spec(args)
+    if spec.model is None or not spec.model.exists() or spec.kind == "TikTokenizer" or unknown(spec):
+        return args.vocab_size
+    return load_tokenizer(spec).vocab_size
 
 
 def _data_prefixes(args: Namespace) -> list[str]:

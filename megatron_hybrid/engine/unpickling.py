@@ -1,4 +1,4 @@
-"""Everything that a run or a tool unpickles, and the classes that are admitted there; nothing else is imported or called.
+"""Everything that a run or a tool unpickles, and the classes that are admitted there: nothing else is made or called.
 
 A checkpoint of the format torch_dist holds pickles in three places, a run's index cache in a fourth:
 
@@ -11,6 +11,7 @@ A checkpoint of the format torch_dist holds pickles in three places, a run's ind
 A pickle that names anything else ends in :class:`Refused`, before it is made.
 """
 
+import contextlib
 import io
 import pickle
 import re
@@ -113,10 +114,10 @@ def admit_known_classes_only() -> None:
             return load_object(stream, path)
 
     read_metadata.admits = True  # type: ignore[attr-defined]
-    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
-    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
+    FileSystemReader.read_metadata = read_metadata
+    DefaultLoadPlanner.load_bytes = load_bytes
     serialization.load_common = load_common
-    SafeUnpickler.find_class = _find_class_of_states  # type: ignore[method-assign]
+    SafeUnpickler.find_class = _find_class_of_states
     for module in (blended_dataset, gpt_dataset, masked_dataset):
         module.safe_numpy_load = load_index
 
@@ -166,8 +167,8 @@ def load_index(path: Any, **kwargs: Any) -> Any:
         if not re.search("pickle|Python objects", str(error)):
             raise
         raise Refused(
-            f"{path} is no array of numbers but a pickle, which can hold a program: it is not read. Delete the folder of "
-            "this index cache; it is made again."
+            f"{path} is no array of numbers but a pickle, which can hold a program: it is not read. Delete the folder "
+            "of this index cache; it is made again."
         ) from None
 
 
@@ -199,16 +200,14 @@ def _load(unpickler: pickle.Unpickler, where: Any) -> Any:
 
 
 def _check_state(thing: Any, where: str) -> None:
-    """Reads the state of Transformer Engine that an entry may hold as bytes in a tensor [n], uint8, or a list of them."""
+    """Reads the state of Transformer Engine that an entry may hold: bytes in a tensor [n], uint8, or a list of them."""
     from megatron.core.safe_globals import SafeUnpickler
 
     parts = thing if isinstance(thing, list | tuple) else [thing]
     for part in parts if "_extra_state" in where else ():
         if torch.is_tensor(part) and part.dtype == torch.uint8 and part.numel():
-            try:
+            with contextlib.suppress(ImportError):  # of a recipe, without Transformer Engine: nothing will read it
                 _load(SafeUnpickler(io.BytesIO(part.numpy().tobytes())), where)
-            except ImportError:
-                pass  # a recipe of Transformer Engine, which is not installed: nothing will read it
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -230,6 +229,6 @@ def _refused(where: Any, error: pickle.UnpicklingError) -> Refused:
     name = re.search(r"(?:GLOBAL|class|function) `?([\w.]*\.\w+)", str(error)) or re.match(r"([\w.]+)$", str(error))
     what = f"names {name[1]}" if name else f"has what no checkpoint has ({str(error).strip().splitlines()[0]})"
     return Refused(
-        f"{where} is refused: it {what}. No checkpoint of Megatron's holds that, and unpickling it could run a program. "
-        "Nothing of it was run. Load checkpoints from folders that only you and those whom you trust can write."
+        f"{where} is refused: it {what}. No checkpoint of Megatron's holds that, and unpickling it could run a "
+        "program. Nothing of it was run. Load checkpoints from folders that only you and those whom you trust can write."
     )

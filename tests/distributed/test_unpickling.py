@@ -1,4 +1,4 @@
-"""Pickles that were put into a whole, sealed checkpoint or an index cache: nothing of them runs, and the error names them."""
+"""Pickles put into a whole, sealed checkpoint or an index cache: nothing of them runs, and the error names them."""
 
 import contextlib
 import io

@@ -219,6 +219,17 @@ def test_flags_that_add_tokens_are_refused(originals, tmp_path):
     assert "its id of the token '<new>' is 700, and there none" in compared(spec, theirs)
 
 
+def test_an_added_token_that_would_take_the_id_of_another_is_refused(originals, tmp_path):
+    config = json.loads(originals["GPT-2"].to_str())
+    config["model"]["vocab"] = {w: i if i < 600 else i + 5 for w, i in config["model"]["vocab"].items()}
+    gaps = Tokenizer.from_str(json.dumps(config))
+    spec = folder(tmp_path, gaps, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"})
+    vocabulary = megatrons(spec)._tokenizer.tokenizer.get_vocab()
+    assert len(set(vocabulary.values())) < len(vocabulary), "in transformers two tokens share an id"
+    with pytest.raises(ValueError, match="the token '<e>', which tokenizer.json lacks; .* an id of its own"):
+        load_tokenizer(spec)
+
+
 def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(originals, tmp_path, monkeypatch):
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer as Theirs
 
