@@ -99,7 +99,8 @@ def admit_known_classes_only() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         stored = (self.metadata.storage_data or {}).get(read_item.storage_index)
-        thing = load_object(value, f"{getattr(stored, 'relative_path', 'a file')}, entry {read_item.dest_index.fqn}")
+        where = f"{getattr(stored, 'relative_path', 'a file')}, entry {read_item.dest_index.fqn}"
+        thing = load_object(value, where, device=None)
         given = self.original_state_dict if self.flatten_state_dict else self.state_dict
         if self.flatten_state_dict:
             from torch.distributed.checkpoint._nested_dict import set_element
@@ -140,20 +141,22 @@ def check(folder: Path) -> None:
             _check_state(load_object(io.BytesIO(entry), where), where)
 
 
-def load_object(stream: Any, where: Any, device: str = "cpu") -> Any:
+def load_object(stream: Any, where: Any, device: str | None = "cpu") -> Any:
     """What ``torch.save`` wrote, from a stream that can be sought in, of admitted classes alone.
 
     Args:
         stream: Of bytes.
         where: Its name in an error.
-        device: Where tensors go.
+        device: Where tensors go; None for the one that they were on.
 
     Raises:
         Refused: With the file and the class.
     """
     try:
         return torch.load(stream, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # of a device, say
         raise _refused(where, error) from None
 
 
@@ -195,7 +198,9 @@ def _find_class_of_states(self: Any, module: str, name: str) -> Any:
 def _load(unpickler: pickle.Unpickler, where: Any) -> Any:
     try:
         return unpickler.load()
-    except pickle.UnpicklingError as error:
+    except ImportError:
+        raise
+    except Exception as error:  # what a broken pickle raises is not said
         raise _refused(where, error) from None
 
 
@@ -224,11 +229,15 @@ def _entries(folder: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}, entry {index.fqn}", stream.read(place.length)
 
 
-def _refused(where: Any, error: pickle.UnpicklingError) -> Refused:
+def _refused(where: Any, error: Exception) -> Refused:
     """What the user reads; torch says the name in the middle of a page."""
     name = re.search(r"(?:GLOBAL|class|function) `?([\w.]*\.\w+)", str(error)) or re.match(r"([\w.]+)$", str(error))
-    what = f"names {name[1]}" if name else f"has what no checkpoint has ({str(error).strip().splitlines()[0]})"
+    if name is None:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        return Refused(
+            f"{where} cannot be read ({reason}): it is corrupt, or no part of a checkpoint. Load another one."
+        )
     return Refused(
-        f"{where} is refused: it {what}. No checkpoint of Megatron's holds that, and unpickling it could run a "
-        "program. Nothing of it was run. Load checkpoints from folders that only you and those whom you trust can write."
+        f"{where} is refused: it names {name[1]}. No checkpoint of Megatron's holds that, and unpickling it could run a "
+        "program. Nothing of it was run. Load checkpoints from folders that only people whom you trust can write."
     )
