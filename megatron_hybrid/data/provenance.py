@@ -58,13 +58,10 @@ def check(prefixes: Sequence[str], run: RunTokenizer) -> list[str]:
     return []
 
 
-def written_by(prefixes: Sequence[str], kind: str) -> str | None:
-    """Return the first data set whose manifest names a tokenizer of a type; None if there is none."""
-    for prefix in dict.fromkeys(prefixes):
-        entry = (read_manifest(Path(prefix)) or {}).get("tokenizer")
-        if isinstance(entry, dict) and entry.get("type") == kind:
-            return prefix
-    return None
+def first_known(prefixes: Sequence[str]) -> str | None:
+    """Return the first data set whose manifest names a tokenizer; None if there is none."""
+    known = (p for p in dict.fromkeys(prefixes) if (read_manifest(Path(p)) or {}).get("tokenizer"))
+    return next(known, None)
 
 
 def unknown(spec: TokenizerSpec) -> str:

@@ -304,7 +304,7 @@ def check_provenance(args: Namespace) -> list[str]:
 
 
 def compare_tokenizer(args: Namespace) -> None:
-    """Refuses a Hugging Face tokenizer that Megatron loads otherwise than the data's, whose fingerprint it has.
+    """Refuses a tokenizer that Megatron loads otherwise than the data's, whose fingerprint it has.
 
     Raises:
         ValueError: With what differs.
@@ -315,9 +315,9 @@ def compare_tokenizer(args: Namespace) -> None:
     from megatron_hybrid.engine import tokenizers
 
     spec = _tokenizer_spec(args)
-    if spec.kind != "HuggingFaceTokenizer" or args.mock_data or args.skip_train or provenance.unknown(spec):
+    if args.mock_data or args.skip_train or provenance.unknown(spec):
         return
-    prefix = provenance.written_by(_data_prefixes(args), spec.kind)
+    prefix = provenance.first_known(_data_prefixes(args))
     if prefix is not None:
         tokenizers.compare(prefix, spec, global_vars.get_tokenizer())
 

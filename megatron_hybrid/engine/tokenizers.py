@@ -1,10 +1,10 @@
-"""Megatron's own Hugging Face tokenizer beside the one that wrote the data: the same tokens, the same ids."""
+"""Megatron's own tokenizer beside the one that wrote the data: the same tokens, the same ids."""
 
 from typing import Any
 
 from megatron_hybrid.data.gigatokens import hard_texts
 from megatron_hybrid.data.special_tokens import REMEDY
-from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, TokenizerSpec, split
+from megatron_hybrid.data.tokenizers import HuggingFaceTokenizer, Tokenizer, TokenizerSpec, load_tokenizer, split
 
 _SAMPLE = 3000
 """Tokens of the vocabulary of which texts are made for the comparison."""
@@ -34,10 +34,11 @@ def size_by_largest_id() -> None:
 
 
 def compare(prefix: str, spec: TokenizerSpec, theirs: Any) -> None:
-    """Refuses a run whose Hugging Face tokenizer gives other ids than the one that wrote its data.
+    """Refuses a run whose tokenizer gives other ids than the one that wrote its data.
 
-    transformers builds some classes anew from the vocabulary (tokenizer_class of tokenizer_config.json; GPT2Tokenizer
-    takes GPT-2's splitting rule, whatever tokenizer.json says) and adds tokens of its own to it.
+    Flags add tokens to Megatron's; transformers builds some classes anew from the vocabulary (tokenizer_class of
+    tokenizer_config.json; GPT2Tokenizer takes GPT-2's splitting rule, whatever tokenizer.json says) and adds tokens of
+    its own to it.
 
     Args:
         prefix: A data set that a tokenizer with the same fingerprint as that of ``spec`` wrote.
@@ -47,10 +48,18 @@ def compare(prefix: str, spec: TokenizerSpec, theirs: Any) -> None:
     Raises:
         ValueError: With the first difference, and how to have the ids of the data.
     """
-    ours, library = HuggingFaceTokenizer(spec), theirs._tokenizer
-    kind = type(library.tokenizer).__name__
+    ours = load_tokenizer(spec)
+    if not isinstance(ours, HuggingFaceTokenizer):
+        sizes = f"it has {theirs.vocab_size:,} tokens, and there {ours.vocab_size:,}"
+        if differs := _marks(ours, theirs) or (sizes if theirs.vocab_size != ours.vocab_size else ""):
+            raise ValueError(
+                f"Megatron's tokenizer of {spec.model} is not the one that wrote {prefix}: {differs}. Drop flags that "
+                "add tokens (--special-tokens), or preprocess with a tokenizer that has them."
+            )
+        return
     differs = _difference(ours, theirs)
     if differs:
+        kind = type(theirs._tokenizer.tokenizer).__name__
         cause = f"transformers builds its class, {kind}, anew" if ours.builder else f"transformers loads it as {kind}"
         raise ValueError(
             f"Megatron's tokenizer of {spec.model} is not the one that wrote {prefix}: {differs}. The data have the "
@@ -67,14 +76,21 @@ def _difference(ours: HuggingFaceTokenizer, theirs: Any) -> str:
         token, place = min(vocabulary.items() ^ ours.vocabulary.items(), key=lambda pair: (-pair[1], pair[0]))
         here, there = (found.get(token, "none") for found in (vocabulary, ours.vocabulary))
         return f"its id of the token {token!r} is {here}, and there {there}"
-    for name, here, there in (("BOS", theirs.bos, ours.bos_id), ("EOS", theirs.eod, ours.eod_id)):
-        if here != there:
-            return f"its {name} token is {here}, and there {there}"
+    if differs := _marks(ours, theirs):
+        return differs
     texts = hard_texts(ours.added_tokens()) + _texts_of_tokens(ours)
     for text, ids in zip(texts, split(ours.encode(texts)), strict=True):
         here = library.tokens_to_ids(library.text_to_tokens(text))
         if here != ids.tolist() and _plain(library, text) != ids.tolist():
             return f"the text {text[:60]!r} has {len(here)} tokens, and there {len(ids)}, or others"
+    return ""
+
+
+def _marks(ours: Tokenizer, theirs: Any) -> str:
+    """What differs in the tokens that start and end documents, for the user; SentencePiece says -1 for none."""
+    for name, here, there in (("BOS", theirs.bos, ours.bos_id), ("EOS", theirs.eod, ours.eod_id)):
+        if here != there and not (here == -1 and there is None):
+            return f"its {name} token is {here}, and there {there}"
     return ""
 
 

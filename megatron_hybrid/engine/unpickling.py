@@ -238,6 +238,6 @@ def _refused(where: Any, error: Exception) -> Refused:
             f"{where} cannot be read ({reason}): it is corrupt, or no part of a checkpoint. Load another one."
         )
     return Refused(
-        f"{where} is refused: it names {name[1]}. No checkpoint of Megatron's holds that, and unpickling it could run a "
-        "program. Nothing of it was run. Load checkpoints from folders that only people whom you trust can write."
+        f"{where} is refused: it names {name[1]}. No checkpoint of Megatron's holds that, and unpickling it could run "
+        "a program. Nothing of it was run. Load checkpoints from folders that only people whom you trust can write."
     )
