@@ -51,7 +51,7 @@ def compare(prefix: str, spec: TokenizerSpec, theirs: Any) -> None:
     ours = load_tokenizer(spec)
     if not isinstance(ours, HuggingFaceTokenizer):
         sizes = f"it has {theirs.vocab_size:,} tokens, and there {ours.vocab_size:,}"
-        if differs := _marks(ours, theirs) or (sizes if theirs.vocab_size != ours.vocab_size else ""):
+        if differs := sizes if theirs.vocab_size != ours.vocab_size else _marks(ours, theirs):
             raise ValueError(
                 f"Megatron's tokenizer of {spec.model} is not the one that wrote {prefix}: {differs}. Drop flags that "
                 "add tokens (--special-tokens), or preprocess with a tokenizer that has them."
@@ -88,7 +88,8 @@ def _difference(ours: HuggingFaceTokenizer, theirs: Any) -> str:
 
 def _marks(ours: Tokenizer, theirs: Any) -> str:
     """What differs in the tokens that start and end documents, for the user; SentencePiece says -1 for none."""
-    for name, here, there in (("BOS", theirs.bos, ours.bos_id), ("EOS", theirs.eod, ours.eod_id)):
+    for name, place, there in (("BOS", "bos", ours.bos_id), ("EOS", "eod", ours.eod_id)):
+        here = getattr(theirs, place, there)  # --tokenizer-sentencepiece-legacy has none
         if here != there and not (here == -1 and there is None):
             return f"its {name} token is {here}, and there {there}"
     return ""
