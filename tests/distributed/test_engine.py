@@ -18,8 +18,7 @@ import pytest
 from tests.distributed import engine_cases as cases
 from tests.distributed.training import folder, initial_checkpoint
 from tests.distributed.upstream_contracts import CONTRACTS, UPSTREAM, VERSION, Contract, node
-from tests.unit.corpora import train_bpe
-from tests.unit.corpora import preprocess, write
+from tests.unit.corpora import preprocess, train_bpe, write
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "megatron_hybrid" / "engine"
