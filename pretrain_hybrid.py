@@ -63,8 +63,14 @@ def main(argv: list[str]) -> None:
             print(report.describe(args, command, counted, drawn))
         else:
             print(report.announce(args, command, notes, drawn), flush=True)
-    if not command.print_config:
+    if command.print_config:
+        return
+    from megatron_hybrid.engine.unpickling import Refused
+
+    try:
         train(args, config, counted, peak)
+    except Refused as error:  # an index cache, or a checkpoint that changed meanwhile
+        refuse(error, 2)
 
 
 def refuse(error: Exception, code: int) -> NoReturn:

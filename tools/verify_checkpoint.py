@@ -7,8 +7,9 @@
 
 Exit code 0: all that were checked are whole. 1: something is wrong. 2: a mistake in the command.
 
-Hashes find what is torn or corrupt. They do not say who wrote it: loading a checkpoint unpickles it, and can run
-whatever was put there. Load, and seal, checkpoints from trusted folders only. This tool itself unpickles nothing.
+Hashes find what is torn or corrupt. They do not say who wrote it: weights may be anyone's, and pickles may name what
+no checkpoint has, which a run refuses. Load, and seal, checkpoints from trusted folders only. This tool itself
+unpickles nothing.
 """
 
 import argparse

@@ -174,13 +174,24 @@ def make_encoders(encoding: Encoding, workers: int, sample: list[str]) -> tuple[
             raise ValueError("--tokenizer-engine gigatoken: it is for Hugging Face byte-level BPE only; use auto.")
         return _encoders(encoding, tokenizer, workers), encoding.tokenizer.kind
     fast, reason = _gigatoken(encoding, tokenizer, sample)
+    note = _builder_note(tokenizer)
     if fast is None:
-        return _encoders(encoding, tokenizer, workers), f"Hugging Face tokenizers{reason}"
+        return _encoders(encoding, tokenizer, workers), f"Hugging Face tokenizers{reason}{note}"
     all_fast = [fast, *(GigatokenTokenizer(tokenizer, encoding.memory_limit) for _ in range(workers - 1))]
     references = [load_tokenizer(encoding.tokenizer) if encoding.verify_tokens else None for _ in range(workers)]
     encoders = [Encoder(encoding, one, reference) for one, reference in zip(all_fast, references, strict=True)]
     checked = "every document" if encoding.verify_tokens else f"{len(sample):,} documents and hard cases"
-    return encoders, f"gigatoken {version()}, ids compared with Hugging Face tokenizers on {checked}"
+    return encoders, f"gigatoken {version()}, ids compared with Hugging Face tokenizers on {checked}{note}"
+
+
+def _builder_note(tokenizer: HuggingFaceTokenizer) -> str:
+    """What a user should know of a tokenizer whose class transformers may build anew; empty for others."""
+    if not tokenizer.builder:
+        return ""
+    return (
+        f"\nthe ids are those of tokenizer.json; transformers may build the class that its folder names, "
+        f"{tokenizer.builder}, with others: training compares both and refuses what differs"
+    )
 
 
 def _encoders(encoding: Encoding, tokenizer: Tokenizer, workers: int) -> list[Encoder]:

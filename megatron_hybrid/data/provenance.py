@@ -47,7 +47,7 @@ def check(prefixes: Sequence[str], run: RunTokenizer) -> list[str]:
         for prefix, data in entries.items():
             _check_null(prefix, data, run)
         return []
-    reason = _unknown(run.spec)
+    reason = unknown(run.spec)
     if reason:
         return [f"not compared with the tokenizer that wrote the data: {reason}"]
     tokenizer = _load(run.spec, next(iter(entries)))
@@ -58,8 +58,14 @@ def check(prefixes: Sequence[str], run: RunTokenizer) -> list[str]:
     return []
 
 
-def _unknown(spec: TokenizerSpec) -> str:
-    """Why a run's tokenizer has no fingerprint; empty if it has one."""
+def first_known(prefixes: Sequence[str]) -> str | None:
+    """Return the first data set whose manifest names a tokenizer; None if there is none."""
+    known = (p for p in dict.fromkeys(prefixes) if (read_manifest(Path(p)) or {}).get("tokenizer"))
+    return next(known, None)
+
+
+def unknown(spec: TokenizerSpec) -> str:
+    """Return why a run's tokenizer has no fingerprint; empty if it has one."""
     if spec.kind not in TOKENIZERS:
         return f"{spec.kind} has no fingerprint"
     if spec.kind == "HuggingFaceTokenizer":

@@ -141,9 +141,13 @@ class HuggingFaceTokenizer:
     """A ``tokenizer.json`` of the Hugging Face tokenizers library, or a folder that holds one.
 
     The ids are those of Megatron's HuggingFaceTokenizer with --tokenizer-hf-no-include-special-tokens: the tokens that
-    a post-processor would add are left to --prepend-bos and --append-eod. Those two tokens are named by the folder's
-    tokenizer_config.json, as for upstream (``eod`` is ``eos_token``,
-    core/tokenizers/text/libraries/huggingface_tokenizer.py).
+    a post-processor would add are left to --prepend-bos and --append-eod. Those two tokens, and tokens that
+    ``tokenizer.json`` lacks, are what the files beside it say, as for upstream (:mod:`.special_tokens`).
+
+    Attributes:
+        builder: The class that transformers may build anew; training compares its ids with these. Often empty.
+        content: A ``tokenizer.json`` with all added tokens.
+        vocabulary: All tokens and their ids.
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
@@ -153,24 +157,38 @@ class HuggingFaceTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours, one tokenizer each
         import tokenizers
 
-        self.file = _tokenizer_json(_existing(spec.model))
-        self.content = self.file.read_bytes()
+        from megatron_hybrid.data.special_tokens import add_special_tokens
+
+        self.file = file = _tokenizer_json(_existing(spec.model))
+        self.content = file.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{self.file} is not a Hugging Face tokenizer: {error}.") from None
+            raise ValueError(f"{file} is not a Hugging Face tokenizer: {error}.") from None
+        config, saved = json.loads(self.content), self._added()
+        special = add_special_tokens(self._tokenizer, file)
+        if self._added() != saved:
+            config["added_tokens"] = self._added()
+            self.content = json.dumps(config).encode()
         self._tokenizer.no_truncation()  # settings for inference, which a file may carry
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        named = _named_tokens(self.file.parent / "tokenizer_config.json")
-        self.bos_id = _token_id(vocabulary, spec.bos_token, "--bos-token", named.get("bos_token"))
-        self.eod_id = _token_id(vocabulary, spec.eod_token, "--eod-token", named.get("eos_token"))
-        self.fingerprint = _sha256(_decisive(json.loads(self.content)))
+        self.builder = special.builder
+        self.vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # ids may have gaps, and two tokens one id
+        self.vocab_size = max(len(self.vocabulary), max(self.vocabulary.values()) + 1)
+        self.bos_id = _token_id(self.vocabulary, spec.bos_token, "--bos-token", special.bos)
+        self.eod_id = _token_id(self.vocabulary, spec.eod_token, "--eod-token", special.eos)
+        self.fingerprint = _sha256(_decisive(config, self._tokenizer.encode_special_tokens))
 
     def added_tokens(self) -> list[str]:
         """Return the tokens that were added to the vocabulary, such as special ones, in the order of their ids."""
-        return [token.content for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items())]
+        return [token["content"] for token in self._added()]
+
+    def _added(self) -> list[dict[str, Any]]:
+        """The added tokens as tokenizer.json has them."""
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        found = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        return [{"id": place, **{flag: getattr(token, flag) for flag in flags}} for place, token in found]
 
     def encode(self, texts: list[str]) -> Ids:
         """Return the ids of the texts."""
@@ -290,22 +308,11 @@ def _tokenizer_json(model: Path) -> Path:
     file = model / "tokenizer.json" if model.is_dir() else model
     if not file.is_file():
         raise ValueError(
-            f"{model} holds no tokenizer.json; save one with transformers' AutoTokenizer(...).save_pretrained(FOLDER)."
+            f"{model} holds no tokenizer.json: copy tokenizer.json, tokenizer_config.json and, if there are any, "
+            "special_tokens_map.json and added_tokens.json from where the tokenizer was published, as they are; "
+            "transformers' save_pretrained may write others."
         )
     return file
-
-
-def _named_tokens(config: Path) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names."""
-    if not config.is_file():
-        return {}
-    try:
-        found = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not valid JSON ({error}).") from None
-    values = {name: found.get(name) for name in ("bos_token", "eos_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if text}
 
 
 def _token_id(vocabulary: dict[str, int], asked: str | None, flag: str, named: str | None) -> int | None:
@@ -315,13 +322,14 @@ def _token_id(vocabulary: dict[str, int], asked: str | None, flag: str, named: s
     return None if name is None else vocabulary.get(name)
 
 
-def _decisive(config: dict[str, Any]) -> bytes:
+def _decisive(config: dict[str, Any], splits_special_tokens: bool) -> bytes:
     """What decides the ids in a tokenizer.json, however the file is written."""
     parts = {name: config.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     model = dict(parts["model"] or {})
     if "merges" in model:  # written as "a b" or as ["a", "b"]
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return json.dumps({**parts, "model": model}, sort_keys=True, separators=(",", ":")).encode()
+    parts |= {"model": model} | ({"split_special_tokens": True} if splits_special_tokens else {})
+    return json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _id_or_none(piece: int) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import checkpoint_settings, datasets, saving, validation
+from megatron_hybrid.engine import checkpoint_settings, datasets, saving, unpickling, validation
 from megatron_hybrid.engine.resume import takes_weights_alone
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
@@ -164,6 +164,10 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.device, args.notes = backend, device, notes
     args.data_contents = {}
+    if print_config:
+        args.vocab_size = _vocabulary(args)
+    else:
+        compare_tokenizer(args)
     saving.check(args, asked_async="--async-save" in argv)
     if not print_config and not args.skip_train:
         checkpoint_settings.schedule(args)
@@ -184,10 +188,11 @@ def balance(command: Command, device: str) -> Command:
 
     sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
     args = arguments.parse_args(add_hybrid_flags)
+    args.vocab_size = _vocabulary(args)
     if args.vocab_size is None:
         raise ValueError(
             "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
-            "number will do where the tokenizer knows it better."
+            "number will do where the tokenizer is not at hand."
         )
     from megatron_hybrid.model.checks import check_sizes
 
@@ -208,7 +213,11 @@ def import_megatron_quietly() -> None:
         for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
             warnings.filterwarnings("ignore", message=f".*{package}")
         import megatron.training.training  # noqa: F401
+    from megatron_hybrid.engine.tokenizers import size_by_largest_id
+
     register_symbols()
+    size_by_largest_id()
+    unpickling.admit_known_classes_only()
 
 
 def set_single_process_defaults() -> None:
@@ -284,19 +293,58 @@ def check_provenance(args: Namespace) -> list[str]:
         ValueError: With the data set and both tokenizers.
     """
     from megatron_hybrid.data import provenance
-    from megatron_hybrid.data.tokenizers import TokenizerSpec
 
     if args.mock_data:
         return []
-    spec = TokenizerSpec(
+    spec = _tokenizer_spec(args)
+    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
+    return provenance.check(datasets.prefixes(args), run)
+
+
+def compare_tokenizer(args: Namespace) -> None:
+    """Refuses a tokenizer that Megatron loads otherwise than the data's, whose fingerprint it has.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    from megatron.training import global_vars
+
+    from megatron_hybrid.data import provenance
+    from megatron_hybrid.engine import tokenizers
+
+    spec = _tokenizer_spec(args)
+    if args.mock_data or provenance.unknown(spec):
+        return
+    prefix = provenance.first_known(datasets.prefixes(args))
+    if prefix is not None:
+        tokenizers.compare(prefix, spec, global_vars.get_tokenizer())
+
+
+def _tokenizer_spec(args: Namespace) -> Any:
+    """The run's tokenizer as preprocessing knows it (:class:`megatron_hybrid.data.tokenizers.TokenizerSpec`)."""
+    from megatron_hybrid.data.tokenizers import TokenizerSpec
+
+    return TokenizerSpec(
         args.tokenizer_type,
         Path(args.tokenizer_model) if args.tokenizer_model else None,
         pattern=args.tiktoken_pattern or TokenizerSpec.pattern,
         num_special_tokens=args.tiktoken_num_special_tokens,
         vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
     )
-    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
-    return provenance.check(datasets.prefixes(args), run)
+
+
+def _vocabulary(args: Namespace) -> int | None:
+    """Size of the vocabulary before the run has its tokenizer: that of the tokenizer's files, else --vocab-size.
+
+    A SentencePiece or Hugging Face tokenizer has a size of its own, whatever --vocab-size says.
+    """
+    from megatron_hybrid.data.provenance import unknown
+    from megatron_hybrid.data.tokenizers import load_tokenizer
+
+    spec = _tokenizer_spec(args)
+    if spec.model is None or not spec.model.exists() or spec.kind == "TikTokenizer" or unknown(spec):
+        return args.vocab_size
+    return load_tokenizer(spec).vocab_size
 
 
 def check_data_content(args: Namespace) -> list[str]:
@@ -323,10 +371,12 @@ def check_data_content(args: Namespace) -> list[str]:
 def stored_common(folder: str) -> dict[str, Any]:
     """What a checkpoint has beside tensors: ``args`` (training/checkpointing.py:1311), ``opt_param_scheduler`` ...
 
-    Unpickles: what is in the folder has to be verified first (:mod:`megatron_hybrid.engine.resume`).
+    Unpickles admitted classes alone (:mod:`megatron_hybrid.engine.unpickling`); what is in the folder has to be
+    verified first (:mod:`megatron_hybrid.engine.resume`).
     """
     from megatron.core import dist_checkpointing
 
+    unpickling.admit_known_classes_only()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
         return dist_checkpointing.load_common_state_dict(folder)
@@ -368,6 +418,8 @@ def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
     from megatron.core import dist_checkpointing
 
     folder = args.checkpoint
+    if folder is not None and args.rank == 0:
+        unpickling.check(Path(folder))
     if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return
     common = stored_common(folder)

@@ -28,10 +28,13 @@ def open_checkpoint(folder: str, unverified: bool = False) -> tuple[str, Namespa
     """
     from megatron.core import dist_checkpointing
 
+    from megatron_hybrid.engine import unpickling
     from megatron_hybrid.engine.arguments import stored_arguments
     from megatron_hybrid.engine.resume import verified
 
     where = str(verified(folder, unverified))
+    unpickling.admit_known_classes_only()
+    unpickling.check(Path(where))
     args = stored_arguments(where) if dist_checkpointing.check_is_distributed_checkpoint(where) else None
     if args is None:
         raise ValueError(f"{where} has no arguments of a run: give a checkpoint of the format torch_dist.")

@@ -91,8 +91,8 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
-            "The plan needs --vocab-size: embedding and output head depend on it. A rounded number will do where a "
-            "tokenizer will know it better."
+            "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "
+            "A rounded number will do."
         )
     if args.moe_expert_capacity_factor is not None:
         raise ValueError(

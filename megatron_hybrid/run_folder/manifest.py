@@ -1,7 +1,7 @@
 """integrity.json, the manifest of a checkpoint: SHA-256 of its files, in upstream's format, hashed on threads.
 
-A hash finds what is torn or corrupt. It does not say who wrote it: a checkpoint is unpickled when it is loaded, so
-load checkpoints from trusted folders only.
+A hash finds what is torn or corrupt. It does not say who wrote it: load checkpoints from trusted folders only. What
+may be unpickled of them stands in engine/unpickling.py.
 """
 
 import errno

@@ -18,7 +18,7 @@ import pytest
 from tests.distributed import engine_cases as cases
 from tests.distributed.training import folder, initial_checkpoint
 from tests.distributed.upstream_contracts import CONTRACTS, UPSTREAM, VERSION, Contract, node
-from tests.unit.corpora import preprocess, write
+from tests.unit.corpora import preprocess, train_bpe, write
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "megatron_hybrid" / "engine"
@@ -55,6 +55,9 @@ NO_REACH = {
     "prefixes": "calls blends",
     "check_content": "of files, and of Megatron's public get_tokenizer",
     "check_data_content": "calls check_content and stored_arguments",
+    "compare_tokenizer": "calls compare",
+    "load_object": "of torch's public load",
+    "load_index": "of numpy's public load",
     "open_checkpoint": "calls stored_arguments",
     "verified": "reads files",
     "check": "of flags that retention and background saves need",
@@ -489,7 +492,7 @@ def test_a_checkpoint_of_other_layers_is_refused_and_other_stages_are_not(ranks,
     assert ranks(1).run(cases.check_checkpoint, load=empty, pattern="M-")[0] == ""
 
 
-def test_print_config_describes_the_run(ranks):
+def test_print_config_describes_the_run(ranks, tmp_path):
     code, out, errors = ranks(1).run(cases.program, line="--recipe demo --print-config --lr 0.5", sizes=False)[0]
     assert (code, errors) == (0, "")
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.split("\n\n")[0].splitlines())
@@ -502,6 +505,12 @@ def test_print_config_describes_the_run(ranks):
     assert "524,288 in embeddings" in known
     first, second = (int(re.search(r"parameters +([\d,]+)", text)[1].replace(",", "")) for text in (out, known))
     assert second - first == 4096 * 128
+    # a tokenizer that is at hand knows better
+    bpe = train_bpe(["some words"] * 9, 268, tmp_path / "bpe", bos_token="<b>", pad_token="<p>")
+    line = (
+        f"--recipe demo --print-config --vocab-size 4096 --tokenizer-type HuggingFaceTokenizer --tokenizer-model {bpe}"
+    )
+    assert f"{384 * 128:,} in embeddings" in ranks(1).run(cases.program, line=line, sizes=False)[0][1]
 
 
 def test_help_shows_our_flags_with_their_docstrings(ranks):

@@ -14,7 +14,8 @@ from tests.distributed.training import SIZES, Run
 PATTERN = "M-*-"
 FLAGS = f"""{SIZES} --hybrid-layer-pattern {PATTERN} --micro-batch-size 1 --global-batch-size 4 --num-workers 0
 --tokenizer-type NullTokenizer --seed 7 --save-interval 100 --eval-iters 1 --eval-interval 100 --log-interval 1
---use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --split 80,20,0 --lr 1e-2 --min-lr 1e-3 --lr-decay-style WSD --lr-wsd-decay-iters 2
+--use-distributed-optimizer --split 80,20,0 --dist-ckpt-optim-fully-reshardable
+--lr 1e-2 --min-lr 1e-3 --lr-decay-style WSD --lr-wsd-decay-iters 2
 --lr-warmup-iters 1 --train-iters 4"""
 
 

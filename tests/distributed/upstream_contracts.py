@@ -24,6 +24,7 @@ OPTIMIZER = "core/optimizer/optimizer.py"
 RERUN = "core/rerun_state_machine.py"
 TRAINING = "training/training.py"
 ELASTIC = "../torch/distributed/elastic"
+DCP = "../torch/distributed/checkpoint"
 AGENT = f"{ELASTIC}/agent/server/api.py"
 LOCAL_AGENT = f"{ELASTIC}/agent/server/local_elastic_agent.py"
 ASYNC = "core/dist_checkpointing/strategies/async_utils.py"
@@ -791,6 +792,70 @@ CONTRACTS = [
         "_set_padded_vocab_size",
         "args tokenizer",
         ("args.padded_vocab_size = vocab_size_with_padding(tokenizer.vocab_size, args)",),
+    ),
+    _C(
+        "size_by_largest_id",
+        "core/tokenizers/text/libraries/huggingface_tokenizer.py",
+        "HuggingFaceTokenizer.vocab_size",
+        "self",
+        ("return len(self.tokenizer)",),
+    ),
+    _C(
+        "compare",
+        "core/tokenizers/text/libraries/huggingface_tokenizer.py",
+        "HuggingFaceTokenizer.text_to_ids",
+        "self text",
+        ("tokens = self.text_to_tokens(text)\n", "ids = self.tokens_to_ids(tokens)\n"),
+    ),
+    _C(
+        "compare",
+        "core/tokenizers/text/libraries/huggingface_tokenizer.py",
+        "HuggingFaceTokenizer.__init__",
+        holds=("special_tokens_dict['sep_token'] = self.tokenizer.eos_token\n", "self.add_special_tokens("),
+    ),
+    _C(
+        "admit_known_classes_only",
+        f"{DCP}/filesystem.py",
+        "FileSystemReader.read_metadata",
+        "self",
+        ("metadata = pickle.load(metadata_file)\n", "metadata.storage_meta.load_id = self.load_id\n"),
+    ),
+    _C(
+        "admit_known_classes_only",
+        f"{DCP}/default_planner.py",
+        "DefaultLoadPlanner.load_bytes",
+        "self read_item value",
+        (
+            "self.original_state_dict, self.mappings[read_item.dest_index.fqn], torch.load(value, weights_only=False)",
+            "self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=False)",
+        ),
+    ),
+    _C(
+        "admit_known_classes_only",
+        "core/dist_checkpointing/strategies/common.py",
+        "load_common",
+        "checkpoint_dir",
+        ("return maybe_msc.torch.load(load_path, map_location='cpu')",),
+    ),
+    _C(
+        "admit_known_classes_only",
+        "core/dist_checkpointing/serialization.py",
+        "load_common_state_dict",
+        holds=("return load_common(checkpoint_dir)\n",),
+    ),
+    _C(
+        "admit_known_classes_only",
+        "core/safe_globals.py",
+        "SafeUnpickler",
+        holds=("('torch.storage', '_load_from_bytes')", "if (module, name) not in self._SAFE_CLASSES:"),
+    ),
+    *(
+        _C(
+            "admit_known_classes_only",
+            f"core/datasets/{name}_dataset.py",
+            holds=("from megatron.core.safe_globals import safe_numpy_load\n", "allow_pickle=True, mmap_mode='r')"),
+        )
+        for name in ("gpt", "blended", "masked")
     ),
     _C(
         "end_helpers",

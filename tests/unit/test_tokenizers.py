@@ -86,6 +86,8 @@ def ids_of(tokenizer, texts):
 def test_sentencepiece_is_megatrons(sentencepiece_model, texts):
     from megatron.core.tokenizers import MegatronTokenizer
 
+    from megatron_hybrid.engine.tokenizers import compare
+
     theirs = MegatronTokenizer.from_pretrained(str(sentencepiece_model), metadata_path={"library": "sentencepiece"})
     ours = load_tokenizer(TokenizerSpec("SentencePieceTokenizer", sentencepiece_model))
     assert (theirs.vocab_size, theirs.bos, theirs.eod) == (ours.vocab_size, ours.bos_id, ours.eod_id)
@@ -93,6 +95,13 @@ def test_sentencepiece_is_megatrons(sentencepiece_model, texts):
     assert ids_of(ours, samples) == [theirs.tokenize(text) for text in samples]
     assert [ours.decode(ids) for ids in ids_of(ours, samples)] == samples
     assert ours.decode([1, *ids_of(ours, ["a"])[0], 2]) == "<s>a</s>"
+    spec = TokenizerSpec("SentencePieceTokenizer", sentencepiece_model)
+    compare("data/d", spec, theirs)
+    more = MegatronTokenizer.from_pretrained(
+        str(sentencepiece_model), metadata_path={"library": "sentencepiece"}, legacy=True, special_tokens=["<new>"]
+    )
+    with pytest.raises(ValueError, match="not the one that wrote data/d: it has 601 tokens, and there 600. Drop flags"):
+        compare("data/d", spec, more)
 
 
 def test_hugging_face_is_megatrons(bpe, texts):
