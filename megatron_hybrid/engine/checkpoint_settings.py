@@ -233,7 +233,7 @@ def _length(stored: Namespace, args: Namespace) -> str:
 
 
 def _wsd_steps(stored: Namespace) -> int | None:
-    """Samples of the checkpoint's cool-down (training/training.py:1917)."""
+    """Samples of the checkpoint's cool-down (``get_optimizer_param_scheduler``)."""
     if getattr(stored, "lr_wsd_decay_iters", None) is not None:
         return stored.lr_wsd_decay_iters * stored.global_batch_size
     return getattr(stored, "lr_wsd_decay_samples", None)
@@ -310,7 +310,7 @@ def _passes(stored: Namespace, args: Namespace) -> dict[str, tuple[tuple, tuple]
 
 
 def _part_tokens(path: str, split: str) -> list[int]:
-    """Tokens in the parts of a data set (core/datasets/blended_megatron_dataset_builder.py:430)."""
+    """Tokens in the parts of a data set as upstream's ``_build_megatron_dataset_splits`` has it."""
     lengths = read_index(Path(path)).lengths
     ends = [round(end * float(len(lengths))) for end in split_fractions(split)]
     return [int(lengths[a:b].sum(dtype=np.int64)) for a, b in zip([0, *ends], ends, strict=False)]
@@ -323,7 +323,7 @@ def _train_samples(args: Namespace) -> int | None:
 
 
 def _validation_samples(args: Namespace) -> int | None:
-    """training/training.py:4481."""
+    """As upstream's ``get_train_valid_test_num_samples`` has it."""
     if not (args.train_iters and args.eval_interval and args.eval_iters):
         return None
     points = args.train_iters // args.eval_interval + 1
@@ -333,7 +333,7 @@ def _validation_samples(args: Namespace) -> int | None:
 
 
 def _drawn(samples: int | None, share: float | None) -> int | None:
-    """Of one source (core/datasets/blended_megatron_dataset_builder.py:553, with its surplus)."""
+    """Of one source (upstream's ``_get_size_per_split_per_dataset``, with its surplus)."""
     if samples is None or share is None:
         return samples
     return int(np.ceil(np.ceil(samples * share) * 1.005))

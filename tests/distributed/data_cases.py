@@ -12,7 +12,7 @@ def words(flags: str) -> list[str]:
 
 
 def checked(flags: str) -> dict[str, Any]:
-    """The checks of a command line on this rank: an error, or notes and what the ranks agreed on."""
+    """The checks of a command line on this rank: an error, or notes, the model's rows and what the ranks agreed on."""
     from megatron_hybrid import flags as command_line
     from megatron_hybrid.engine import arguments, resume
 
@@ -23,7 +23,8 @@ def checked(flags: str) -> dict[str, Any]:
         notes = arguments.check_data_content(args)
     except ValueError as error:
         return {"error": str(error)}
-    return {"notes": notes, "contents": args.data_contents, "cache": args.data_cache_path}
+    rows = args.padded_vocab_size
+    return {"notes": notes, "contents": args.data_contents, "cache": args.data_cache_path, "rows": rows}
 
 
 def trained(flags: str) -> str:
