@@ -34,6 +34,7 @@ def prepare(device: str, stack: type) -> list[str]:
     register_symbols()
     skip_helper_compilation()
     build_mtp_from_our_stack(stack)
+    tie_output_layers_of_heads()
     load_optimizers_of_other_expert_layouts()
     save_optimizer_buckets_in_place()
     shift_tokens_inside_documents()
@@ -88,6 +89,29 @@ def build_mtp_from_our_stack(stack: type) -> None:
     from megatron.core.models.hybrid import hybrid_block
 
     hybrid_block.HybridStack = stack
+
+
+def tie_output_layers_of_heads() -> None:
+    """Takes the weight from a tied output layer beside prediction heads (core/models/hybrid/hybrid_model.py:322).
+
+    A last stage with heads has a copy of the embedding, which is the output layer's weight as well
+    (core/models/common/language_module/language_module.py:350). Upstream's GPT model allocates no other there, the
+    hybrid one does, though nothing uses it: optimizer state of vocabulary x hidden, a failure at the first save (:497)
+    and checkpoints of one process that do not load.
+    """
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    set_up = HybridModel.setup_embeddings_and_output_layer
+    if hasattr(set_up, "wrapped"):
+        return
+
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        if self.mtp_process and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None  # as skip_weight_param_allocation leaves it
+        set_up(self)
+
+    setup_embeddings_and_output_layer.wrapped = set_up  # type: ignore[attr-defined]
+    HybridModel.setup_embeddings_and_output_layer = setup_embeddings_and_output_layer
 
 
 def sum_shared_gradients() -> None:
