@@ -1,0 +1,127 @@
+"""The optimizer's state in checkpoints: saved in place, loaded in other layouts, and refused where that cannot be."""
+
+from typing import Any
+
+import torch
+
+
+def load_optimizers_of_other_expert_layouts() -> None:
+    """Loads optimizer state that was saved with another number of chained optimizers.
+
+    Experts have an optimizer of their own only where expert parallelism is used
+    (core/optimizer/__init__.py:1172), so that a checkpoint of 1 expert-parallel rank does not load on 2, nor the other
+    way. The tensors have the same names either way; what differs is the nesting of the parameter groups, and their
+    flag ``is_expert_parallel`` (core/optimizer/optimizer.py:1573). States that upstream can load are left to it.
+    """
+    from megatron.core.optimizer import optimizer
+
+    load = optimizer.ChainedOptimizer.load_state_dict
+    if hasattr(load, "wrapped"):
+        return
+
+    def load_state_dict(self: Any, state_dict: dict) -> None:
+        several = len(self.chained_optimizers) > 1
+        nested = [part for _, part in sorted((key, part) for key, part in state_dict.items() if isinstance(key, int))]
+        flat = {key: part for key, part in state_dict.items() if not isinstance(key, int)}
+        if not flat or (not nested and not several):
+            load(self, state_dict)
+            return
+        # what this rank has by itself, its parameters and their tensors, is nested as its optimizers are
+        own, saved = (nested, [flat]) if several else ([flat], nested)
+        for one, part in zip(self.chained_optimizers, own, strict=True):
+            one.load_state_dict(_with_saved_groups(part, saved))
+        if several:
+            self._synchronize_steps()
+
+    load_state_dict.wrapped = load  # type: ignore[attr-defined]
+    optimizer.ChainedOptimizer.load_state_dict = load_state_dict
+
+
+def _with_saved_groups(own: dict, saved: list[dict]) -> dict:
+    """The state of one optimizer of this rank, with what the saved ones have to say of their parameter groups.
+
+    The inner optimizer's ``state`` and ``param_groups`` stand under ``optimizer``, but for fp32 without the distributed
+    optimizer, where they are all there is (core/optimizer/optimizer.py:1191, :1340).
+    """
+    groups = [group for part in saved for group in part.get("optimizer", part)["param_groups"]]
+    # upstream lets the later of two equal groups win: the ones as saved stand last
+    either = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups] + groups
+
+    def merge(first: dict, own: dict) -> dict:
+        # upstream finds groups by their settings, but parameters by their place (core/optimizer/optimizer.py:630)
+        parameters = [group["params"] for group in own.get("param_groups", ())]
+        placed = either[:1] * (len(parameters) - len(either)) + either
+        step = {name: value for name, value in first.get("state", {}).items() if name == "common_step"}
+        return {
+            **first,
+            **own,
+            "state": {**own.get("state", {}), **step},
+            "param_groups": [
+                {**g, "params": parameters[i] if i < len(parameters) else []} for i, g in enumerate(placed)
+            ],
+        }
+
+    first = saved[0]
+    if "optimizer" not in first:
+        return merge(first, own)
+    # a stage without experts has no main parameters for their optimizer, and loads no list of them
+    empty: dict[str, Any] = {"fp32_from_fp16_params": []}
+    return {**empty, **first, **own, "optimizer": merge(first["optimizer"], own.get("optimizer", {}))}
+
+
+def load_sharded_buckets_of_leaves() -> None:
+    """Loads upstream's ``dp_reshardable`` format in fp32 (core/optimizer/distrib_optimizer.py:1225).
+
+    The shards of main parameters are views of the model's there, and upstream writes into them with gradients on, which
+    autograd refuses. The loaders of its other formats switch them off.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    if not hasattr(load, "__wrapped__"):
+        DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)
+
+
+def save_optimizer_buckets_in_place() -> None:
+    """Saves optimizer state from where it stands in the buffer (core/optimizer/distrib_optimizer.py:1262, :1690).
+
+    The fully reshardable format cuts each parameter's state out of a buffer by its position in the padded buffer,
+    but is given one without the padding between buckets. Behind a bucket whose length is not a multiple of its
+    alignment all state is written shifted, without an error: with tied embeddings and pipeline stages, the
+    embedding's weights, moments and all after it, so that a resumed run continues from wrong weights. Here the
+    padding is put back before the cutting.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    cut = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(cut, "wrapped"):
+        return
+
+    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+
+        def padded(**options: Any) -> Any:
+            state = gather(**options)
+            for index, dtypes in state.items() if state else ():
+                for tensors in dtypes.values() if index != "buckets_coalesced" else ():
+                    pad_buckets(tensors, self.buffers[index].buckets)
+            return state
+
+        self.get_parameter_state_dp_zero = padded
+        try:
+            return cut(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    sharded_param_state_fully_reshardable.wrapped = cut  # type: ignore[attr-defined]
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_param_state_fully_reshardable
+
+
+def pad_buckets(tensors: dict[str, Any], buckets: list[Any]) -> None:
+    """Puts the padding behind each bucket back into tensors [sum of unpadded lengths], in place of the dict."""
+    unpadded = [bucket.numel_unpadded for bucket in buckets]
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
+    for name, tensor in tensors.items():
+        if torch.is_tensor(tensor):
+            parts = zip(tensor.split(unpadded), padding, strict=True)
+            tensors[name] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
