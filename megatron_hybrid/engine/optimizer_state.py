@@ -11,7 +11,8 @@ def load_optimizers_of_other_expert_layouts() -> None:
     Experts have an optimizer of their own only where expert parallelism is used
     (core/optimizer/__init__.py:1172), so that a checkpoint of 1 expert-parallel rank does not load on 2, nor the other
     way. The tensors have the same names either way; what differs is the nesting of the parameter groups, and their
-    flag ``is_expert_parallel`` (core/optimizer/optimizer.py:1573). States that upstream can load are left to it.
+    flag ``is_expert_parallel`` (core/optimizer/optimizer.py:1573). And a stage without experts has an optimizer of no
+    parameters, whose empty state upstream does not find. States that upstream can load are left to it.
     """
     from megatron.core.optimizer import optimizer
 
@@ -23,12 +24,14 @@ def load_optimizers_of_other_expert_layouts() -> None:
         several = len(self.chained_optimizers) > 1
         nested = [part for _, part in sorted((key, part) for key, part in state_dict.items() if isinstance(key, int))]
         flat = {key: part for key, part in state_dict.items() if not isinstance(key, int)}
-        if not flat or (not nested and not several):
+        # what this rank has by itself, its parameters and their tensors, is nested as its optimizers are
+        own = nested if several else [flat]
+        same_layout = not (flat and nested) and several == bool(nested)
+        if same_layout and all("param_state" in part or "state" in part.get("optimizer", part) for part in own):
             load(self, state_dict)
             return
-        # what this rank has by itself, its parameters and their tensors, is nested as its optimizers are
-        own, saved = (nested, [flat]) if several else ([flat], nested)
-        for one, part in zip(self.chained_optimizers, own, strict=True):
+        for i, (one, part) in enumerate(zip(self.chained_optimizers, own, strict=True)):
+            saved = [own[i]] if same_layout else [flat] if several else nested
             one.load_state_dict(_with_saved_groups(part, saved))
         if several:
             self._synchronize_steps()
@@ -49,7 +52,7 @@ def _with_saved_groups(own: dict, saved: list[dict]) -> dict:
 
     def merge(first: dict, own: dict) -> dict:
         # upstream finds groups by their settings, but parameters by their place (core/optimizer/optimizer.py:630)
-        parameters = [group["params"] for group in own.get("param_groups", ())]
+        parameters = [group.get("params", []) for group in own.get("param_groups", ())]
         placed = either[:1] * (len(parameters) - len(either)) + either
         step = {name: value for name, value in first.get("state", {}).items() if name == "common_step"}
         return {
@@ -64,9 +67,31 @@ def _with_saved_groups(own: dict, saved: list[dict]) -> dict:
     first = saved[0]
     if "optimizer" not in first:
         return merge(first, own)
-    # a stage without experts has no main parameters for their optimizer, and loads no list of them
+    # empty lists are not stored
     empty: dict[str, Any] = {"fp32_from_fp16_params": []}
     return {**empty, **first, **own, "optimizer": merge(first["optimizer"], own.get("optimizer", {}))}
+
+
+def save_no_empty_lists_of_main_parameters() -> None:
+    """Lets bf16 and fp16 runs without the distributed optimizer go on where a stage has no experts.
+
+    Under expert parallelism such a stage has an optimizer of no parameters (core/optimizer/optimizer.py:1158), and of
+    what is not sharded a checkpoint has the first rank's: empty lists there do not fit those of the other stages.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    shard = Float16OptimizerWithFloat16Params.sharded_state_dict
+    if hasattr(shard, "wrapped"):
+        return
+
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict:
+        state: dict = shard(self, *args, **kwargs)
+        if not any(state["fp32_from_fp16_params"]):
+            del state["fp32_from_fp16_params"]
+        return state
+
+    sharded_state_dict.wrapped = shard  # type: ignore[attr-defined]
+    Float16OptimizerWithFloat16Params.sharded_state_dict = sharded_state_dict
 
 
 def load_sharded_buckets_of_leaves() -> None:

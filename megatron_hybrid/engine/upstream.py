@@ -29,14 +29,16 @@ def prepare(device: str, stack: type) -> list[str]:
         One line for each thing that was replaced because a package is missing, to be shown to the user.
     """
     from megatron_hybrid import kernels
-    from megatron_hybrid.engine import optimizer_state
+    from megatron_hybrid.engine import optimizer_state, router_losses
 
     notes = []
     register_symbols()
     skip_helper_compilation()
     build_mtp_from_our_stack(stack)
     tie_output_layers_of_heads()
+    router_losses.log_router_losses_of_all_layers()
     optimizer_state.load_optimizers_of_other_expert_layouts()
+    optimizer_state.save_no_empty_lists_of_main_parameters()
     optimizer_state.save_optimizer_buckets_in_place()
     optimizer_state.load_sharded_buckets_of_leaves()
     shift_tokens_inside_documents()
