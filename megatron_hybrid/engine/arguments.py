@@ -19,7 +19,7 @@ from typing import NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import saving
+from megatron_hybrid.engine import optimizer_state, resume, saving
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
 from megatron_hybrid.intra_design import IntraDesign, design
@@ -348,14 +348,15 @@ def check_end_of_document(args: Namespace) -> None:
 
 
 def check_checkpoint(args: Namespace) -> None:
-    """Refuses to load a checkpoint of other layers, or of P layers of another design; stage boundaries may differ.
+    """Refuses to load a checkpoint of other layers, of P layers of another design, or of another optimizer.
 
-    Where the run goes on in another layout, its vocabulary stays as it is (:func:`keep_vocabulary`).
+    Stage boundaries may differ. Where the run goes on in another layout, its vocabulary stays as it is
+    (:func:`keep_vocabulary`).
 
     args: ``checkpoint`` is the folder that :func:`megatron_hybrid.engine.resume.choose_checkpoint` has found.
 
     Raises:
-        ValueError: With both patterns, or both designs.
+        ValueError: With both patterns, designs or optimizers.
     """
     from megatron.core import dist_checkpointing
 
@@ -374,6 +375,8 @@ def check_checkpoint(args: Namespace) -> None:
         )
     if "P" in saved:
         _check_designs(design(stored), design(args), folder)
+    if not args.skip_train and not resume.loads_weights_alone(args, folder):
+        optimizer_state.check_optimizer_state(args, stored, folder)
     keep_vocabulary(args, stored)
 
 

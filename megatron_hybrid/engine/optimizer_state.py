@@ -1,8 +1,65 @@
 """The optimizer's state in checkpoints: saved in place, loaded in other layouts, and refused where that cannot be."""
 
+from argparse import Namespace
 from typing import Any
 
 import torch
+
+MAIN = "fp32_from_fp16_params"
+"""Main parameters of 16-bit ones, without the distributed optimizer: a list for each parameter group."""
+
+
+def check_optimizer_state(args: Namespace, stored: Namespace, folder: str) -> None:
+    """Refuses a checkpoint whose optimizer state this run's optimizer does not take, or not in this layout.
+
+    Args:
+        args: Megatron's, validated.
+        stored: Those in the checkpoint.
+        folder: The checkpoint's, for the message.
+
+    Raises:
+        ValueError: With what differs, and the ways on.
+    """
+    if not hasattr(stored, "dist_ckpt_optim_fully_reshardable"):  # of an older Megatron: left to it
+        return
+    fresh = "give --no-load-optim to go on from the weights, with fresh moments and the schedule from its start"
+    if stored.no_save_optim:
+        raise ValueError(f"{folder} was saved with --no-save-optim and has no optimizer state: {fresh}.")
+    saved, asked = _kind(stored), _kind(args)
+    if saved != asked:
+        raise ValueError(
+            f"The optimizer's state in {folder} was saved {saved}, and this run is {asked}: the state of one does not "
+            f"load into the other. Give the flags of the checkpoint, or {fresh}."
+        )
+    differ = _other_buckets(args, stored)
+    if stored.use_distributed_optimizer and not stored.dist_ckpt_optim_fully_reshardable and differ:
+        raise ValueError(
+            f"The optimizer's state in {folder} has the format dp_reshardable, which loads in the layout that saved it "
+            f"and in no other, and this run has {'; '.join(differ)}. Go on in that layout for one save, which has the "
+            f"format for any layout (--dist-ckpt-optim-fully-reshardable, the default here), or {fresh}."
+        )
+
+
+def _kind(args: Namespace) -> str:
+    """The flags that say which tensors an optimizer has; the distributed one has the same in every precision."""
+    if args.use_distributed_optimizer:
+        return f"by --optimizer {args.optimizer} with --use-distributed-optimizer"
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return f"by --optimizer {args.optimizer} in {precision} without --use-distributed-optimizer"
+
+
+def _other_buckets(args: Namespace, stored: Namespace) -> list[str]:
+    """What cuts the distributed optimizer's buffers, where it differs: core/distributed/param_and_grad_buffer.py."""
+    layout = ["tensor_model", "pipeline_model", "expert_model", "expert_tensor"]
+    names = [f"{kind}_parallel_size" for kind in layout] + ["hybrid_layer_pattern", "overlap_grad_reduce"]
+    names += ["bf16", "fp16", "num_distributed_optimizer_instances", "ddp_pad_buckets_for_high_nccl_busbw"]
+    if args.overlap_grad_reduce:  # else there is one bucket
+        names += ["ddp_bucket_size", "ddp_num_buckets", "data_parallel_size", "context_parallel_size"]
+    return [
+        f"--{name.replace('_', '-')} {getattr(args, name, None)}, not {getattr(stored, name, None)}"
+        for name in names
+        if getattr(args, name, None) != getattr(stored, name, None)
+    ]
 
 
 def load_optimizers_of_other_expert_layouts() -> None:
@@ -25,9 +82,9 @@ def load_optimizers_of_other_expert_layouts() -> None:
         nested = [part for _, part in sorted((key, part) for key, part in state_dict.items() if isinstance(key, int))]
         flat = {key: part for key, part in state_dict.items() if not isinstance(key, int)}
         # what this rank has by itself, its parameters and their tensors, is nested as its optimizers are
-        own = nested if several else [flat]
+        own = [state_dict.get(i, {}) for i in range(len(self.chained_optimizers))] if several else [flat]
         same_layout = not (flat and nested) and several == bool(nested)
-        if same_layout and all("param_state" in part or "state" in part.get("optimizer", part) for part in own):
+        if same_layout and all(_is_whole(part) for part in own):
             load(self, state_dict)
             return
         for i, (one, part) in enumerate(zip(self.chained_optimizers, own, strict=True)):
@@ -40,11 +97,18 @@ def load_optimizers_of_other_expert_layouts() -> None:
     optimizer.ChainedOptimizer.load_state_dict = load_state_dict
 
 
+def _is_whole(part: dict) -> bool:
+    """Whether the state of one optimizer has all that upstream looks for: empty dicts and lists are not stored."""
+    if "param_state" in part:  # the distributed optimizer's
+        return True
+    return "state" in part.get("optimizer", part) and ("optimizer" not in part or MAIN in part)
+
+
 def _with_saved_groups(own: dict, saved: list[dict]) -> dict:
     """The state of one optimizer of this rank, with what the saved ones have to say of their parameter groups.
 
     The inner optimizer's ``state`` and ``param_groups`` stand under ``optimizer``, but for fp32 without the distributed
-    optimizer, where they are all there is (core/optimizer/optimizer.py:1191, :1340).
+    optimizer, where they are all there is: core/optimizer/optimizer.py:1191 and :1344.
     """
     groups = [group for part in saved for group in part.get("optimizer", part)["param_groups"]]
     # upstream lets the later of two equal groups win: the ones as saved stand last
@@ -67,9 +131,7 @@ def _with_saved_groups(own: dict, saved: list[dict]) -> dict:
     first = saved[0]
     if "optimizer" not in first:
         return merge(first, own)
-    # empty lists are not stored
-    empty: dict[str, Any] = {"fp32_from_fp16_params": []}
-    return {**empty, **first, **own, "optimizer": merge(first["optimizer"], own.get("optimizer", {}))}
+    return {MAIN: [], **first, **own, "optimizer": merge(first["optimizer"], own.get("optimizer", {}))}
 
 
 def save_no_empty_lists_of_main_parameters() -> None:
@@ -86,8 +148,8 @@ def save_no_empty_lists_of_main_parameters() -> None:
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict:
         state: dict = shard(self, *args, **kwargs)
-        if not any(state["fp32_from_fp16_params"]):
-            del state["fp32_from_fp16_params"]
+        if not any(state[MAIN]):
+            del state[MAIN]
         return state
 
     sharded_state_dict.wrapped = shard  # type: ignore[attr-defined]

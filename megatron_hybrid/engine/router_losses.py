@@ -19,7 +19,7 @@ def log_router_losses_of_all_layers() -> None:
     Upstream (core/transformer/moe/moe_logging.py:119, :277) adds a value for each layer of the model where a router
     records, and one for each ``E`` where a stage has none (training/training.py:2766): ranks reduce unequal lengths,
     upon which Gloo aborts and NCCL waits for ever, and a stage without routers does not know over which ranks it has to
-    sum. Its mean is over the ``E`` layers and as many again as there are prediction heads (:345). A head's second layer
+    sum. Its mean is over the ``E`` layers and as many again as there are prediction heads (:309). A head's second layer
     lies beyond its list. Here each rank has a place for every layer of model and heads, and knows the groups.
     """
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -74,7 +74,7 @@ def _places(args: Namespace) -> int:
 
 
 def _groups(name: str) -> dict[str, Any]:
-    """Over which ranks a router sums or averages its loss (core/transformer/moe/router.py:407)."""
+    """Over which ranks a router sums or averages its loss: core/transformer/moe/router.py, each of its losses."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp_cp", "tp_dp_cp"])
