@@ -156,6 +156,29 @@ def save_no_empty_lists_of_main_parameters() -> None:
     Float16OptimizerWithFloat16Params.sharded_state_dict = sharded_state_dict
 
 
+def load_momentum_of_sgd() -> None:
+    """Lets runs of ``--optimizer sgd`` go on (core/optimizer/optimizer.py:214).
+
+    A checkpoint is loaded into state that is there, which upstream has a function for with Adam and None with SGD.
+    """
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    start = MegatronOptimizer.__init__
+    if hasattr(start, "wrapped"):
+        return
+
+    def momentum(optimizer: Any, config: Any = None) -> None:
+        for group in optimizer.param_groups if optimizer else ():
+            for parameter in group["params"] if group.get("momentum") else ():
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    def __init__(self: Any, optimizer: Any, config: Any, init_state_fn: Any = None) -> None:
+        start(self, optimizer, config, init_state_fn or momentum)
+
+    __init__.wrapped = start  # type: ignore[attr-defined]
+    MegatronOptimizer.__init__ = __init__
+
+
 def load_sharded_buckets_of_leaves() -> None:
     """Loads upstream's ``dp_reshardable`` format in fp32 (core/optimizer/distrib_optimizer.py:1225).
 

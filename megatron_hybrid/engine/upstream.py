@@ -41,6 +41,7 @@ def prepare(device: str, stack: type) -> list[str]:
     optimizer_state.save_no_empty_lists_of_main_parameters()
     optimizer_state.save_optimizer_buckets_in_place()
     optimizer_state.load_sharded_buckets_of_leaves()
+    optimizer_state.load_momentum_of_sgd()
     shift_tokens_inside_documents()
     sum_shared_gradients()
     if kernels.ssm_backend(device) == "torch":

@@ -391,7 +391,7 @@ def check_checkpoint(load: str, pattern: str) -> str:
 
     found = checkpoints(Path(load))
     folder = str(found[0].folder) if found else None
-    args = Namespace(checkpoint=folder, hybrid_layer_pattern=pattern, padded_vocab_size=None)
+    args = Namespace(checkpoint=folder, hybrid_layer_pattern=pattern, padded_vocab_size=None, skip_train=True)
     try:
         arguments.check_checkpoint(args)
     except ValueError as error:

@@ -216,6 +216,19 @@ CONTRACTS = [
         ("state_dict['fp32_from_fp16_params'] = [",),
     ),
     _C(
+        "load_momentum_of_sgd",
+        OPTIMIZER,
+        "MegatronOptimizer.__init__",
+        "self optimizer config init_state_fn",
+        ("self.init_state_fn = init_state_fn",),
+    ),
+    _C(
+        "load_momentum_of_sgd",
+        "core/optimizer/__init__.py",
+        "_get_megatron_optimizer_based_on_param_groups",
+        holds=("momentum=config.sgd_momentum)\n            init_state_fn = None",),
+    ),
+    _C(
         "load_sharded_buckets_of_leaves",
         ADAM,
         "DistributedOptimizer._set_main_param_and_optimizer_states",
