@@ -375,7 +375,7 @@ def check_checkpoint(args: Namespace) -> None:
         )
     if "P" in saved:
         _check_designs(design(stored), design(args), folder)
-    if not args.skip_train and not resume.loads_weights_alone(args, folder):
+    if not args.skip_train and not resume.takes_weights_alone(args, folder):
         optimizer_state.check_optimizer_state(args, stored, folder)
     keep_vocabulary(args, stored)
 

@@ -82,14 +82,14 @@ def _check_optimizer(args: Namespace, folder: str) -> None:
     Raises:
         ValueError: With the flag to drop or to add.
     """
-    if args.no_save_optim and not loads_weights_alone(args, folder) and not args.skip_train:
+    if args.no_save_optim and not takes_weights_alone(args, folder) and not args.skip_train:
         raise ValueError(
             f"--no-save-optim, and the run goes on from {folder}: Megatron would not load the optimizer's moments, and "
             "train with what memory holds. Drop --no-save-optim, or give --no-load-optim for fresh moments."
         )
 
 
-def loads_weights_alone(args: Namespace, folder: str) -> bool:
+def takes_weights_alone(args: Namespace, folder: str) -> bool:
     """Whether Megatron takes no optimizer state from the chosen checkpoint: training/checkpointing.py:2208."""
     from_pretrained = args.load is None or Path(args.load) not in Path(folder).parents
     return bool(args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release")

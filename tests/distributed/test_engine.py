@@ -47,7 +47,7 @@ NO_REACH = {
     "check_provenance": "of flags and of files that we write",
     "check_checkpoint": "calls stored_arguments",
     "check_optimizer_state": "of flags, which upstream would meet with the model built",
-    "loads_weights_alone": "of flags",
+    "takes_weights_alone": "of flags",
     "layers_of_experts": "of the pattern",
     "expert_loads": "of what routers finds",
     "open_checkpoint": "calls stored_arguments",
