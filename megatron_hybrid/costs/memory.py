@@ -75,8 +75,9 @@ def stage_tensors(pattern: Pattern, sizes: Sizes, layout: Layout, stage: int) ->
     """The parameters of each model chunk (segment) of one rank, in the order of the model.
 
     Source: ``core/models/hybrid/hybrid_model.py:215-340``. The first chunk of the model has the embedding, the last one
-    the output layer. Where this is not the same chunk, a tied output layer is a second copy of the embedding; a last
-    chunk with MTP heads has a copy of the embedding of its own, *beside* the output layer, tied or not.
+    the output layer. Where this is not the same chunk, a tied output layer is a second copy of the embedding. A last
+    chunk with MTP heads has a copy of the embedding for these, tied or not; tied, it is the output layer, too
+    (``engine/upstream.tie_output_layers_of_heads``).
 
     Raises:
         ValueError: The pattern does not divide over the stages.
@@ -108,8 +109,10 @@ def _chunk_tensors(
             for symbol in pattern.mtp:
                 tensors += known[symbol]
             tensors += _norm_tensors(sizes)
-        if not (first and sizes.tied):
-            tensors.append(copy if sizes.tied and not heads else embedding)
+        if not sizes.tied:
+            tensors.append(embedding)
+        elif not (first or heads):
+            tensors.append(copy)
     return tensors
 
 

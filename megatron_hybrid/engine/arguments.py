@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import checkpoint_settings, datasets, saving, unpickling, validation
+from megatron_hybrid.engine import checkpoint_settings, datasets, optimizer_state, saving, unpickling, validation
 from megatron_hybrid.engine.resume import takes_weights_alone
 from megatron_hybrid.engine.upstream import has_module, register_symbols
 from megatron_hybrid.flags import Command, value
@@ -407,7 +407,8 @@ def check_end_of_document(args: Namespace) -> None:
 def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
     """Refuses to load a checkpoint of another model, or to go on under another schedule; the layout may differ.
 
-    Where the run goes on in another layout, its vocabulary stays as it is (:func:`keep_vocabulary`).
+    Stage boundaries may differ. Where the run goes on in another layout, its vocabulary stays as it is
+    (:func:`keep_vocabulary`).
 
     args: ``checkpoint`` is the folder that :func:`megatron_hybrid.engine.resume.choose_checkpoint` has found.
     print_config: The run ends before it trains: its schedule is not compared.
@@ -434,8 +435,11 @@ def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
             "recipe, or give another --load."
         )
     args.notes += checkpoint_settings.check_model(stored, args, folder)
+    goes_on = not args.skip_train and not takes_weights_alone(args, folder)
+    if goes_on:
+        optimizer_state.check_optimizer_state(args, stored, folder)
     keep_vocabulary(args, stored)
-    if not print_config and not args.skip_train and not takes_weights_alone(args, folder):
+    if goes_on and not print_config:
         args.notes += checkpoint_settings.check_schedule(common, args, folder)
         args.notes += checkpoint_settings.data_notes(stored, args)
 

@@ -171,11 +171,8 @@ def check_schedule(common: dict[str, Any], args: Namespace, folder: str) -> list
         ValueError: With all differences and the two ways to go on.
     """
     stored, saved, now = common["args"], common.get("opt_param_scheduler"), schedule(args)
-    if saved is None:
-        raise ValueError(
-            f"The checkpoint in {folder} has no optimizer state (--no-save-optim): give --no-load-optim to go on with "
-            "fresh moments, or --finetune to start at iteration 0 with its weights."
-        )
+    if saved is None:  # check_optimizer_state has had its say
+        return []
     constant = now["wd_incr_style"] == "constant"
     differ = {
         told: (saved[key], now[key])
@@ -188,11 +185,6 @@ def check_schedule(common: dict[str, Any], args: Namespace, folder: str) -> list
     for name in STORED:
         if hasattr(stored, name) and getattr(stored, name) != getattr(args, name):
             differ[f"--{name.replace('_', '-')}"] = (getattr(stored, name), getattr(args, name))
-    if getattr(stored, "optimizer", args.optimizer) != args.optimizer:
-        raise ValueError(
-            f"--optimizer {args.optimizer}: the checkpoint in {folder} has the moments of {stored.optimizer}. Give "
-            f"--optimizer {stored.optimizer}, or --no-load-optim to start with fresh moments."
-        )
     if args.override_opt_param_scheduler:
         flag = "--override-opt-param-scheduler"
         return [f"{told}: {new}, and {was} in the checkpoint ({flag})" for told, (was, new) in differ.items()]

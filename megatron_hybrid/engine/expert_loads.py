@@ -1,6 +1,7 @@
 """How many tokens each expert gets, counted where Megatron's routers have decided."""
 
 import re
+from argparse import Namespace
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ def count_tokens_of_experts(chunks: list) -> None:
     import torch
     from megatron.core.transformer.moe.router import TopKRouter
 
-    for _, router in _routers(chunks):
+    for _, router in routers(chunks):
         zeros = torch.zeros(router.config.num_moe_experts, dtype=torch.int64, device=torch.cuda.current_device())
         router.register_buffer(COUNTER, zeros, persistent=False)
     upstreams = TopKRouter._apply_expert_bias
@@ -57,14 +58,11 @@ def expert_loads(chunks: list) -> dict[str, list[float]]:
     from megatron.training.global_vars import get_args
 
     args = get_args()
-    main, *heads = args.hybrid_layer_pattern.replace("|", "").split("/")
-    heads = heads[:1] if args.mtp_use_repeated_layer else heads  # one set of weights for all
-    names = [str(i + 1) for i, symbol in enumerate(main) if symbol == "E"]
-    names += [f"mtp {h + 1}.{i + 1}" for h, head in enumerate(heads) for i, s in enumerate(head) if s == "E"]
+    names = layers_of_experts(args)
     if not names:
         return {}
     counts = torch.zeros(len(names), args.num_experts, dtype=torch.int64, device=torch.cuda.current_device())
-    for name, router in _routers(chunks):
+    for name, router in routers(chunks):
         tokens = getattr(router, COUNTER)
         counts[names.index(name)] += tokens
         tokens.zero_()
@@ -73,16 +71,24 @@ def expert_loads(chunks: list) -> dict[str, list[float]]:
     return {name: row for name, row in zip(names, shares, strict=True) if row[0] == row[0]}  # none of no tokens
 
 
-def _routers(chunks: list) -> list[tuple[str, Any]]:
-    """Names of layers, as :func:`expert_loads` has them, and their routers."""
+def layers_of_experts(args: Namespace) -> list[str]:
+    """The layers of experts in a model, as :func:`expert_loads` names them."""
+    main, *heads = args.hybrid_layer_pattern.replace("|", "").split("/")
+    heads = heads[:1] if args.mtp_use_repeated_layer else heads  # one set of weights for all
+    names = [str(i + 1) for i, symbol in enumerate(main) if symbol == "E"]
+    return names + [f"mtp {h + 1}.{i + 1}" for h, head in enumerate(heads) for i, s in enumerate(head) if s == "E"]
+
+
+def routers(chunks: list) -> list[tuple[str, Any]]:
+    """The routers on this rank, with the names of their layers."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     found = []
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if isinstance(module, TopKRouter):
-                # the layer_number of a layer in a head starts again at 1, and no attribute says which head it is in
-                head = re.search(r"\bmtp\.layers\.(\d+)\.", path)
-                prefix = f"mtp {int(head[1]) + 1}." if head else ""
-                found.append((f"{prefix}{module.layer_number}", module))
+                # the path alone says which head a layer is in; its layer_number is that in the pattern
+                head = re.search(r"\bmtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.", path)
+                name = f"mtp {int(head[1]) + 1}.{int(head[2]) + 1}" if head else str(module.layer_number)
+                found.append((name, module))
     return found

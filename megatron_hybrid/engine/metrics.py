@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.engine.expert_loads import count_tokens_of_experts, expert_loads
+from megatron_hybrid.engine.router_losses import number_routers_of_heads
 from megatron_hybrid.engine.throughput import MEMORY, Peak, Work, peak_memory, short
 from megatron_hybrid.run_folder.metrics import Appender, balance
 
@@ -73,6 +74,7 @@ class _Metrics:
         def kept(forward_step: Any, model: list, *args: Any, **kwargs: Any) -> Any:
             self._model = model
             count_tokens_of_experts(model)
+            number_routers_of_heads(model)
             self._append(_start())
             return train(forward_step, model, *args, **kwargs)
 

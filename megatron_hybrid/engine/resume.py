@@ -84,9 +84,12 @@ def _check_optimizer(args: Namespace, folder: str) -> None:
 
 
 def takes_weights_alone(args: Namespace, folder: str) -> bool:
-    """Whether the run starts its optimizer and its schedule anew, with the weights of a checkpoint."""
+    """Whether the run starts its optimizer and its schedule anew, with the weights of a checkpoint.
+
+    As Megatron has it: training/checkpointing.py:2208.
+    """
     from_pretrained = args.load is None or Path(args.load) not in Path(folder).parents
-    return args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release"
+    return bool(args.no_load_optim or args.finetune or from_pretrained or Path(folder).name == "release")
 
 
 def _go_on_from_own(args: Namespace) -> list[str]:

@@ -21,10 +21,15 @@ FORMAT = "torch_dist"
 def saving_flags(argv: list[str], device: str) -> list[str]:
     """Upstream's flags without which checkpoints have no manifest, and ``--async-save`` is silently off.
 
+    And without which the distributed optimizer's state loads in no other layout, or in fp32 not at all
+    (:func:`.optimizer_state.check_optimizer_state`). Local checkpoints refuse that one (training/checkpointing.py:914).
+
     Raises:
         ValueError: Another way of saving in the background is asked for than there is.
     """
     added = ["--verify-integrity"] if value(argv, "--ckpt-format", FORMAT) == FORMAT else []
+    if value(argv, "--non-persistent-ckpt-type", "") != "local":
+        added.append("--dist-ckpt-optim-fully-reshardable")
     if "--async-save" not in argv:
         return added
     strategy = value(argv, "--async-strategy", "mcore")

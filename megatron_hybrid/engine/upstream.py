@@ -3,9 +3,9 @@
 Each function names the upstream file that it answers. :func:`prepare` calls those that this process needs. On CUDA
 with Transformer Engine and mamba_ssm these remain: :func:`register_symbols`, :func:`skip_helper_compilation` and
 :func:`build_mtp_from_our_stack`, without which hybrids do not start; :func:`sum_shared_gradients`, without which what
-ranks share is trained wrong; :func:`load_optimizers_of_other_expert_layouts` and
-:func:`save_optimizer_buckets_in_place`, which only make checkpoints load and be right; and
-:func:`use_torch_gated_delta_rule` where flash-linear-attention is missing.
+ranks share is trained wrong; :func:`tie_output_layers_of_heads` and those of :mod:`.optimizer_state`, without which
+checkpoints are not saved, loaded or right; and :func:`use_torch_gated_delta_rule` where flash-linear-attention is
+missing.
 """
 
 import copy
@@ -29,16 +29,22 @@ def prepare(device: str, stack: type) -> list[str]:
         One line for each thing that was replaced because a package is missing, to be shown to the user.
     """
     from megatron_hybrid import kernels
+    from megatron_hybrid.engine import optimizer_state, router_losses
 
     notes = []
     register_symbols()
     skip_helper_compilation()
     build_mtp_from_our_stack(stack)
-    load_optimizers_of_other_expert_layouts()
-    save_optimizer_buckets_in_place()
+    tie_output_layers_of_heads()
+    router_losses.log_router_losses_of_all_layers()
+    optimizer_state.load_optimizers_of_other_expert_layouts()
+    optimizer_state.save_no_empty_lists_of_main_parameters()
+    optimizer_state.save_optimizer_buckets_in_place()
+    optimizer_state.load_sharded_buckets_of_leaves()
+    optimizer_state.load_momentum_of_sgd()
     shift_tokens_inside_documents()
     count_tokens_of_context_parallel_heads()
-    load_optimizers_of_other_schedules()
+    optimizer_state.load_optimizers_of_other_schedules()
     sum_shared_gradients()
     if kernels.ssm_backend(device) == "torch":
         use_torch_mamba_kernels()
@@ -90,6 +96,29 @@ def build_mtp_from_our_stack(stack: type) -> None:
     from megatron.core.models.hybrid import hybrid_block
 
     hybrid_block.HybridStack = stack
+
+
+def tie_output_layers_of_heads() -> None:
+    """Takes the weight from a tied output layer beside prediction heads (core/models/hybrid/hybrid_model.py:322).
+
+    A last stage with heads has a copy of the embedding, which is the output layer's weight as well
+    (core/models/common/language_module/language_module.py:350). Upstream's GPT model allocates no other there, the
+    hybrid one does, though nothing uses it: optimizer state of vocabulary x hidden, a failure at the first save (:497)
+    and checkpoints of one process that do not load.
+    """
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    set_up = HybridModel.setup_embeddings_and_output_layer
+    if hasattr(set_up, "wrapped"):
+        return
+
+    def setup_embeddings_and_output_layer(self: Any) -> None:
+        if self.mtp_process and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None  # as skip_weight_param_allocation leaves it
+        set_up(self)
+
+    setup_embeddings_and_output_layer.wrapped = set_up  # type: ignore[attr-defined]
+    HybridModel.setup_embeddings_and_output_layer = setup_embeddings_and_output_layer
 
 
 def sum_shared_gradients() -> None:
@@ -302,156 +331,3 @@ def gather_unequal_parts_over_gloo() -> None:
 
     mappings._gather_along_first_dim = gather_along_first_dim
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
-
-
-def load_optimizers_of_other_expert_layouts() -> None:
-    """Loads optimizer state that was saved with another number of chained optimizers.
-
-    Experts have an optimizer of their own only where expert parallelism is used and the rank holds experts
-    (core/optimizer/__init__.py:1172), so that a checkpoint of 1 expert-parallel rank does not load on 2, nor on
-    pipeline stages that differ in having experts. The tensors have the same names either way; what differs is the
-    nesting of the parameter groups, and their flag ``is_expert_parallel`` (core/optimizer/optimizer.py:1573).
-    States that upstream can load are left to it.
-    """
-    from megatron.core.optimizer import optimizer
-
-    load = optimizer.ChainedOptimizer.load_state_dict
-    if hasattr(load, "wrapped"):
-        return
-
-    def load_state_dict(self: Any, state_dict: dict) -> None:
-        several = len(self.chained_optimizers) > 1
-        nested = {key: part for key, part in state_dict.items() if isinstance(key, int)}
-        flat = {key: part for key, part in state_dict.items() if not isinstance(key, int)}
-        if not flat or (not nested and not several):
-            load(self, state_dict)
-            return
-        saved = [part for part in (flat, *nested.values()) if "optimizer" in part]
-        groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
-        # upstream lets the later of two equal groups win: the ones as saved stand last
-        either = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups] + groups
-        shared = {**saved[0], "optimizer": {**saved[0]["optimizer"], "param_groups": either}}
-        shared.pop("param_state", None)
-        if several:
-            parts = [{**nested[i], **shared} for i in range(len(self.chained_optimizers))]
-        else:
-            parts = [{**flat, **shared}]
-        for one, part in zip(self.chained_optimizers, parts, strict=True):
-            one.load_state_dict(part)
-        if several:
-            self._synchronize_steps()
-
-    load_state_dict.wrapped = load  # type: ignore[attr-defined]
-    optimizer.ChainedOptimizer.load_state_dict = load_state_dict
-
-
-LR_FIELDS = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
-"""What of a parameter group follows from flags of the optimizer and its schedule."""
-
-
-def load_optimizers_of_other_schedules() -> None:
-    """Loads optimizer state under other learning rates (core/optimizer/distrib_optimizer.py:937, optimizer.py:595).
-
-    Upstream finds the saved group of each parameter group by its fields, the learning rates among them: with
-    ``--override-opt-param-scheduler`` and another ``--lr``, or ``--use-checkpoint-opt_param-scheduler`` without the
-    checkpoint's, there is none (KeyError). Here both get the rates that the flag says before they are compared. The
-    same goes for Adam's betas and epsilon, which upstream takes from the checkpoint whatever the flags.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
-    load = DistributedOptimizer.load_state_dict
-    if hasattr(load, "wrapped"):
-        return
-    pair = MegatronOptimizer._filter_and_reorder_param_groups
-
-    def load_state_dict(self: Any, state_dict: dict) -> None:
-        saved = state_dict.get("optimizer", {}).get("param_groups") if hasattr(self, "optimizer") else None
-        if saved and not getattr(self, "is_stub_optimizer", False):
-            agree_on_schedule(self.optimizer.param_groups, saved)
-        load(self, state_dict)
-
-    def filter_and_reorder(current_groups: list, state_dict_groups: list) -> list:
-        agree_on_schedule(current_groups, state_dict_groups)
-        return pair(current_groups, state_dict_groups)
-
-    load_state_dict.wrapped = load  # type: ignore[attr-defined]
-    DistributedOptimizer.load_state_dict = load_state_dict
-    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(filter_and_reorder)
-
-
-def agree_on_schedule(current: list[dict], saved: list[dict]) -> None:
-    """Gives groups that differ in fields of the schedule alone the same ones: the flags', or the checkpoint's.
-
-    Where a model has several learning rates, groups of the same kind are paired by their order.
-    """
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-    from megatron.training.global_vars import get_args
-
-    from_flags = get_args().override_opt_param_scheduler
-    kind_keys = [key for key in param_group_identifier_keys if key not in LR_FIELDS]
-
-    def rates(group: dict) -> tuple:
-        return tuple(group.get(key) or 0.0 for key in ("max_lr", "min_lr"))
-
-    def kinds(groups: list[dict]) -> dict[tuple, dict[tuple, list[dict]]]:
-        found: dict[tuple, dict[tuple, list[dict]]] = {}
-        for group in groups:
-            kind = tuple(group.get(key, group.get(f"pre_{key}")) for key in kind_keys)
-            found.setdefault(kind, {}).setdefault(rates(group), []).append(group)
-        return found
-
-    there = kinds(saved)
-    for kind, ours in kinds(current).items():
-        theirs = there.get(kind, {})
-        if len(ours) != len(theirs):
-            continue  # upstream says what does not match
-        for rate, their_rate in zip(sorted(ours), sorted(theirs), strict=True):
-            source, to = (ours[rate], theirs[their_rate]) if from_flags else (theirs[their_rate], ours[rate])
-            for group in to:
-                group.update({key: source[0][key] for key in LR_FIELDS if key in source[0]})
-
-
-def save_optimizer_buckets_in_place() -> None:
-    """Saves optimizer state from where it stands in the buffer (core/optimizer/distrib_optimizer.py:1262, :1690).
-
-    The fully reshardable format cuts each parameter's state out of a buffer by its position in the padded buffer,
-    but is given one without the padding between buckets. Behind a bucket whose length is not a multiple of its
-    alignment all state is written shifted, without an error: with tied embeddings and pipeline stages, the
-    embedding's weights, moments and all after it, so that a resumed run continues from wrong weights. Here the
-    padding is put back before the cutting.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    cut = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(cut, "wrapped"):
-        return
-
-    def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gather = self.get_parameter_state_dp_zero
-
-        def padded(**options: Any) -> Any:
-            state = gather(**options)
-            for index, dtypes in state.items() if state else ():
-                for tensors in dtypes.values() if index != "buckets_coalesced" else ():
-                    pad_buckets(tensors, self.buffers[index].buckets)
-            return state
-
-        self.get_parameter_state_dp_zero = padded
-        try:
-            return cut(self, *args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero
-
-    sharded_param_state_fully_reshardable.wrapped = cut  # type: ignore[attr-defined]
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_param_state_fully_reshardable
-
-
-def pad_buckets(tensors: dict[str, Any], buckets: list[Any]) -> None:
-    """Puts the padding behind each bucket back into tensors [sum of unpadded lengths], in place of the dict."""
-    unpadded = [bucket.numel_unpadded for bucket in buckets]
-    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
-    for name, tensor in tensors.items():
-        if torch.is_tensor(tensor):
-            parts = zip(tensor.split(unpadded), padding, strict=True)
-            tensors[name] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])

@@ -108,6 +108,7 @@ class HybridLayerStack(HybridStack):
             kwargs["add_layer_offset"] = False  # layer_number counts the whole model already
             if LAYERS[symbol].attention_bearing:
                 kwargs["pp_layer_offset"] = pp_layer_offset
+            if LAYERS[symbol].attention_bearing or symbol == "E":  # routers count the layers of heads apart
                 kwargs["is_mtp_layer"] = self.is_mtp_layer
         quantized: Any = nullcontext()
         if self.config.fp8:

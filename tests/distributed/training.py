@@ -144,6 +144,7 @@ def forget() -> None:
     from megatron.core import mpu
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import checkpointing, global_vars
 
@@ -152,6 +153,7 @@ def forget() -> None:
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
     MTPLossLoggingHelper.tracker = {}
+    destroy_moe_metrics_tracker()
     mpu.destroy_model_parallel()
 
 

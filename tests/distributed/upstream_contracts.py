@@ -18,6 +18,8 @@ MIXER = "core/ssm/mamba_mixer.py"
 DELTA = "core/ssm/gated_delta_net"
 DISPATCHER = "core/transformer/moe/token_dispatcher.py"
 ROUTER = "core/transformer/moe/router.py"
+ROUTER_LOG = "core/transformer/moe/moe_logging.py"
+LANGUAGE = "core/models/common/language_module/language_module.py"
 MAPPINGS = "core/tensor_parallel/mappings.py"
 ADAM = "core/optimizer/distrib_optimizer.py"
 OPTIMIZER = "core/optimizer/optimizer.py"
@@ -202,6 +204,98 @@ CONTRACTS = [
         holds=("filter_fn=lambda g: g['is_expert_parallel']", "if len(moe_param_groups) > 0:\n"),
     ),
     _C(
+        "load_optimizers_of_other_expert_layouts",
+        OPTIMIZER,
+        "MegatronOptimizer._filter_and_reorder_param_groups",
+        holds=("for key, params in zip(needed_groups, params_in_state_dict_order):", "group['params'] = params"),
+    ),
+    _C(
+        "save_no_empty_lists_of_main_parameters",
+        OPTIMIZER,
+        "Float16OptimizerWithFloat16Params.sharded_state_dict",
+        "self model_sharded_state_dict is_loading metadata",
+        ("state_dict['fp32_from_fp16_params'] = [",),
+    ),
+    _C(
+        "load_momentum_of_sgd",
+        OPTIMIZER,
+        "MegatronOptimizer.__init__",
+        "self optimizer config init_state_fn",
+        ("self.init_state_fn = init_state_fn",),
+    ),
+    _C(
+        "load_momentum_of_sgd",
+        "core/optimizer/__init__.py",
+        "_get_megatron_optimizer_based_on_param_groups",
+        holds=("momentum=config.sgd_momentum)\n            init_state_fn = None",),
+    ),
+    _C(
+        "load_sharded_buckets_of_leaves",
+        ADAM,
+        "DistributedOptimizer._set_main_param_and_optimizer_states",
+        holds=("dst_tensors[key].copy_(tensors[key])",),
+        lacks=("no_grad",),
+    ),
+    _C(
+        "load_sharded_buckets_of_leaves",
+        ADAM,
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        "self state_dict",
+        lacks=("no_grad",),
+    ),
+    _C(
+        "tie_output_layers_of_heads",
+        "core/models/hybrid/hybrid_model.py",
+        "HybridModel.__init__",
+        holds=(
+            "skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights",
+            "self.setup_embeddings_and_output_layer()",
+        ),
+    ),
+    _C(
+        "tie_output_layers_of_heads",
+        LANGUAGE,
+        "LanguageModule.shared_embedding_or_output_weight",
+        holds=("if self.pre_process or getattr(self, 'mtp_process', False):",),
+    ),
+    _C(
+        "log_router_losses_of_all_layers",
+        ROUTER_LOG,
+        "MoEMetricsTracker.record",
+        "self name value layer_number num_layers reduce_group avg_group needs_dp_avg",
+        ("MetricEntry(values=torch.zeros(num_layers, device=value.device))",),
+    ),
+    _C(
+        "log_router_losses_of_all_layers",
+        ROUTER_LOG,
+        "MoEMetricsTracker._sync_metrics",
+        holds=("torch.distributed.all_reduce(v, group=pp_group)", "if entry.reduce_group is not None:"),
+    ),
+    _C(
+        "log_router_losses_of_all_layers",
+        ROUTER_LOG,
+        "MoEMetricsTracker._count_moe_layers",
+        holds=("if moe_layer_freq is None:\n        n = num_layers", "n += mtp_num_layers"),
+    ),
+    _C(
+        "log_router_losses_of_all_layers",
+        TRAINING,
+        "training_log",
+        holds=(
+            "layers = itemgetter(Symbols.MOE)(get_hybrid_layer_counts(args.hybrid_layer_pattern))",
+            "get_moe_metrics_tracker().report(loss_scale=moe_loss_scale, iteration=iteration,",
+            "force_initialize=True, track_names=track_names, num_layers=layers,",
+            "if 'aux_loss' in args.moe_router_load_balancing_type:",
+        ),
+    ),
+    _C(
+        "number_routers_of_heads",
+        ROUTER,
+        "TopKRouter.attach_and_log_load_balancing_loss",
+        holds=("layer_number = self.layer_number + self.config.num_layers", "reduce_group=reduce_group, needs_dp_avg="),
+    ),
+    _C("number_routers_of_heads", ROUTER, "TopKRouter.apply_z_loss", holds=("avg_group=self.tp_dp_cp_group)",)),
+    _C(
         "save_optimizer_buckets_in_place",
         ADAM,
         "DistributedOptimizer.sharded_param_state_fully_reshardable",
@@ -281,8 +375,8 @@ CONTRACTS = [
         "TopKRouter.routing",
         holds=("self._apply_expert_bias(routing_map, padding_mask=padding_mask)\n    return (probs, routing_map)",),
     ),
-    _C("expert_loads", ROUTER, "Router.set_layer_number", "self layer_number", ("self.layer_number = layer_number",)),
-    _C("expert_loads", MTP, holds=("self.layers = torch.nn.ModuleList([shared_layer])", "self.mtp_model_layer = ")),
+    _C("routers", ROUTER, "Router.set_layer_number", "self layer_number", ("self.layer_number = layer_number",)),
+    _C("routers", MTP, holds=("self.layers = torch.nn.ModuleList([shared_layer])", "self.mtp_model_layer = ")),
     _C(
         "meta_device",
         "core/tensor_parallel/layers.py",
@@ -759,6 +853,12 @@ CONTRACTS = [
         "training/checkpointing.py",
         "generate_state_dict",
         holds=("if not args.no_save_optim:\n",),
+    ),
+    _C(
+        "saving_flags",
+        "training/checkpointing.py",
+        "save_checkpoint",
+        holds=("Don't use '--dist-ckpt-optim-fully-reshardable' when saving local checkpoints.",),
     ),
     _C(
         "saving_flags",
