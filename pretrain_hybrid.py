@@ -34,11 +34,13 @@ def main(argv: list[str]) -> None:
         return
     try:
         command = flags.resolve(argv)
-        from megatron_hybrid.engine import arguments, resume, throughput, upstream
+        from megatron_hybrid.engine import arguments, connections, resume, throughput, upstream
 
+        connected = connections.set_connections(command.argv)
         device = arguments.choose_device(command.device)
         command = arguments.balance(command, device)
         args = arguments.parse(command.argv, device, command.print_config)
+        args.notes += connected if device == "cuda" else []
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         arguments.check_checkpoint(args, command.print_config)
         args.notes += [] if command.print_config else arguments.check_data_content(args)
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
 
         with arguments.upstream_errors_as_value_errors():
             config = None if command.print_config else model_config(args)
+            arguments.check_configs(args, config)
     except ValueError as error:
         refuse(error, 2)
     except Unreachable as error:

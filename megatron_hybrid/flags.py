@@ -67,6 +67,7 @@ def resolve(argv: list[str]) -> Command:
         ValueError: Unknown recipe, bad pattern, no pattern at all, a pattern that the pipeline cannot split, a file
             that is no blend, or a flag with a value that it cannot have; the text says what to change.
     """
+    argv = [_renamed(arg) for arg in argv]
     first = _known(argv)
     rest = _without_ours(argv)
     recipe = recipes.recipe(first.recipe, first.intra_preset) if first.recipe else None
@@ -144,6 +145,12 @@ def _pattern(known: argparse.Namespace) -> Pattern:
         "The run has no layers: give --recipe NAME (see --list-recipes), --hybrid-layer-pattern such as "
         "'M-M-P-', or --num-blocks with --block-ratio."
     )
+
+
+def _renamed(arg: str) -> str:
+    """The pattern under its old name, which Megatron takes as long as it is the only one."""
+    name, equals, text = arg.partition("=")
+    return f"--hybrid-layer-pattern{equals}{text}" if name == "--hybrid-override-pattern" else arg
 
 
 def _without_ours(argv: list[str]) -> list[str]:

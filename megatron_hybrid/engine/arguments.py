@@ -17,10 +17,19 @@ from typing import Any, NoReturn
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.engine import checkpoint_settings, datasets, optimizer_state, saving, unpickling, validation
+from megatron_hybrid.engine import (
+    checkpoint_settings,
+    connections,
+    datasets,
+    optimizer_state,
+    saving,
+    unpickling,
+    validation,
+)
 from megatron_hybrid.engine.resume import takes_weights_alone
 from megatron_hybrid.engine.upstream import has_module, register_symbols
-from megatron_hybrid.flags import Command, value
+from megatron_hybrid.flags import Command, value, without
+from megatron_hybrid.model.flags import rules, table
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
@@ -138,24 +147,30 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         ValueError: Flags that cannot work, with the reason and the remedy.
     """
     set_single_process_defaults()
+    connections.set_connections(argv)
     import_megatron_quietly()
     from megatron.training import arguments
 
-    backend = choose_backend(value(argv, "--backend", "auto"), device)
+    table.refuse(argv)
+    implied = "torch" if value(argv, "--transformer-impl") == "local" else "auto"
+    backend = choose_backend(value(argv, "--backend", implied), device)
     sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
     args = arguments.parse_args(add_hybrid_flags)
     args.backend, args.device = backend, device
+    rules.read_old_names(args)
     from megatron_hybrid.model.checks import check, smallest_world
 
     if print_config and (world or "TORCHELASTIC_RUN_ID" not in os.environ):
         args.world_size = world or max(1, smallest_world(args))
+    rules.check_flags(args, argv)
     check(args)
     validation.check(args)
-    notes = []
+    notes = table.notes(argv) + rules.notes(argv)
     if not print_config:
+        rules.check_schedule(args)
         check_data(args)
         check_tokenizer(args)
-        notes = check_provenance(args)
+        notes += check_provenance(args)
     with upstream_errors_as_value_errors():
         if print_config:
             with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
@@ -169,8 +184,6 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     else:
         compare_tokenizer(args)
     saving.check(args, asked_async="--async-save" in argv)
-    if not print_config and not args.skip_train:
-        checkpoint_settings.schedule(args)
     return args
 
 
@@ -435,6 +448,8 @@ def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
             "recipe, or give another --load."
         )
     args.notes += checkpoint_settings.check_model(stored, args, folder)
+    if args.ckpt_format == "torch":
+        raise ValueError(f"--ckpt-format torch, and the checkpoint in {folder} is of torch_dist: drop the flag.")
     goes_on = not args.skip_train and not takes_weights_alone(args, folder)
     if goes_on:
         optimizer_state.check_optimizer_state(args, stored, folder)
@@ -468,24 +483,39 @@ def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
 
 @contextlib.contextmanager
 def upstream_errors_as_value_errors() -> Iterator[None]:
-    """Upstream checks arguments with asserts: their text is for the user, their trace is not."""
+    """Upstream checks arguments with asserts: their text is for the user, their trace is not.
+
+    What else it ends by, while it does nothing but read flags, is a mistake in these, too.
+    """
     try:
         yield
-    except (AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
-        # an assert without a message still has a source line
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error) or place.line  # an assert without a message still has a source line
+        if not isinstance(error, (AssertionError, RuntimeError, ValueError, NotImplementedError)):
+            text = f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
         raise ValueError(f"Megatron refuses these flags: {text}") from error
 
 
+def check_configs(args: Namespace, config: Any) -> None:
+    """Builds what upstream makes of the flags when training starts, so that its checks end the run before that.
+
+    config: The model's; None for ``--print-config``.
+    """
+    if config is not None:
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        pretrain_cfg_container_from_args(args, config)
+
+
 def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
-    flags = [*argv]
+    # the number of stages is checked against the pattern by then, and Megatron takes it from the pattern alone
+    flags = [*without(argv, "--num-virtual-stages-per-pipeline-rank"), *rules.defaults(argv)]
     if backend == "torch":
         flags += _TORCH_BACKEND_FLAGS
     elif not has_module("fused_weight_gradient_mlp_cuda"):
         flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
     flags += saving.saving_flags(argv, device)
-    if value(argv, "--yaml-cfg", ""):
-        raise ValueError("--yaml-cfg is not supported: settings come from flags and recipes. Drop it.")
     if device == "cpu":
         asked = value(argv, "--distributed-backend", "gloo")
         if asked != "gloo":

@@ -11,6 +11,7 @@ Every name that is replaced stands in :data:`REPLACED` with its reason.
 import os
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -202,7 +203,7 @@ REPLACED: list[tuple[Any, str, Any, str]] = [
     (torch.cuda, "max_memory_allocated", _returns(0), _NO_MEMORY),
     (torch.cuda, "memory_reserved", _returns(0), _NO_MEMORY),
     (torch.cuda, "max_memory_reserved", _returns(0), _NO_MEMORY),
-    (torch.cuda, "memory_stats", _returns({}), _NO_MEMORY),
+    (torch.cuda, "memory_stats", _returns(defaultdict(int)), _NO_MEMORY),
     (torch.cuda, "reset_peak_memory_stats", _returns(None), _NO_MEMORY),
     (torch.cuda, "default_generators", _DefaultGenerators(), "the device's random state is torch's default"),
     (torch.cuda, "manual_seed", _seed_device, "seeds the device's stream alone"),

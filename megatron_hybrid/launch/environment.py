@@ -14,14 +14,13 @@ def defaults(env: Mapping[str, str], address: str, processes: int, cpus: int | N
 
     Left to the user, since they depend on the cluster: NCCL_SOCKET_IFNAME (NCCL or Gloo starts over an interface that
     the nodes do not share: name the right one, such as eth0; GLOO_SOCKET_IFNAME likewise) and NCCL_IB_HCA (NCCL takes
-    adapters that belong to storage).
+    adapters that belong to storage). Left to each rank, which knows its layout: CUDA_DEVICE_MAX_CONNECTIONS
+    (engine/connections.py).
     """
     wanted = {
         "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
         "NCCL_DEBUG": "WARN",  # INFO names the networks that NCCL chose: read it once
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a failed or hanging collective ends its process
-        # Megatron wants 1 under tensor or context parallelism; without them, more let both streams of P layers overlap
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # torch would start a thread for each core in every rank; on GPUs the host's arithmetic is small
         "OMP_NUM_THREADS": str(max(1, (cpus or 1) // processes)) if device == "cpu" else "1",
     }

@@ -112,7 +112,8 @@ def check_batch(args: Namespace) -> None:
         raise ValueError("--micro-batch-size is not given: a run without --recipe needs it, such as 1.")
     replicas = args.world_size // (_tp(args) * args.pipeline_model_parallel_size * args.context_parallel_size)
     batch = args.micro_batch_size * replicas
-    if args.global_batch_size and not args.step_batch_size_schedule and batch > 0 and args.global_batch_size % batch:
+    free = args.step_batch_size_schedule or args.decrease_batch_size_if_needed
+    if args.global_batch_size and not free and batch > 0 and args.global_batch_size % batch:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
             f"{args.micro_batch_size} times {replicas} model replicas: change one of them, or the number of processes."
@@ -165,39 +166,13 @@ def check_positions(args: Namespace) -> None:
         raise ValueError("--use-rope-scaling with --position-embedding-type none: there is no RoPE to scale. Drop one.")
     if args.use_rope_scaling and args.rope_scaling_factor < 1:
         raise ValueError(f"--rope-scaling-factor is {args.rope_scaling_factor} and must be at least 1.")
-    if args.no_rope_freq:
-        raise ValueError(
-            "--no-rope-freq is not used by hybrid layers: --position-embedding-type none takes RoPE from all of them."
-        )
-    if args.rotary_seq_len_interpolation_factor is not None:
-        raise ValueError(
-            "--rotary-seq-len-interpolation-factor is not used by hybrid layers: use --use-rope-scaling with "
-            "--rope-scaling-factor."
-        )
 
 
 def check_unsupported(args: Namespace) -> None:
-    """Flags of upstream that our layers would ignore, or that need what is not installed."""
-    refused = {
-        "use_checkpoint_args": "it would unpickle the checkpoint before it is verified; recipe and flags say the model",
-        "rampup_batch_size": "Megatron 0.19.2 takes it and does nothing; --step-batch-size-schedule 0:N,TOKENS:N does",
-        "sft": "fine-tuning's data sets are not there yet",
-        "fim_data": "the data set has no fill-in-the-middle",
-        "hybrid_context_parallel": "samples are split over all context-parallel ranks alike",
-        "multi_latent_attention": "the symbols * and W are ordinary grouped-query attention",
-        "qk_layernorm": "the attention layers have no norms of queries and keys",
-        "window_size": "sliding windows are W layers, with --swa-window",
-        "apply_query_key_layer_scaling": "the attention layers scale by the head size alone",
-    }
-    for name, reason in refused.items():
-        if getattr(args, name, False):
-            raise ValueError(f"{_flag(name)} is not supported: {reason}. Drop it.")
-    uneven = [n for n in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers") if getattr(args, n)]
-    if uneven:
-        raise ValueError(
-            f"{_flag(uneven[0])} is not supported: write | into the pattern where the stages start, or give "
-            "--balance-pipeline."
-        )
+    """Values of upstream's flags that our layers would ignore, or that need what is not installed.
+
+    Flags that no value of theirs would do for stand in model/flags/.
+    """
     check_packing(args)
     shared_groups = args.mamba_num_groups < _tp(args) and "M" in args.hybrid_layer_pattern
     own_norms = args.backend == "torch" or "P" in args.hybrid_layer_pattern or shared_groups
@@ -247,11 +222,6 @@ def check_bad_steps(args: Namespace) -> None:
 
 def check_packing(args: Namespace) -> None:
     """Packed documents that are kept apart: what the layers can, and what they cannot."""
-    if args.dataloader_inter_document_masking:
-        raise ValueError(
-            "--dataloader-inter-document-masking is not supported: document boundaries are found by the "
-            "end-of-document token. Use --reset-attention-mask."
-        )
     if not args.reset_attention_mask:
         if args.reset_position_ids:
             raise ValueError(

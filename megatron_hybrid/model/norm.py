@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in fp32, returned in the input's dtype.
+    """Root-mean-square norm over the last dimension, in fp32, returned in the weight's dtype.
+
+    That is the input's but for ``--fp32-residual-connection``, where the linear behind it takes the parameters' dtype.
 
     Upstream's torch norm refuses sequence parallelism (core/transformer/torch_norm.py:48). All that it takes is
     to mark the weight, so that its gradient is summed over the tensor-parallel ranks
@@ -36,7 +38,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x.dtype)  # torch's fused kernel wants one dtype
+        return nn.functional.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 class StandaloneRMSNorm(RMSNorm):

@@ -392,7 +392,7 @@ def check_checkpoint(load: str, pattern: str) -> str:
     found = checkpoints(Path(load))
     folder = str(found[0].folder) if found else None
     args = Namespace(checkpoint=folder, hybrid_layer_pattern=pattern, padded_vocab_size=None, rank=0)
-    args.notes, args.allow_changed, args.skip_train = [], [], True
+    args.notes, args.allow_changed, args.skip_train, args.ckpt_format = [], [], True, "torch_dist"
     try:
         arguments.check_checkpoint(args)
     except ValueError as error:

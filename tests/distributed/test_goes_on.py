@@ -54,7 +54,7 @@ def refusal(ranks, trained, data, more: str) -> str:
     ("more", "words"),
     [
         ("--rotary-base 10", ["rotary_base is 500000 in it and 10 here", "--allow-changed rotary_base"]),
-        ("--openai-gelu", ["openai_gelu is False in it and True here", "run.json"]),
+        ("--rotary-percent 0.5", ["rotary_percent is 1.0 in it and 0.5 here", "run.json"]),
         ("--hidden-size 64", ["hidden_size is 32 in it and 64 here", "kv_channels is 8 in it and 16 here"]),
         (
             "--train-iters 8",
@@ -65,7 +65,7 @@ def refusal(ranks, trained, data, more: str) -> str:
         ("--lr 1e-3", ["--lr: 0.01 in the checkpoint, 0.001 by this run", "--override-opt-param-scheduler"]),
         ("--lr-wsd-decay-iters 3", ["--lr-wsd-decay-*): 8 in the checkpoint, 12 by this run"]),
         ("--adam-beta2 0.9", ["--adam-beta2: 0.999 in the checkpoint, 0.9 by this run"]),
-        ("--lr-warmup-iters 9", ["Megatron refuses these flags", "lr_warmup_steps < self.lr_decay_steps"]),
+        ("--lr-warmup-iters 9", ["--lr-warmup-iters is 9 of 4 iters", "Make it shorter"]),
         ("--allow-changed lr", ["--allow-changed lr", "may change without it"]),
     ],
 )

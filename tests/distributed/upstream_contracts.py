@@ -1005,6 +1005,12 @@ CONTRACTS = [
         "core/optimizer/optimizer.py",
         holds=("'torch.cuda.HalfTensor', 'torch.cuda.BFloat16Tensor'", "'torch.cuda.FloatTensor'"),
     ),
+    _C(
+        "set_connections",
+        "training/arguments.py",
+        "validate_args",
+        holds=("get_device_arch_version() < 10", "os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS') == '1'"),
+    ),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Megatron's flags: what becomes of each (:mod:`.table`), and of their values (:mod:`.rules`)."""
