@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         return
     try:
         command = flags.resolve(argv)
-        from megatron_hybrid.engine import arguments, connections, resume, throughput, upstream
+        from megatron_hybrid.engine import arguments, connections, data_checks, resume, throughput, upstream
 
         connected = connections.set_connections(command.argv)
         device = arguments.choose_device(command.device)
@@ -43,9 +43,9 @@ def main(argv: list[str]) -> None:
         args.notes += connected if device == "cuda" else []
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         arguments.check_checkpoint(args, command.print_config)
-        args.notes += [] if command.print_config else arguments.check_data_content(args)
+        args.notes += [] if command.print_config else data_checks.check_data_content(args)
         if args.reset_attention_mask and not command.print_config:
-            arguments.check_end_of_document(args)
+            data_checks.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)
         peak = throughput.peak(args)
         from megatron_hybrid.model.build import model_config

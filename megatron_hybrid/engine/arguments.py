@@ -16,11 +16,10 @@ from typing import Any, NoReturn
 
 from megatron_hybrid import costs
 from megatron_hybrid.config import HybridConfig, IntraConfig
-from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.engine import (
     checkpoint_settings,
     connections,
-    datasets,
+    data_checks,
     optimizer_state,
     saving,
     unpickling,
@@ -168,9 +167,9 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     notes = table.notes(argv) + rules.notes(argv)
     if not print_config:
         rules.check_schedule(args)
-        check_data(args)
-        check_tokenizer(args)
-        notes += check_provenance(args)
+        data_checks.check_data(args)
+        data_checks.check_tokenizer(args)
+        notes += data_checks.check_provenance(args)
     with upstream_errors_as_value_errors():
         if print_config:
             with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
@@ -180,9 +179,9 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     args.backend, args.device, args.notes = backend, device, notes
     args.data_contents = {}
     if print_config:
-        args.vocab_size = _vocabulary(args)
+        args.vocab_size = data_checks.vocabulary(args)
     else:
-        compare_tokenizer(args)
+        data_checks.compare_tokenizer(args)
     saving.check(args, asked_async="--async-save" in argv)
     return args
 
@@ -201,7 +200,7 @@ def balance(command: Command, device: str) -> Command:
 
     sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
     args = arguments.parse_args(add_hybrid_flags)
-    args.vocab_size = _vocabulary(args)
+    args.vocab_size = data_checks.vocabulary(args)
     if args.vocab_size is None:
         raise ValueError(
             "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
@@ -245,178 +244,6 @@ def set_single_process_defaults() -> None:
         os.environ.setdefault(name, str(default))
 
 
-def check_data(args: Namespace) -> None:
-    """Refuses a run without data, or whose data files are not there or too small, before any process group starts.
-
-    Raises:
-        ValueError: With the file and how to make it.
-    """
-    listed = datasets.prefixes(args)
-    if args.mock_data:
-        return
-    if not listed:
-        raise ValueError(
-            "The run has no data: give --data-path PREFIX (made by tools/preprocess_data.py), --data-blend FILE, "
-            "or --mock-data for random tokens."
-        )
-    for prefix in listed:
-        missing = [prefix + end for end in (".idx", ".bin") if not Path(prefix + end).is_file()]
-        if missing:
-            raise ValueError(
-                f"{prefix}, which is given as data: there is no {missing[0]}. Give the prefix of a .bin/.idx pair, "
-                "without the ending; tools/preprocess_data.py makes one from text."
-            )
-    if not (args.data_path or args.data_args_path):
-        return
-    split = args.split or DEFAULT_SPLIT
-    if args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
-        raise ValueError(
-            f"--split {split} leaves nothing for validation, and --eval-iters is {args.eval_iters}: give "
-            "--eval-iters 0, or a part such as --split 98,1,1."
-        )
-    for prefix in listed:
-        check_parts(prefix, split)
-
-
-def check_tokenizer(args: Namespace) -> None:
-    """Refuses a run whose vocabulary is not known.
-
-    Raises:
-        ValueError: With the flag that is missing, or the file that is not there.
-    """
-    kind, model = args.tokenizer_type, args.tokenizer_model
-    if kind is None:
-        raise ValueError(
-            "The run has no tokenizer: give --tokenizer-type SentencePieceTokenizer --tokenizer-model FILE (made by "
-            "tools/train_tokenizer.py), or --tokenizer-type NullTokenizer --vocab-size N for data without text."
-        )
-    if kind.startswith("Null") and args.vocab_size is None:
-        raise ValueError(f"--tokenizer-type {kind} has no vocabulary of its own: give --vocab-size.")
-    if kind.endswith("SentencePieceTokenizer") and not (model and Path(model).is_file()):
-        raise ValueError(f"--tokenizer-type {kind}: there is no file --tokenizer-model {model}.")
-
-
-def check_provenance(args: Namespace) -> list[str]:
-    """Refuses data that another tokenizer wrote than the run's, going by their manifests; reads no data.
-
-    Returns:
-        Notes on what could not be compared, to be shown to the user.
-
-    Raises:
-        ValueError: With the data set and both tokenizers.
-    """
-    from megatron_hybrid.data import provenance
-
-    if args.mock_data:
-        return []
-    spec = _tokenizer_spec(args)
-    run = provenance.RunTokenizer(spec, args.null_tokenizer_eod_id, args.reset_attention_mask, args.eod_mask_loss)
-    return provenance.check(datasets.prefixes(args), run)
-
-
-def compare_tokenizer(args: Namespace) -> None:
-    """Refuses a tokenizer that Megatron loads otherwise than the data's, whose fingerprint it has.
-
-    Raises:
-        ValueError: With what differs.
-    """
-    from megatron.training import global_vars
-
-    from megatron_hybrid.data import provenance
-    from megatron_hybrid.engine import tokenizers
-
-    spec = _tokenizer_spec(args)
-    if args.mock_data or provenance.unknown(spec):
-        return
-    prefix = provenance.first_known(datasets.prefixes(args))
-    if prefix is not None:
-        tokenizers.compare(prefix, spec, global_vars.get_tokenizer())
-
-
-def _tokenizer_spec(args: Namespace) -> Any:
-    """The run's tokenizer as preprocessing knows it (:class:`megatron_hybrid.data.tokenizers.TokenizerSpec`)."""
-    from megatron_hybrid.data.tokenizers import TokenizerSpec
-
-    return TokenizerSpec(
-        args.tokenizer_type,
-        Path(args.tokenizer_model) if args.tokenizer_model else None,
-        pattern=args.tiktoken_pattern or TokenizerSpec.pattern,
-        num_special_tokens=args.tiktoken_num_special_tokens,
-        vocab_size=args.vocab_size or TokenizerSpec.vocab_size,
-    )
-
-
-def _vocabulary(args: Namespace) -> int | None:
-    """Size of the vocabulary before the run has its tokenizer: that of the tokenizer's files, else --vocab-size.
-
-    A SentencePiece or Hugging Face tokenizer has a size of its own, whatever --vocab-size says.
-    """
-    from megatron_hybrid.data.provenance import unknown
-    from megatron_hybrid.data.tokenizers import load_tokenizer
-
-    spec = _tokenizer_spec(args)
-    if spec.model is None or not spec.model.exists() or spec.kind == "TikTokenizer" or unknown(spec):
-        return args.vocab_size
-    return load_tokenizer(spec).vocab_size
-
-
-def check_data_content(args: Namespace) -> list[str]:
-    """Refuses data that are damaged or do not fit the model (:func:`.datasets.check_content`).
-
-    Returns:
-        Notes for the user, also on data that are others than those that the checkpoint was trained on.
-    """
-    from megatron.core import dist_checkpointing
-
-    notes = datasets.check_content(args)
-    folder = args.checkpoint
-    if folder is None or args.skip_train or not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        return notes
-    before = getattr(stored_arguments(folder), "data_contents", {})
-    for prefix, content in args.data_contents.items():
-        if before.get(prefix, content) != content:
-            notes.append(
-                f"{prefix} has another content than when {folder} was saved: the order of its documents is a new one"
-            )
-    return notes
-
-
-def stored_common(folder: str) -> dict[str, Any]:
-    """What a checkpoint has beside tensors: ``args`` (training/checkpointing.py:1311), ``opt_param_scheduler`` ...
-
-    Unpickles admitted classes alone (:mod:`megatron_hybrid.engine.unpickling`); what is in the folder has to be
-    verified first (:mod:`megatron_hybrid.engine.resume`).
-    """
-    from megatron.core import dist_checkpointing
-
-    unpickling.admit_known_classes_only()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
-        return dist_checkpointing.load_common_state_dict(folder)
-
-
-def stored_arguments(folder: str) -> Namespace | None:
-    """The arguments that upstream stores with each checkpoint; None if it has none. See :func:`stored_common`."""
-    return stored_common(folder).get("args")
-
-
-def check_end_of_document(args: Namespace) -> None:
-    """Refuses to keep packed documents apart without a token that ends them.
-
-    Raises:
-        ValueError: With the tokenizer.
-    """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it is built again with the data, and says so then
-        eod = getattr(build_tokenizer(args), "eod", None)
-    if eod is None or eod < 0:
-        raise ValueError(
-            "--reset-attention-mask finds documents by their last token, and the tokenizer "
-            f"({args.tokenizer_type}) has no end-of-document token: use one that has, or drop the flag."
-        )
-
-
 def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
     """Refuses to load a checkpoint of another model, or to go on under another schedule; the layout may differ.
 
@@ -436,7 +263,7 @@ def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
         unpickling.check(Path(folder))
     if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
         return
-    common = stored_common(folder)
+    common = checkpoint_settings.stored_common(folder)
     stored = common.get("args")
     saved = getattr(stored, "hybrid_layer_pattern", None)
     if stored is None or saved is None:

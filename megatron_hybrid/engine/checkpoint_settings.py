@@ -5,6 +5,7 @@ else may change: layout, batch, kernels, precision, losses and their coefficient
 changes that give other samples than those of the uninterrupted run there is a note.
 """
 
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from megatron_hybrid.data.blend import sources_of, split_fractions
 from megatron_hybrid.data.indexed import read_index
+from megatron_hybrid.engine import unpickling
 from megatron_hybrid.intra_design import AXES, design
 
 SHAPES = (
@@ -40,6 +42,25 @@ COMPUTES = {
     "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
 }
 """Symbols of the layers (none: all) to the settings that say what these compute."""
+
+
+def stored_common(folder: str) -> dict[str, Any]:
+    """What a checkpoint has beside tensors: ``args`` (training/checkpointing.py:1311), ``opt_param_scheduler`` ...
+
+    Unpickles admitted classes alone (:mod:`megatron_hybrid.engine.unpickling`); what is in the folder has to be
+    verified first (:mod:`megatron_hybrid.engine.resume`).
+    """
+    from megatron.core import dist_checkpointing
+
+    unpickling.admit_known_classes_only()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it has not started yet
+        return dist_checkpointing.load_common_state_dict(folder)
+
+
+def stored_arguments(folder: str) -> Namespace | None:
+    """The arguments that upstream stores with each checkpoint; None if it has none. See :func:`stored_common`."""
+    return stored_common(folder).get("args")
 
 
 def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:

@@ -29,7 +29,7 @@ def open_checkpoint(folder: str, unverified: bool = False) -> tuple[str, Namespa
     from megatron.core import dist_checkpointing
 
     from megatron_hybrid.engine import unpickling
-    from megatron_hybrid.engine.arguments import stored_arguments
+    from megatron_hybrid.engine.checkpoint_settings import stored_arguments
     from megatron_hybrid.engine.resume import verified
 
     where = str(verified(folder, unverified))

@@ -14,13 +14,13 @@ def words(flags: str) -> list[str]:
 def checked(flags: str) -> dict[str, Any]:
     """The checks of a command line on this rank: an error, or notes, the model's rows and what the ranks agreed on."""
     from megatron_hybrid import flags as command_line
-    from megatron_hybrid.engine import arguments, resume
+    from megatron_hybrid.engine import arguments, data_checks, resume
 
     forget()
     try:
         args = arguments.parse(command_line.resolve(words(flags)).argv, "cpu")
         resume.choose_checkpoint(args)
-        notes = arguments.check_data_content(args)
+        notes = data_checks.check_data_content(args)
     except ValueError as error:
         return {"error": str(error)}
     rows = args.padded_vocab_size

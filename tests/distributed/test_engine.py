@@ -56,6 +56,7 @@ NO_REACH = {
     "check_content": "of files, and of Megatron's public get_tokenizer",
     "check_data_content": "calls check_content and stored_arguments",
     "compare_tokenizer": "calls compare",
+    "vocabulary": "of a tokenizer's files",
     "load_object": "of torch's public load",
     "load_index": "of numpy's public load",
     "check_optimizer_state": "of flags, which upstream would meet with the model built",
