@@ -20,8 +20,8 @@ setup-dev: ## the same, with the test and lint tools
 quickstart: setup ## train a small hybrid on real text, on the CPU; run again to continue
 	@$(PY) tools/quickstart.py
 
-test: setup-dev ## run all tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests
+test: setup-dev ## run all tests, in two processes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile
 
 test-slurm: setup-dev ## train on a SLURM of two nodes on this machine, and disturb it (needs idle cores)
 	@$(PY) -m pytest tests/slurm

@@ -170,6 +170,17 @@ def without(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
+def with_mock_data(argv: list[str]) -> list[str]:
+    """``argv`` with random tokens in place of the data that it names, for programs that read none."""
+    kept, skip = [], False
+    for arg in argv:
+        if arg.startswith("--"):
+            skip = arg.split("=", 1)[0] in (*DATA_FLAGS, "--data-blend")
+        if not skip:
+            kept.append(arg)
+    return [*kept, "--mock-data"]
+
+
 def value(argv: list[str], flag: str, default: str = "") -> str:
     """The last value that a flag is given, in either of argparse's spellings."""
     found = default

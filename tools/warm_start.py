@@ -293,7 +293,7 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise ValueError(f"--save {save} is there already: give a new folder, nothing is overwritten.")
-    asked, command = parse_layers(layers), flags.resolve(run)
+    asked, command = parse_layers(layers), flags.resolve(flags.with_mock_data(run))
     from megatron_hybrid.engine import arguments, checkpoints
 
     device, new = arguments.choose_device(command.device), command.pattern

@@ -33,11 +33,15 @@ WHOLE = {
 """torch's collectives, and which of their arguments is the whole: what all ranks have together, or what goes out."""
 
 
+LOSS = (("data", "allreduce_"), ("context", "allreduce_"))
+
+
 class Recorder(TorchDispatchMode):
     """Adds up what this rank's collectives send while it is active, autograd's among them.
 
-    Left out is what the formulas leave out: broadcasts of batches, lists of gathered indices, and the loss, the one
-    plain all-reduce over the replicas (gradients and parameters go in coalesced ones).
+    Left out is what the formulas leave out: broadcasts of batches, lists of gathered indices, and the loss: plain
+    all-reduces over the replicas and, of its tokens, over context-parallel ranks (gradients and parameters go in
+    coalesced ones).
     """
 
     def __init__(self) -> None:
@@ -52,7 +56,7 @@ class Recorder(TorchDispatchMode):
             if kind == "send" and args[0][0].dim() == 3:
                 # of two stages the second sends over the group of all ranks (p2p_communication.py, _p2p_ops)
                 name = "pipeline"
-            if name and group.size() > 1 and (name, kind) != ("data", "allreduce_"):
+            if name and group.size() > 1 and (name, kind) not in LOSS:
                 self._add(name, kind, _bytes(args[WHOLE[kind]]), group.size())
         return func(*args, **(kwargs or {}))
 

@@ -104,8 +104,8 @@ def models(draw) -> list[str]:
         flags |= {"num-experts": experts, "moe-router-topk": whole(1, experts)}
         flags |= {"moe-router-score-function": "sigmoid"}
         flags |= {"moe-ffn-hidden-size": whole(3, 33)} if draw(st.booleans()) else {}
+        switches.add("disable-bias-linear")  # the experts have none
         if draw(st.booleans()):
-            switches.add("disable-bias-linear")  # nor has the shared expert
             flags["moe-shared-expert-intermediate-size"] = whole(3, 33)
     if "P" in pattern:
         switches.add("disable-bias-linear")  # P has no biases

@@ -186,13 +186,9 @@ FAMILIES: dict[str, list[Row]] = {
         yes(
             "",
             """--recompute-granularity --recompute-method --recompute-num-layers --recompute-modules
-            --recompute-activations""",
+            --recompute-activations --distribute-saved-activations""",
         ),
         yes("--recompute-granularity selective with moe is its new name", "--moe-layer-recompute"),
-        no(
-            "hidden states of Megatron's hybrid stack are views, which it cannot split",
-            "--distribute-saved-activations",
-        ),
         no(
             "Megatron's hybrid stack does not offload activations by layers",
             "--cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers",
