@@ -320,6 +320,10 @@ def _logging(args: Namespace) -> Rules:
         ),
         (bool(kept) and not args.save, f"{_flag(kept[0]) if kept else ''} needs --save FOLDER to write to."),
         (
+            bool(cached) and args.mock_data,
+            f"{_flag(cached)} reads indices of real data, and --mock-data has none: drop one.",
+        ),
+        (
             bool(cached) and args.data_cache_path is None,
             f"{_flag(cached)} needs --data-cache-path FOLDER, with the indices of an earlier run: add it.",
         ),
