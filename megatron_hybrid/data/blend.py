@@ -157,17 +157,18 @@ def _check_together(file: Path, sources: list[Source]) -> None:
         raise ValueError(f"--data-blend {file}, source {bare[0]}: neither weight nor epochs is given; give one.")
 
 
-def split_fractions(split: str) -> list[float]:
+def split_fractions(split: str, trains: bool = True) -> list[float]:
     """Return where the train, validation and test parts of --split end, as fractions of a data set's sequences.
 
     As upstream works them out, to the last bit (core/datasets/blended_megatron_dataset_config.py,
-    parse_and_normalize_split and convert_split_vector_to_split_matrix). Raises ValueError without a train part.
+    parse_and_normalize_split and convert_split_vector_to_split_matrix). Raises ValueError without a train part, unless
+    nothing is trained.
     """
     try:
         parts = [float(text) for text in re.findall(r"[.0-9]+", split)]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or parts[0] <= 0:
+    if not 1 <= len(parts) <= 3 or sum(parts) <= 0 or (trains and parts[0] <= 0):
         raise ValueError(
             f"--split {split!r} leaves nothing to train on; give parts for train, validation and test: 98,1,1."
         )
@@ -176,7 +177,7 @@ def split_fractions(split: str) -> list[float]:
     return list(accumulate(part / total for part in parts))
 
 
-def check_parts(path: str, split: str) -> None:
+def check_parts(path: str, split: str, trains: bool = True) -> None:
     """Refuse a data set that is too small for its validation or test part, where upstream would count epochs for ever.
 
     Raises:
@@ -186,7 +187,7 @@ def check_parts(path: str, split: str) -> None:
 
     lengths = read_index(Path(path)).lengths
     count, begin = len(lengths), 0.0
-    for name, end in zip(("training", "validation", "test"), split_fractions(split), strict=True):
+    for name, end in zip(("training", "validation", "test"), split_fractions(split, trains), strict=True):
         part = lengths[round(begin * float(count)) : round(end * float(count))]
         if end > begin and not part.any():
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hybrid.data.blend import sources_of, split_fractions
+from megatron_hybrid.data.blend import split_fractions
 from megatron_hybrid.data.indexed import read_index
 from megatron_hybrid.engine import unpickling
 from megatron_hybrid.intra_design import AXES, design
@@ -172,8 +172,14 @@ def schedule(args: Namespace) -> dict[str, Any]:
 
     if args.lr is None:
         raise ValueError("--lr is not given: a run without --recipe needs it, such as --lr 3e-4.")
-    with upstream_errors_as_value_errors():
-        built = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+    # it fills these in on the way, and would take a run of samples for one of iterations the next time
+    names = ("train_iters", "lr_decay_iters", "lr_decay_samples")
+    kept = {name: getattr(args, name) for name in names}
+    try:
+        with upstream_errors_as_value_errors():
+            built = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+    finally:
+        vars(args).update(kept)
     return {**built.state_dict(), "wsd_decay_steps": built.wsd_decay_steps}
 
 
@@ -230,6 +236,12 @@ def _take_schedule(args: Namespace, stored: Namespace, decay: int | None) -> Non
     """Takes from the checkpoint what upstream takes from the flags alone."""
     for name in ("lr_warmup_init", "lr_wsd_decay_style", "adam_beta1", "adam_beta2", "adam_eps"):
         setattr(args, name, getattr(stored, name, getattr(args, name)))
+    if decay is not None and not args.train_samples and decay % args.global_batch_size:
+        raise ValueError(
+            f"--use-checkpoint-opt_param-scheduler: the checkpoint's cool-down is {decay} samples, which are no whole "
+            f"steps of --global-batch-size {args.global_batch_size}: give a batch that divides it, --train-samples in "
+            "place of --train-iters, or --override-opt-param-scheduler."
+        )
     if decay is not None:
         args.lr_wsd_decay_samples = decay if args.train_samples else None
         args.lr_wsd_decay_iters = None if args.train_samples else decay // args.global_batch_size
@@ -303,30 +315,48 @@ def _short(value: Any) -> str:
 def _passes(stored: Namespace, args: Namespace) -> dict[str, tuple[tuple, tuple]]:
     """Name of a data set's part to the order's key under the stored and under this run's length."""
     found: dict[str, tuple[tuple, tuple]] = {}
-    if args.rank != 0 or not args.data_path:
+    if args.rank != 0:
         return found
-    sources = sources_of(args.data_path)
-    total = sum(source.weight or 0 for source in sources)
-    for source in sources:
-        try:
-            parts = _part_tokens(source.path, args.split)
-        except ValueError:
-            continue  # an index that another tool wrote: upstream's to judge
-        share = source.weight / total if source.weight else None
-        for name, tokens, samples in (
-            ("training", parts[0], _train_samples),
-            ("validation", parts[1], _validation_samples),
-        )[: 1 if args.full_validation else 2]:
-            both = [_order(tokens, _drawn(samples(one), share), args.seq_length) for one in (stored, args)]
-            found[f"{name} on {source.name}"] = (both[0], both[1])
+    counts = {"training": _train_samples, "validation": _validation_samples}
+    for part, paths, weights in _drawn_from(args):
+        if part not in counts or (part == "validation" and args.full_validation):
+            continue
+        total = sum(weights) if weights else None
+        for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+            try:
+                tokens = _part_tokens(path, part, args)
+            except ValueError:
+                continue  # an index that another tool wrote: upstream's to judge
+            share = weight / total if total else None
+            both = [_order(tokens, _drawn(counts[part](one), share), args.seq_length) for one in (stored, args)]
+            found[f"{part} on {Path(path).name}"] = (both[0], both[1])
     return found
 
 
-def _part_tokens(path: str, split: str) -> list[int]:
-    """Tokens in the parts of a data set as upstream's ``_build_megatron_dataset_splits`` has it."""
+def _drawn_from(args: Namespace) -> list[tuple[str, list[str], list[float] | None]]:
+    """Part, data sets and weights of what the run draws from; several sets without weights are read once each."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, per_split = get_blend_and_blend_per_split(args)
+    parts = ("training", "validation", "test")
+    found = zip(parts, per_split, strict=True) if per_split else ((part, blend) for part in parts)
+    return [(part, *one) for part, one in found if one and (one[1] or len(one[0]) == 1)]
+
+
+def _part_tokens(path: str, part: str, args: Namespace) -> int:
+    """Tokens in a part of a data set, as upstream's ``_build_megatron_dataset_splits`` cuts it."""
     lengths = read_index(Path(path)).lengths
-    ends = [round(end * float(len(lengths))) for end in split_fractions(split)]
-    return [int(lengths[a:b].sum(dtype=np.int64)) for a, b in zip([0, *ends], ends, strict=False)]
+    if not (args.data_path or args.data_args_path):
+        return int(lengths.sum(dtype=np.int64))
+    first, second, _ = (round(end * float(len(lengths))) for end in split_fractions(args.split))
+    begin, end = (0, first) if part == "training" else (first, second)
+    return int(lengths[begin:end].sum(dtype=np.int64))
+
+
+def _steps(args: Namespace) -> int | None:
+    if args.train_iters or not getattr(args, "train_samples", None):
+        return args.train_iters
+    return args.train_samples // args.global_batch_size
 
 
 def _train_samples(args: Namespace) -> int | None:
@@ -337,10 +367,11 @@ def _train_samples(args: Namespace) -> int | None:
 
 def _validation_samples(args: Namespace) -> int | None:
     """As upstream's ``get_train_valid_test_num_samples`` has it."""
-    if not (args.train_iters and args.eval_interval and args.eval_iters):
+    steps = _steps(args)
+    if not (steps and args.eval_iters):
         return None
-    points = args.train_iters // args.eval_interval + 1
-    if args.start_eval_at_iter is not None:
+    points = steps // args.eval_interval + 1 if args.eval_interval else 1
+    if args.start_eval_at_iter is not None and args.eval_interval:
         points = max(0, points - args.start_eval_at_iter // args.eval_interval)
     return points * args.eval_iters * (args.eval_global_batch_size or args.global_batch_size)
 

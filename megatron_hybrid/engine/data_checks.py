@@ -32,15 +32,21 @@ def check_data(args: Namespace) -> None:
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
     if not (args.data_path or args.data_args_path):
+        if args.eval_iters and not args.full_validation and not datasets.has_validation(args):
+            raise ValueError(
+                f"--eval-iters is {args.eval_iters}, and there is no validation data: add --valid-data-path (or valid "
+                "in the file of --per-split-data-args-path), or give --eval-iters 0."
+            )
         return
-    split = args.split or DEFAULT_SPLIT
-    if args.eval_iters and split_fractions(split)[1] == split_fractions(split)[0]:
+    split, trains = args.split or DEFAULT_SPLIT, not args.skip_train
+    ends = split_fractions(split, trains)
+    if args.eval_iters and ends[1] == ends[0]:
         raise ValueError(
             f"--split {split} leaves nothing for validation, and --eval-iters is {args.eval_iters}: give "
             "--eval-iters 0, or a part such as --split 98,1,1."
         )
     for prefix in listed:
-        check_parts(prefix, split)
+        check_parts(prefix, split, trains)
 
 
 def check_tokenizer(args: Namespace) -> None:

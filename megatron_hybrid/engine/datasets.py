@@ -95,6 +95,14 @@ def _check_weights(flag: str, blend: Parts) -> None:
             raise ValueError(f"{flag} has {word} where a data set stands: give WEIGHT PREFIX pairs, or prefixes alone.")
 
 
+def has_validation(args: Namespace) -> bool:
+    """Whether data that are cut already have a validation part."""
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    _, per_split = get_blend_and_blend_per_split(args)
+    return bool(per_split and per_split[1])
+
+
 def prefixes(args: Namespace) -> list[str]:
     """Each data set that the flags name, or the files that they name do, once.
 

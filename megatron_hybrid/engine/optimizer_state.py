@@ -266,7 +266,8 @@ def save_optimizer_buckets_in_place() -> None:
     but is given one without the padding between buckets. Behind a bucket whose length is not a multiple of its
     alignment all state is written shifted, without an error: with tied embeddings and pipeline stages, the
     embedding's weights, moments and all after it, so that a resumed run continues from wrong weights. Here the
-    padding is put back before the cutting.
+    padding is put back before the cutting. Moments that are not there before the first step are zero, which upstream
+    looks for in vain.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -284,6 +285,8 @@ def save_optimizer_buckets_in_place() -> None:
                     pad_buckets(tensors, self.buffers[index].buckets)
             return state
 
+        if not self.optimizer.state:  # no step yet, or none that fp16's loss scaling let through
+            self.init_state_fn(self.optimizer, self.config)
         self.get_parameter_state_dp_zero = padded
         try:
             return cut(self, *args, **kwargs)

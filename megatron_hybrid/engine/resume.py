@@ -185,7 +185,8 @@ def _decide(args: Namespace, check: Check, write: bool = True) -> dict[str, Any]
         return _lead(args, run, flag, choice.checkpoint, write) | {
             "notes": [*choice.notes, _loaded(choice.checkpoint.folder, time.monotonic() - start)]
         }
-    if args.pretrained_checkpoint is not None or args.exit_on_missing_checkpoint or args.ckpt_step is not None:
+    must = args.pretrained_checkpoint is not None or args.exit_on_missing_checkpoint or args.ckpt_step is not None
+    if fresh and (must or args.skip_train):
         raise ValueError(f"There is nothing to load: {', '.join(fresh)}. Give a folder that a run has saved in.")
     return {"folder": None, "notes": [f"{text}: the run starts from fresh weights" for text in fresh]}
 
@@ -209,10 +210,11 @@ def _lead(args: Namespace, run: Path, flag: str, checkpoint: Checkpoint, write: 
         if write:
             point_to(run, checkpoint)
     if not kept:
+        remedy = "start the run again, which mends it" if args.skip_train else "give the folder as --save, too"
         raise ValueError(
             f"{flag} {run}: {checkpoint.folder.name} can be loaded, but {POINTER} "
             f"{'is missing or cannot be read' if said is None else f'says {said}'}, and this run does not write "
-            f"there: write {wanted} into that file, or give the folder as --save, too."
+            f"there: write {wanted} into that file, or {remedy}."
         )
     return {"folder": str(checkpoint.folder), "step": step, "run": str(run), "pointer": said if write else None}
 

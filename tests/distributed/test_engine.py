@@ -53,6 +53,7 @@ NO_REACH = {
     "agree_on_schedule": "called by load_optimizers_of_other_schedules",
     "split_config": "called by validate_on_whole_sets",
     "prefixes": "calls blends",
+    "has_validation": "of Megatron's public get_blend_and_blend_per_split",
     "check_content": "of files, and of Megatron's public get_tokenizer",
     "check_data_content": "calls check_content and stored_arguments",
     "compare_tokenizer": "calls compare",

@@ -1,6 +1,7 @@
 """A run that goes on from a checkpoint with other flags: what is refused, what holds, and what is said."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,6 @@ def test_a_longer_run_under_another_learning_rate(ranks, tmp_path, data, trained
         more = f"--load {start} --save {where} --train-iters 8 --lr 2e-2 --adam-beta2 0.9 {flag}"
         text, code = ranks(1).run(end, argv=[*flags, *more.split()])[0]
         assert code is None, text[-2000:]
-        assert "warning  " not in text.split("--lr: ")[0]
         assert ("0.02, and 0.01 in the checkpoint" if way == "flags" else "0.01 as in the checkpoint, not 0.02") in text
         assert "training on small takes 2 passes over the data" in text  # 8 x 4 samples of 32 tokens out of some 500
         rates[way] = [r["learning_rate"] for r in records(where)]
@@ -98,6 +98,83 @@ def test_a_longer_run_under_another_learning_rate(ranks, tmp_path, data, trained
     # the stable part at the new rate until two steps before the end; the log has the rate of the step that follows
     assert rates["flags"] == pytest.approx([2e-2, 2e-2, 1e-3 + 0.019 * (2 * 0.5**0.5 - 1), 1e-3])
     assert rates["kept"] == pytest.approx([1e-3] * 4)
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        "--train-samples 16 --lr-decay-style WSD --lr-wsd-decay-samples 8 --lr-warmup-samples 6",
+        "--train-samples 16 --lr-decay-style cosine --lr-decay-samples 14 --lr-warmup-fraction 0.5",
+        "--train-iters 4 --lr-decay-style WSD --lr-wsd-decay-iters 2 --lr-warmup-iters 1",
+    ],
+)
+def test_the_same_command_goes_on_under_the_same_schedule(ranks, tmp_path, data, length):
+    flags = FLAGS[: FLAGS.index("--lr-decay-style")] + f"{data} {length}"
+    rates = {}
+    for name, stops in (("straight", [""]), ("stopped", ["--exit-interval 2", ""])):
+        where = tmp_path / name
+        for stop in stops:
+            text, code = ranks(1).run(end, argv=f"{flags} --save {where} --load {where} {stop}".split())[0]
+            assert code in (None, 0), text[-2000:]
+            assert "WARNING: " not in "".join(line for line in text.splitlines() if line.startswith("note"))
+        rates[name] = [(r["iteration"], r["learning_rate"], r["loss"]) for r in records(str(where))]
+    assert rates["stopped"] == rates["straight"] and len(rates["straight"]) == 4
+
+
+def test_a_cool_down_that_is_no_whole_steps_is_refused(ranks, trained, data):
+    more = "--global-batch-size 3 --use-checkpoint-opt_param-scheduler"
+    assert "the checkpoint's cool-down is 8 samples" in refusal(ranks, trained, data, more)
+
+
+def test_fp16_saves_before_its_first_update(ranks, tmp_path, data):
+    """Its loss scale starts so high that the first steps are skipped; then there are no moments yet."""
+    flags = f"{FLAGS} {data} --fp16 --save {tmp_path}/run --load {tmp_path}/run"
+    for stop in ("--exit-interval 1", ""):
+        text, code = ranks(1).run(end, argv=f"{flags} {stop}".split())[0]
+        assert code in (None, 0), text[-2000:]
+    assert "number of skipped iterations:   1" in text
+    assert [r["iteration"] for r in records(f"{tmp_path}/run")] == [1, 2, 3, 4]
+
+
+def test_evaluation_needs_no_part_to_train_on_nor_a_length(ranks, trained, data):
+    flags = FLAGS.replace("--split 80,20,0", "--split 0,100,0").replace("--train-iters 4", "").replace("--swiglu", "")
+    text, code = ranks(1).run(end, argv=f"{flags} {data} --squared-relu --load {trained} --skip-train".split())[0]
+    assert code is None and "validation loss at iteration 4" in text, text[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 0", ["--seed is 0", "at least 1"]),
+        ("--skip-train --load nowhere", ["There is nothing to load", "nowhere has no checkpoint"]),
+        ("--split 0,100,0", ["leaves nothing to train on"]),
+    ],
+)
+def test_mistakes_that_would_end_later(ranks, data, flags, words):
+    code, _, errors = ranks(1).run(program, line=f"{FLAGS} {data} {flags}", sizes=False)[0]
+    assert code == 2, errors
+    for word in words:
+        assert word in errors
+
+
+def test_training_data_by_themselves_need_validation_data(ranks, data):
+    path, *cache = data.split()[1:]
+    line = FLAGS.replace("--split 80,20,0", f"--train-data-path {path} {' '.join(cache)}")
+    code, _, errors = ranks(1).run(program, line=line, sizes=False)[0]
+    assert code == 2 and "add --valid-data-path" in errors and "--eval-iters 0" in errors
+
+
+def unknown(names: list[str]) -> list[str]:
+    """Those that are no arguments of a run."""
+    args = vars(Run("M-").args)
+    return [name for name in names if name not in args]
+
+
+def test_every_setting_that_is_compared_is_an_argument(ranks):
+    from megatron_hybrid.engine.checkpoint_settings import COMPUTES, SHAPES, STORED
+
+    names = [name for part in (SHAPES, *COMPUTES.values()) for name in part.split()]
+    assert ranks(1).run(unknown, names=[*names, *STORED])[0] == []
 
 
 def orders(path: str, counts: list[int]) -> list[list[list[int]]]:
@@ -118,7 +195,8 @@ def test_the_order_of_samples_changes_where_we_say_so(ranks, data):
     counts = [8, 10, 16, 24, 28, 32, 40]
     path = data.split()[1]
     found = ranks(1).run(orders, path=path, counts=counts)[0]
-    keys = [_order(_part_tokens(path, "80,20,0")[0], count, 32) for count in counts]
+    described = Namespace(data_path=[path], data_args_path=None, split="80,20,0")
+    keys = [_order(_part_tokens(path, "training", described), count, 32) for count in counts]
     assert len(set(keys)) > 3
     for i in range(len(counts)):
         for j in range(i):

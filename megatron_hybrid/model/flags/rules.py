@@ -26,9 +26,9 @@ save_params_interval save_activations_interval save_tokens_per_expert_interval s
 check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval make_vocab_size_divisible_by ffn_hidden_size
 moe_ffn_hidden_size num_dataset_builder_threads distributed_timeout_minutes moe_router_topk recompute_num_layers
 ddp_num_buckets ddp_bucket_size num_distributed_optimizer_instances microbatch_group_size_per_vp_stage
-eval_micro_batch_size eval_global_batch_size"""
+eval_micro_batch_size eval_global_batch_size seed"""
 AT_LEAST_NONE = """eval_iters exit_interval exit_duration_in_mins non_persistent_save_interval manual_gc_interval
-train_sync_interval num_workers seed start_eval_at_iter mtp_num_layers num_experts"""
+train_sync_interval num_workers start_eval_at_iter mtp_num_layers num_experts"""
 """Here 0 is off."""
 
 Rules = list[tuple[bool, str]]
@@ -40,6 +40,8 @@ def defaults(argv: Sequence[str]) -> list[str]:
     added = [] if "--eval-interval" in given else ["--eval-interval", str(NO_INTERVAL)]
     if "--save" in given and given.isdisjoint(("--save-interval", "--persistent-save-interval")):
         added += ["--save-interval", str(SAVE_INTERVAL)]
+    if "--skip-train" in given and given.isdisjoint(("--train-iters", "--train-samples")):
+        added += ["--train-iters", "1"]  # of which data sets are built, and nothing is trained
     return added
 
 
