@@ -400,7 +400,10 @@ PIECES = "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/sp.model
     ("line", "words"),
     [
         ("--data-path {0}/corpus_text_document " + PIECES, ["another tokenizer", "ByteTokenizer", "sp.model ("]),
-        ("--train-data-path {0}/corpus_text_document", ["--vocab-size 64 is too small", "Give --vocab-size 258"]),
+        (
+            "--train-data-path {0}/corpus_text_document --eval-iters 0",
+            ["--vocab-size 64 is too small", "Give --vocab-size 258"],
+        ),
         (f"--data-blend {{0}}/often.yaml --reset-attention-mask {PIECES}", ["another tokenizer", "corpus_text_doc"]),
         (f"--data-blend {{0}}/half.yaml {NULL}", ["small: 2,560 of them (100%) out of", "0.5 are allowed", "or fewer"]),
         ("--data-blend {0}/often.yaml --vocab-size 300 --reset-attention-mask", ["token 299", "token 257"]),
