@@ -170,8 +170,6 @@ def schedule(args: Namespace) -> dict[str, Any]:
 
     from megatron_hybrid.engine.arguments import upstream_errors_as_value_errors
 
-    if args.lr is None:
-        raise ValueError("--lr is not given: a run without --recipe needs it, such as --lr 3e-4.")
     # it fills these in on the way, and would take a run of samples for one of iterations the next time
     names = ("train_iters", "lr_decay_iters", "lr_decay_samples")
     kept = {name: getattr(args, name) for name in names}
