@@ -26,6 +26,9 @@ print(f"rank {rank} of {os.environ['WORLD_SIZE']}, node {os.environ.get('SLURM_N
 (folder / f"{rank}.{restart}.part").write_text(str(os.getpid()))
 (folder / f"{rank}.{restart}.part").rename(folder / f"{rank}.{restart}")
 if (folder / f"exit.{rank}").exists():
+    # one that starts later than this one ends would be killed before it could say that it was there
+    while len(list(folder.glob(f"*.{restart}"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.05)
     print("ValueError: of rank", rank)
     sys.exit(int((folder / f"exit.{rank}").read_text()))
 while not told and not (folder / "finish").exists():
