@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_hybrid import flags, report
+from megatron_hybrid.cli import flags, report
 from megatron_hybrid.run_folder.checkpoints import Unreachable
 
 PATIENCE_S = 30.0
@@ -28,13 +28,16 @@ def main(argv: list[str]) -> None:
         print(report.list_recipes())
         return
     if not {"--help", "-h"}.isdisjoint(argv):
-        from megatron_hybrid.engine import arguments
+        from megatron_hybrid.cli import arguments
 
         print(arguments.help_text())
         return
     try:
         command = flags.resolve(argv)
-        from megatron_hybrid.engine import arguments, connections, data_checks, resume, throughput, upstream
+        from megatron_hybrid.checkpoint import resume
+        from megatron_hybrid.cli import arguments, connections
+        from megatron_hybrid.patches import upstream
+        from megatron_hybrid.training import data_checks, throughput
 
         connected = connections.set_connections(command.argv)
         device = arguments.choose_device(command.device)
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
             print(report.announce(args, command, notes, drawn), flush=True)
     if command.print_config:
         return
-    from megatron_hybrid.engine.unpickling import Refused
+    from megatron_hybrid.checkpoint.unpickling import Refused
 
     try:
         train(args, config, counted, peak)
@@ -101,18 +104,19 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid import costs, pattern
-    from megatron_hybrid.engine import bad_steps, ending, metrics, saving, training, validation
-    from megatron_hybrid.model.fusion import mean_alphas
+    from megatron_hybrid.checkpoint import saving
+    from megatron_hybrid.layers.intra.fusion import mean_alphas
+    from megatron_hybrid.training import bad_steps, ending, metrics, micro_batches, validation
 
     layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
     flops = partial(costs.training_flops, layers, sizes)
-    training.count_flops_with(flops)
-    training.draw_batches_that_are_skipped()
+    micro_batches.count_flops_with(flops)
+    micro_batches.draw_batches_that_are_skipped()
     interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
     run = Path(args.save) if args.save and not args.skip_train else None  # an evaluation leaves the run's files alone
     metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, mean_alphas if interpolates else None)
     if run:
-        training.write_run(run / "run.json", args, counted)
+        micro_batches.write_run(run / "run.json", args, counted)
     saving.guard_saves(args)
     build = validation.validate_on_whole_sets(args, datasets) if args.full_validation else datasets
     provider: Any = bad_steps.watch_steps(run, args, build)
@@ -138,8 +142,8 @@ def datasets(samples: Sequence[int | None], vp_stage: int | None = None, whole: 
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from megatron_hybrid.engine import validation
-    from megatron_hybrid.engine.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig, NotBuilt
+    from megatron_hybrid.training import validation
+    from megatron_hybrid.training.gpt_dataset import ContentGPTDataset, ContentGPTDatasetConfig, NotBuilt
 
     args = get_args()
     tokenizer = build_tokenizer(args)
@@ -200,7 +204,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """One micro-batch: per-token losses [b, s], and the function that reduces them."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_hybrid.engine.training import next_batch
+    from megatron_hybrid.training.micro_batches import next_batch
 
     batch = next_batch(data_iterator, model)
     documents = batch["documents"]

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from layer_bench import BUDGET_MS, FEWEST, MOST, WARM_UP, Bench, Case, measure_peaks  # noqa: E402
 
-from megatron_hybrid.intra_design import PRESETS, IntraDesign  # noqa: E402
+from megatron_hybrid.layers.intra.design import PRESETS, IntraDesign  # noqa: E402
 
 LEGEND = """
 One layer with its input norm and residual: forward, then gradients of input and weights; no optimizer, one process.

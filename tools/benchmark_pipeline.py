@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from short_runs import environment, timed, train
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 SMALL = """--hybrid-layer-pattern MM**---- --hidden-size 192 --ffn-hidden-size 4096 --num-attention-heads 6
 --group-query-attention --num-query-groups 2 --mamba-num-heads 12 --mamba-head-dim 32 --mamba-state-dim 32
@@ -103,4 +103,4 @@ def summary(times: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from short_runs import environment, timed, train
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 
 def main() -> None:
@@ -85,4 +85,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

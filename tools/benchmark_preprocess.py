@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 TOOLS = Path(__file__).resolve().parent
 VOCAB_SIZE = 32000
@@ -196,7 +196,7 @@ _tokenizer: Any = None
 
 def start_worker(library: str, model: str) -> None:
     global _tokenizer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # cli.run's handler would keep a pool from ending its processes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # tool.run's handler would keep a pool from ending its processes
     from megatron.core.tokenizers import MegatronTokenizer
 
     _tokenizer = MegatronTokenizer.from_pretrained(model, metadata_path={"library": library})
@@ -317,7 +317,7 @@ def make_corpus(path: Path, size: int, roots: tuple[str, ...] = ("stdlib", "pure
 
 
 def write_lines(path: Path, texts: Iterator[str]) -> Path:
-    from megatron_hybrid.data.files import atomic_write
+    from megatron_hybrid.files import atomic_write
 
     with atomic_write(path) as stream:
         for text in texts:
@@ -352,4 +352,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from short_runs import WARM_UP, environment, launch
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 SMALL = """--recipe demo --expert-model-parallel-size 1 --vocab-size 4096 --micro-batch-size 2 --global-batch-size 8
 --seq-length 256 --train-iters 64 --lr-decay-iters 64 --lr-wsd-decay-iters 10"""
@@ -95,7 +95,7 @@ def seconds_per_iteration(kind: str, argv: list[str], options: argparse.Namespac
 def one_run(what: dict[str, Any], argv: list[str]) -> None:
     """In a rank: trains, and notes when each iteration has ended, its save included."""
     import pretrain_hybrid
-    from megatron_hybrid.engine import metrics
+    from megatron_hybrid.training import metrics
 
     write = metrics.write_metrics
     ends: list[float] = []
@@ -127,4 +127,4 @@ def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

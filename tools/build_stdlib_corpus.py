@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
-from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.cli import tool
 from megatron_hybrid.data.stdlib_corpus import documents
+from megatron_hybrid.files import atomic_write
 
 
 def main() -> None:
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

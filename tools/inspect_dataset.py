@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     check.add_argument(
         "--verify-inputs", action="store_true", help="check whether the files it was made of are the same"
     )
-    cli.add_tokenizer_flags(parser)
+    tool.add_tokenizer_flags(parser)
     return parser.parse_args()
 
 
@@ -81,7 +81,7 @@ def documents(prefix: Path, args: argparse.Namespace) -> None:
 
     index = read_whole_index(prefix)
     numbers = parse_numbers(args.documents, len(index.documents) - 1)
-    given = cli.tokenizer_spec(args) if args.tokenizer_type or args.tokenizer_model else None
+    given = tool.tokenizer_spec(args) if args.tokenizer_type or args.tokenizer_model else None
     tokenizer = None if args.tokens else tokenizer_of(read_manifest(prefix), given)
     for text in show_documents(prefix, index, numbers, tokenizer, args.max_chars):
         print(text)
@@ -96,7 +96,7 @@ def verify(prefix: Path) -> list[str]:
     wrong = []
     path = bin_path(prefix)
     show = tqdm.write if sys.stderr.isatty() else print  # write goes around a bar that is shown
-    with cli.byte_bar(path.stat().st_size if path.is_file() else 0) as bar:
+    with tool.byte_bar(path.stat().st_size if path.is_file() else 0) as bar:
         for name, fault, note in checks(prefix, bar.update):
             found = f"FAILED: {fault}" if fault else f"ok ({note})" if note else "ok"
             show(f"{name:<44} {found}")
@@ -119,4 +119,4 @@ def verify_inputs(prefix: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

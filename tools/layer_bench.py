@@ -14,8 +14,9 @@ import torch
 from benchmark_kernels import peak_memory
 from torch import Tensor, nn
 
-from megatron_hybrid import costs, flags, recipes
-from megatron_hybrid.intra_design import IntraDesign, design
+from megatron_hybrid import costs
+from megatron_hybrid.cli import flags, recipes
+from megatron_hybrid.layers.intra.design import IntraDesign, design
 
 # On a CPU: a quarter of the 100M recipe's widths, branches of equal width.
 SMALL = """--hidden-size 256 --ffn-hidden-size 768 --num-attention-heads 8 --num-query-groups 2 --mamba-num-heads 16
@@ -59,7 +60,7 @@ class AttentionAlone(nn.Module):
         super().__init__()
         from megatron.core.transformer.spec_utils import build_module
 
-        from megatron_hybrid.model.intra import AttentionBranch
+        from megatron_hybrid.layers.intra.module import AttentionBranch
 
         self.config = config
         self.branch = AttentionBranch(
@@ -82,7 +83,7 @@ class AttentionAlone(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **unused: Any) -> tuple[Tensor, Any]:
         """[s, b, h] to ([s, b, h], None)."""
-        from megatron_hybrid.model.attention import rotary_table
+        from megatron_hybrid.layers.attention.module import rotary_table
 
         angles = rotary_table(self.rotary, hidden_states, self.config, None, None)
         projected, _ = self.in_proj(hidden_states)
@@ -107,7 +108,8 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace, rest: list[str]):
-        from megatron_hybrid.engine import arguments, upstream
+        from megatron_hybrid.cli import arguments
+        from megatron_hybrid.patches import upstream
 
         self.options = options
         self.cuda = options.device == "cuda"
@@ -134,7 +136,7 @@ class Bench:
 
     def parse(self, case: Case, length: int) -> argparse.Namespace:
         """Megatron's arguments of a row."""
-        from megatron_hybrid.engine import arguments
+        from megatron_hybrid.cli import arguments
 
         batch = self.options.micro_batch
         sizes = f"--seq-length {length} --max-position-embeddings {length}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def main() -> None:
     for note in merge.notes:
         print(note)
     began = time.perf_counter()
-    with cli.byte_bar(merge.bytes_to_read) as bar:
+    with tool.byte_bar(merge.bytes_to_read) as bar:
         manifest = merge.run(bar.update)
     seconds = time.perf_counter() - began
     left_out = sum(one.documents for one in merge.inputs) - manifest["documents"]
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

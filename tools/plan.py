@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 if TYPE_CHECKING:
     from megatron_hybrid.plan.subject import Subject
@@ -156,4 +156,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 if TYPE_CHECKING:
     from megatron_hybrid.data.encode import Encoded
@@ -28,14 +28,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
     )
-    cli.add_input_flags(parser)
+    tool.add_input_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--output-prefix", type=Path, required=True, help="_KEY_document.bin, .idx and .json are appended")
     out.add_argument("--resume", action="store_true", help="continue an interrupted run, if there is one")
     out.add_argument("--overwrite", action="store_true", help="replace an earlier output, or an unfinished one")
     out.add_argument("--shard", default="0/1", metavar="I/N", help="do the I-th of N parts of the input, from 0")
     out.add_argument("--save-every", type=float, default=10, help="seconds between states on disk (default: 10)")
-    cli.add_tokenizer_flags(parser)
+    tool.add_tokenizer_flags(parser)
     doc = parser.add_argument_group("documents")
     doc.add_argument("--prepend-bos", action="store_true", help="start each document with BOS")
     doc.add_argument("--append-eod", action="store_true", help="end each document with EOS")
@@ -71,8 +71,8 @@ def main() -> None:
     from megatron_hybrid.data.preprocess import Job, Preprocessing
 
     encoding = Encoding(
-        cli.tokenizer_spec(args),
-        keys=cli.text_keys(args),
+        tool.tokenizer_spec(args),
+        keys=tool.text_keys(args),
         text_split=args.text_split,
         prepend_bos=args.prepend_bos,
         append_eod=args.append_eod,
@@ -96,7 +96,7 @@ def main() -> None:
         command=tuple(sys.argv),
     )
     run = Preprocessing(job)
-    cli.print_passed_over(run.passed_over)
+    tool.print_passed_over(run.passed_over)
     line = run.start()
     if line:
         print(line, flush=True)
@@ -165,7 +165,7 @@ class Progress:
         self.bytes = self.tokens = self.first_bytes = 0
         self.began = time.perf_counter()
         self.first = self.last = 0.0
-        self.bar = cli.byte_bar(total)
+        self.bar = tool.byte_bar(total)
 
     def show(self, encoded: "Encoded") -> None:
         """Count one batch."""
@@ -194,4 +194,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
-from megatron_hybrid.run_folder.metrics import Follower, is_step
+from megatron_hybrid.cli import tool
+from megatron_hybrid.run_folder.metrics_file import Follower, is_step
 from megatron_hybrid.run_folder.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -11,7 +11,7 @@ from typing import Any
 
 from quickstart import stop
 
-from megatron_hybrid.run_folder.metrics import Record, read_metrics
+from megatron_hybrid.run_folder.metrics_file import Record, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0

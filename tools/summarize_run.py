@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
-from megatron_hybrid.data.files import atomic_write
-from megatron_hybrid.run_folder.metrics import Metrics, Record, read_metrics
+from megatron_hybrid.cli import tool
+from megatron_hybrid.files import atomic_write
+from megatron_hybrid.run_folder.metrics_file import Metrics, Record, read_metrics
 from megatron_hybrid.run_folder.run_info import read_run_info
 
 NEXT_STEPS = """\
@@ -146,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

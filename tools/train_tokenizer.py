@@ -16,14 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
     )
-    cli.add_input_flags(parser)
+    tool.add_input_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, required=True, help="file (SentencePiece) or folder (Hugging Face)")
     out.add_argument("--overwrite", action="store_true", help="replace an earlier tokenizer")
@@ -78,12 +78,12 @@ def main() -> None:
     )
     settings.check()
     check_output(args.output, args.library, args.overwrite)
-    keys = cli.text_keys(args)
+    keys = tool.text_keys(args)
     if len(keys) > 1:
         raise ValueError(f"--text-key {' '.join(keys)}: a tokenizer is trained on the texts of one key.")
     sources, passed_over = find_sources(args.input, args.input_format)
-    cli.print_passed_over(passed_over)
-    with cli.byte_bar(sum(source.size for source in sources), "reading") as bar:
+    tool.print_passed_over(passed_over)
+    with tool.byte_bar(sum(source.size for source in sources), "reading") as bar:
         texts = read_texts([Segment(source) for source in sources], keys[0], args.text_split, bar.update)
         sample = draw_sample(texts, args.sample_bytes, args.seed)
     drawn = f"{sample.size:,} bytes of text, {len(sample.texts):,} of {sample.documents:,} documents"
@@ -115,4 +115,4 @@ def default_signals() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 from megatron_hybrid.run_folder import checkpoints
 
 
@@ -109,4 +109,4 @@ def line(finding: Finding) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -33,9 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_hybrid import flags, pattern
-from megatron_hybrid.data import cli
-from megatron_hybrid.intra_design import IntraDesign, design
+from megatron_hybrid import pattern
+from megatron_hybrid.cli import flags, tool
+from megatron_hybrid.layers.intra.design import IntraDesign, design
 
 # One process holds the whole model; the checkpoint loads in any layout. Batches and data play no part.
 ALONE = [
@@ -120,7 +120,7 @@ def complete(plan: Plan, new: str, olds: list[Old], intra: IntraDesign | None) -
     Raises:
         ValueError: A layer or branch that is not there, or symbols that do not fit.
     """
-    from megatron_hybrid.model.warm_start import check_branches
+    from megatron_hybrid.checkpoint.warm_start import check_branches
 
     for number, source in plan.items():
         if not 1 <= number <= len(new):
@@ -156,7 +156,7 @@ def gather(
         intra: Design of P layers.
         mtp: Of the new pattern.
     """
-    from megatron_hybrid.engine.checkpoints import read_tensors
+    from megatron_hybrid.checkpoint.weights import read_tensors
 
     outer = {key for key in keys if not key.startswith("decoder.layers.") and key in olds[0].shapes}
     if mtp != olds[0].mtp:
@@ -182,7 +182,7 @@ def check_shapes(tensors: dict[str, Any], pieces: list[Any], old_args: Any, args
 
     Args:
         tensors: Old ones by the new model's names.
-        pieces: Of the new model (:func:`megatron_hybrid.engine.checkpoints.stored_tensors`).
+        pieces: Of the new model (:func:`megatron_hybrid.checkpoint.weights.stored_tensors`).
         old_args: Arguments of the first checkpoint, which has the old vocabulary.
         args: Those of the new run.
 
@@ -247,7 +247,7 @@ def _symbol(source: Source, olds: list[Old]) -> str:
 
 def _layer(old: Old, number: int, wanted: set[str] | None = None) -> dict[str, Any]:
     """Tensors of an old layer by their names in it."""
-    from megatron_hybrid.engine.checkpoints import read_tensors
+    from megatron_hybrid.checkpoint.weights import read_tensors
 
     prefix = _prefix(number)
     missing = sorted(name for name in wanted or () if prefix + name not in old.shapes)
@@ -261,7 +261,7 @@ def _layer(old: Old, number: int, wanted: set[str] | None = None) -> dict[str, A
 
 
 def _intra(sources: dict[str, Source], olds: list[Old], intra: IntraDesign) -> dict[str, Any]:
-    from megatron_hybrid.model import warm_start
+    from megatron_hybrid.checkpoint import warm_start
 
     mixers = {}
     for name, source in sources.items():
@@ -275,14 +275,14 @@ def _intra(sources: dict[str, Source], olds: list[Old], intra: IntraDesign) -> d
 
 def open_old(folder: str, unverified: bool = False) -> Old:
     """Raises: ValueError: no checkpoint there, or not one of a hybrid model."""
-    from megatron_hybrid.engine import checkpoints
+    from megatron_hybrid.checkpoint import weights
 
-    where, args = checkpoints.open_checkpoint(folder, unverified)
+    where, args = weights.open_checkpoint(folder, unverified)
     text = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     if not text:
         raise ValueError(f"{folder} is not a checkpoint of a hybrid model: its arguments have no layer pattern.")
     layers = pattern.parse(text)
-    return Old(where, args, checkpoints.tensor_shapes(where), layers.layers, (layers.mtp, layers.mtp_depths))
+    return Old(where, args, weights.tensor_shapes(where), layers.layers, (layers.mtp, layers.mtp_depths))
 
 
 def make(froms: list[str], layers: list[str], save: Path, run: list[str], unverified: bool = False) -> str:
@@ -294,7 +294,8 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise ValueError(f"--save {save} is there already: give a new folder, nothing is overwritten.")
     asked, command = parse_layers(layers), flags.resolve(flags.with_mock_data(run))
-    from megatron_hybrid.engine import arguments, checkpoints
+    from megatron_hybrid.checkpoint import weights
+    from megatron_hybrid.cli import arguments
 
     device, new = arguments.choose_device(command.device), command.pattern
     layout = f"--hybrid-layer-pattern={new.without_boundaries()}"
@@ -303,12 +304,12 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
     intra = design(args) if new.counts()["P"] else None
     plan = complete(asked, new.layers, olds, intra)
     model = build(args, device)
-    pieces = checkpoints.stored_tensors(model)
+    pieces = weights.stored_tensors(model)
     keys = {piece.key for piece in pieces}
     tensors = gather(plan, keys, olds, intra, (new.mtp, new.mtp_depths))
     check_shapes(tensors, pieces, olds[0].args, args)
-    checkpoints.fill(model, tensors)
-    checkpoints.save_weights(model, save)
+    weights.fill(model, tensors)
+    weights.save_weights(model, save)
     outer = sorted(key for key in keys - set(tensors) if not key.startswith("decoder.layers."))
     fresh = f"\nfresh: {', '.join(outer)}" if outer else ""
     return f"{describe(plan, new.layers, olds)}{fresh}\nsaved to {save}: start the run with --load {save}"
@@ -316,14 +317,16 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
 
 def build(args: Any, device: str) -> Any:
     """The new model, freshly initialised."""
-    from megatron_hybrid.engine import arguments, checkpoints, upstream
+    from megatron_hybrid.checkpoint import weights
+    from megatron_hybrid.cli import arguments
     from megatron_hybrid.model.build import model_config
     from megatron_hybrid.model.stack import HybridLayerStack
+    from megatron_hybrid.patches import upstream
 
     upstream.prepare(device, HybridLayerStack)
     with arguments.upstream_errors_as_value_errors():
         config = model_config(args)
-    return checkpoints.build_on_one_process(config)
+    return weights.build_on_one_process(config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -344,4 +347,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

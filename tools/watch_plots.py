@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hybrid.data.files import atomic_write
-from megatron_hybrid.run_folder.metrics import Metrics, balance
+from megatron_hybrid.files import atomic_write
+from megatron_hybrid.run_folder.metrics_file import Metrics, balance
 from megatron_hybrid.run_folder.progress import Progress
 
 BARS = " ▁▂▃▄▅▆▇█"

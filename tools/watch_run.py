@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from watch_plots import COLORS, key, load_lines, plots, png, terminal_plots
 
-from megatron_hybrid.data import cli
+from megatron_hybrid.cli import tool
 from megatron_hybrid.run_folder.progress import Progress
 
 BRIEF = ("iteration", "loss", "validation", "speed", "left")
@@ -157,4 +157,4 @@ def header(run: Progress, width: int, keys: Sequence[str] | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    tool.run(main)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_hybrid.costs.parameters import delta_conv, intra
 from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.intra_design import CONV_WIDTH, IntraDesign
+from megatron_hybrid.layers.intra.design import CONV_WIDTH, IntraDesign
 from megatron_hybrid.pattern import LAYERS, Pattern
 
 CONTEXT_LENGTHS = tuple(2**power for power in range(12, 21))

@@ -164,7 +164,7 @@ def _projections(m: MicroBatch, *inside: str) -> list[Part]:
 
 
 def _keys_and_values(m: MicroBatch, widths: tuple[float, float], *inside: str) -> Part:
-    """K and V of the whole sequence on each context-parallel rank (model/attention.py, ``TorchCoreAttention``)."""
+    """K and V of the whole sequence on each context-parallel rank (``TorchCoreAttention``)."""
     cp = m.layout.cp
     key, value = (scatter(cp, cp * m.size(width)) for width in widths)
     return Part("context", key + value, key + value, (*inside, "core_attn"))
@@ -187,7 +187,7 @@ def _scan(m: MicroBatch, inner: int, head_dim: int, groups: int, state_dim: int,
 
 
 def _spanning_norm(m: MicroBatch, groups: int, *inside: str) -> Part:
-    """Sums of squares of norm groups that span ranks, in fp32 (model/norm.py, ``group_rms_normalise``)."""
+    """Sums of squares of norm groups that span ranks, in fp32 (layers/norm.py, ``group_rms_normalise``)."""
     sums = all_reduce(m.layout.tp, m.tokens * groups * 4)
     return Part("tensor", sums, sums, inside)
 

@@ -30,7 +30,7 @@ from megatron_hybrid.costs.layout import Layout, Stage, stages
 from megatron_hybrid.costs.memory import stage_buffers, stage_tensors
 from megatron_hybrid.costs.parameters import intra, layer_linears, mtp_weights, norm, shared_states, weights
 from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.intra_design import CONV_WIDTH
+from megatron_hybrid.layers.intra.design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
 
 
@@ -143,7 +143,7 @@ def _layers(pattern: Pattern, sizes: Sizes, stage: Stage) -> str:
 def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
     """Parameters that tensor-parallel ranks have in common while each sees a share of the gradient.
 
-    Those are what layers with parts for fewer units than ranks have (``sum_shared_gradients`` in engine/upstream.py),
+    Those are what layers with parts for fewer units than ranks have (``sum_shared_gradients`` in patches/upstream.py),
     and with sequence parallelism all that is not cut: norms, biases behind row-parallel linears, routers
     (core/distributed/finalize_model_grads.py:416).
     """

@@ -21,7 +21,7 @@ from megatron_hybrid.costs.parameters import (
     weights,
 )
 from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.intra_design import CONV_WIDTH
+from megatron_hybrid.layers.intra.design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
 
 Convention = Literal["model", "study"]

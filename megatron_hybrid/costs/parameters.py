@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.intra_design import CONV_WIDTH, IntraDesign
+from megatron_hybrid.layers.intra.design import CONV_WIDTH, IntraDesign
 from megatron_hybrid.pattern import LAYERS, Pattern
 
 SSD_CHUNK = 128
@@ -211,7 +211,7 @@ def _ssm_tensors(channels: int, heads: int, shared: int) -> list[int]:
 
 
 def shared_states(groups: int, state_dim: int, tp: int) -> int:
-    """Rows of B and C that are whole on every rank (model/mamba.py): all, where there are fewer groups than ranks."""
+    """Rows of B and C that are whole on every rank (layers/mamba/module.py): all of fewer groups than ranks."""
     return 2 * groups * state_dim if groups < tp else 0
 
 
@@ -224,7 +224,7 @@ def _mamba_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
 
 
 def _intra_tensors(whole: Sizes, s: Sizes, tp: int) -> list[int]:
-    """Branches, fusion (model/fusion.py), input projection with the rows that ranks share (model/parts.py), output."""
+    """Branches, fusion, input projection with the rows that ranks share (layers/parts.py), output."""
     design, d = intra(whole), intra(s)
     shared = shared_states(design.ssm_groups, d.state_dim, tp)
     own_states = 0 if shared else 2 * d.ssm_groups * d.state_dim

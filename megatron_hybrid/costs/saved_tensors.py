@@ -1,7 +1,7 @@
 """What one layer keeps for its backward pass on one rank: a table of tensors for each kind of layer.
 
 Each line is one storage: views of a tensor are kept with the tensor and stand there once; parameters and vectors of
-their size stand nowhere. Measured (``tests/distributed/test_activations.py``) are the tables of ``device`` cpu with
+their size stand nowhere. Measured (``tests/costs/test_activations_measured.py``) are the tables of ``device`` cpu with
 ``backend`` torch. Derived from reading are those of cuda: torch's fused RMSNorm and flash attention, FlexAttention
 (``kernels/attention.py``), Megatron's fused activations (core/fusions/fused_bias_swiglu.py), mamba_ssm's
 ``MambaSplitConv1dScanCombinedFn`` (ops/triton/ssd_combined.py), Transformer Engine's ``LayerNormLinear``, which keeps
@@ -16,7 +16,7 @@ from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.costs.parameters import DELTA_CHUNK, SSD_CHUNK, intra
 from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.intra_design import IntraDesign
+from megatron_hybrid.layers.intra.design import IntraDesign
 from megatron_hybrid.pattern import LAYERS
 
 FP32 = 4
@@ -182,14 +182,14 @@ def _mamba(r: Rank) -> list[Saved]:
     core = _scan(r, s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_dim)
     if r.whole.mamba_groups >= r.layout.tp:
         gated_norm = norm(r, t, inner, groups=s.mamba_groups)
-    else:  # model/norm.py: the group's squares are summed over ranks, and the input converted twice
+    else:  # layers/norm.py: the group's squares are summed over ranks, and the input converted twice
         copies = 1 if r.e == FP32 else 2
         gated_norm = [Saved("norm: input", (copies, t, inner), FP32), Saved("norm: normalised", (t, inner), r.e)]
     return [*_shared_rows(r, width, r.whole.mamba_groups), *core, *gated_norm, out]
 
 
 def _shared_rows(r: Rank, width: int, fewest_units: int) -> list[Saved]:
-    """The input projection's weight where ranks share rows of it: put together anew in each pass (model/parts.py)."""
+    """The input projection's weight where ranks share rows of it: put together anew in each pass (layers/parts.py)."""
     return [Saved("weight of own and shared rows", (width, r.whole.hidden), r.e)] * (fewest_units < r.layout.tp)
 
 
@@ -256,7 +256,7 @@ def _intra_mamba(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
 
 
 def _fusion(r: Rank, d: IntraDesign) -> list[Saved]:
-    """Norm, scale and fusion (``model/fusion.py``): each product keeps what it multiplies."""
+    """Norm, scale and fusion (``layers/intra/fusion.py``): each product keeps what it multiplies."""
     t, e = r.tokens, r.e
     lines: list[Saved] = []
     for branch, name in enumerate(d.names):

@@ -5,8 +5,8 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
 
-from megatron_hybrid import intra_design
-from megatron_hybrid.intra_design import IntraDesign
+from megatron_hybrid.layers.intra import design
+from megatron_hybrid.layers.intra.design import IntraDesign
 
 
 def setting(args: Any, name: str, default: Any = None) -> Any:
@@ -121,7 +121,7 @@ class Sizes:
             mamba_head_dim=head_dim,
             mamba_groups=get("mamba_num_groups", 8),
             state_dim=get("mamba_state_dim", 128),
-            intra=intra_design.design(args) if "P" in symbols else None,
+            intra=design.design(args) if "P" in symbols else None,
             ffn=ffn,
             gated=gated,
             experts=get("num_experts", 0),
@@ -148,7 +148,7 @@ class Sizes:
         Args:
             tp: Tensor-parallel ranks; ep: expert-parallel ranks; etp: of each expert, default tp.
 
-        Whether widths divide is for ``megatron_hybrid.model.checks`` to say, for the layers of the pattern.
+        Whether widths divide is for ``megatron_hybrid.cli.checks`` to say, for the layers of the pattern.
         """
         return _shard(self, tp, ep, tp if etp is None else etp)
 

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from megatron_hybrid.data.files import checksum_text
 from megatron_hybrid.data.parquet import read_rows, row_group_at
 from megatron_hybrid.data.sources import BATCH_BYTES, STANDARD_INPUT, Batch, Position, Segment, Source
+from megatron_hybrid.files import checksum_text
 
 BEGINNING = Position(0, 0, 0)
 _COMPRESSED_BYTES = 1 << 12

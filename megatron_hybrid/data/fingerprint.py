@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from megatron_hybrid.data.files import checksum, checksum_text
 from megatron_hybrid.data.indexed import bin_path, idx_path
+from megatron_hybrid.files import checksum, checksum_text
 
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megatron_hybrid.data.files import open_at, to_disk
+from megatron_hybrid.files import open_at, to_disk
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_CODES: dict[np.dtype, int] = {

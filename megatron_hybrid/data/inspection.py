@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_hybrid.data import manifest
-from megatron_hybrid.data.files import atomic_write
 from megatron_hybrid.data.indexed import Index, bin_path, idx_path, read_index
 from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
 from megatron_hybrid.data.verify import document_lengths, index_fault
+from megatron_hybrid.files import atomic_write
 
 
 def read_whole_index(prefix: Path) -> Index:

@@ -10,9 +10,9 @@ import xxhash
 
 import megatron_hybrid
 from megatron_hybrid.data import ids
-from megatron_hybrid.data.files import checksum, checksum_text
 from megatron_hybrid.data.indexed import bin_path, idx_path, read_index
 from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec
+from megatron_hybrid.files import checksum, checksum_text
 
 FORMAT = 1
 

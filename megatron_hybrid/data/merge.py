@@ -13,7 +13,6 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import dedup, manifest
-from megatron_hybrid.data.files import checksum_text, to_disk
 from megatron_hybrid.data.ids import range_of, union
 from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_hybrid.data.merge_inputs import (
@@ -26,6 +25,7 @@ from megatron_hybrid.data.merge_inputs import (
     read_blocks,
 )
 from megatron_hybrid.data.work import WorkFolder
+from megatron_hybrid.files import checksum_text, to_disk
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import manifest
-from megatron_hybrid.data.files import checksum_text
 from megatron_hybrid.data.indexed import bin_path, idx_path, read_index, token_blocks
 from megatron_hybrid.data.verify import index_fault
+from megatron_hybrid.files import checksum_text
 
 _SHARD = re.compile(r"(.+)\.shard-(\d{5,})-of-(\d{5,})")
 

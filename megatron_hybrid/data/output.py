@@ -13,9 +13,9 @@ from megatron_hybrid.data import dedup
 from megatron_hybrid.data.batches import BEGINNING
 from megatron_hybrid.data.documents import Fault
 from megatron_hybrid.data.encode import Documents, Encoded
-from megatron_hybrid.data.files import open_at, to_disk
 from megatron_hybrid.data.indexed import IndexedWriter, Sizes
 from megatron_hybrid.data.sources import Position
+from megatron_hybrid.files import open_at, to_disk
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.data.files import checksum
 from megatron_hybrid.data.sources import BATCH_BYTES, Batch, Position, Segment, Source
+from megatron_hybrid.files import checksum
 
 _ROWS = 64
 

@@ -16,11 +16,11 @@ from megatron_hybrid.data import dedup, manifest
 from megatron_hybrid.data.batches import read_batches, shard
 from megatron_hybrid.data.documents import parse
 from megatron_hybrid.data.encode import Encoded, Encoder, Encoding, in_order, make_encoders
-from megatron_hybrid.data.files import to_disk
 from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
 from megatron_hybrid.data.output import Done, Output, Totals
 from megatron_hybrid.data.sources import STANDARD_INPUT, Segment, Source, find_sources
 from megatron_hybrid.data.work import WorkFolder
+from megatron_hybrid.files import to_disk
 
 STATE_FORMAT = 1
 SAMPLE_BYTES = 250_000

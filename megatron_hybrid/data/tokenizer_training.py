@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hybrid.data.files import atomic_write, sync_directory, temporary_path
+from megatron_hybrid.files import atomic_write, sync_directory, temporary_path
 
 NORMALIZATIONS = {
     "sentencepiece": ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),

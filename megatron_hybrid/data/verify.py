@@ -8,9 +8,9 @@ import numpy as np
 import xxhash
 
 from megatron_hybrid.data import manifest
-from megatron_hybrid.data.files import checksum, checksum_text
 from megatron_hybrid.data.ids import Range, range_of, union
 from megatron_hybrid.data.indexed import Index, bin_path, idx_path, read_index, token_blocks
+from megatron_hybrid.files import checksum, checksum_text
 
 _BLOCK = 1 << 20
 

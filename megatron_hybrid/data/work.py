@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_hybrid.data.files import atomic_write, sync_directory
+from megatron_hybrid.files import atomic_write, sync_directory
 
 
 class WorkFolder:

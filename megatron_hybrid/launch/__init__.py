@@ -12,5 +12,5 @@
 | ``rank.py`` | what stands in front of a rank: its log |
 | ``leash.py`` | what stands in front of a process that must not outlive the one that started it |
 
-The agent of a node is torchrun's; ``engine/elastic.py`` has every reach into it.
+The agent of a node is torchrun's; ``launch/agent.py`` has every reach into it.
 """

@@ -15,7 +15,7 @@ def defaults(env: Mapping[str, str], address: str, processes: int, cpus: int | N
     Left to the user, since they depend on the cluster: NCCL_SOCKET_IFNAME (NCCL or Gloo starts over an interface that
     the nodes do not share: name the right one, such as eth0; GLOO_SOCKET_IFNAME likewise) and NCCL_IB_HCA (NCCL takes
     adapters that belong to storage). Left to each rank, which knows its layout: CUDA_DEVICE_MAX_CONNECTIONS
-    (engine/connections.py).
+    (cli/connections.py).
     """
     wanted = {
         "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_hybrid import flags
-from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.cli import flags
+from megatron_hybrid.files import atomic_write
 from megatron_hybrid.launch import allocation as allocations
-from megatron_hybrid.launch import checks, environment, events, requeue, summary
+from megatron_hybrid.launch import environment, events, preflight, requeue, summary
 from megatron_hybrid.launch.allocation import Allocation
 from megatron_hybrid.run_folder.checkpoints import pointer
 from megatron_hybrid.run_folder.progress import Progress
@@ -107,9 +107,9 @@ def node(args: argparse.Namespace, argv: list[str], device: str | None = None) -
     """One node: sets the environment and runs torchrun's agent."""
     device = device or flags.value(argv, "--device", "auto")
     os.environ.update(environment.defaults(os.environ, args.master_addr, args.nproc, args.cpus, device))
-    from megatron_hybrid.engine import elastic
+    from megatron_hybrid.launch import agent
 
-    place = elastic.Node(
+    place = agent.Node(
         job=args.job,
         number=int(os.environ.get("SLURM_NODEID", 0)) if args.nodes > 1 else 0,
         nodes=args.nodes,
@@ -122,7 +122,7 @@ def node(args: argparse.Namespace, argv: list[str], device: str | None = None) -
         logs=args.logs,
         requeue=args.requeue,
     )
-    return elastic.run_node(place, [str(args.program), *argv])
+    return agent.run_node(place, [str(args.program), *argv])
 
 
 class _Job:
@@ -131,7 +131,7 @@ class _Job:
     def __init__(self, args: argparse.Namespace, argv: list[str], allocation: Allocation):
         """Checks the flags and makes the folders. Raises ValueError for a mistake in them."""
         self.args, self.allocation = args, allocation
-        self.plan = checks.check(argv, allocation)
+        self.plan = preflight.check(argv, allocation)
         self.save = self.plan.save
         self.logs = self.save / "logs" / allocation.job
         self.logs.mkdir(parents=True, exist_ok=True)

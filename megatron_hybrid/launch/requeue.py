@@ -8,7 +8,7 @@ from megatron_hybrid.launch.events import Event
 from megatron_hybrid.run_folder.state import State
 
 FINAL_CODES = (2, 16, 17)
-"""Exit codes of ranks that a new start would meet again: a user's mistake, and bad steps (engine/bad_steps.py, by
+"""Exit codes of ranks that a new start would meet again: a user's mistake, and bad steps (training/bad_steps.py, by
 the codes of core/rerun_state_machine.py)."""
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hybrid.launch.allocation import Allocation
-from megatron_hybrid.launch.checks import Plan
 from megatron_hybrid.launch.events import Event
+from megatron_hybrid.launch.preflight import Plan
 from megatron_hybrid.run_folder.checkpoints import pointer
 from megatron_hybrid.run_folder.progress import Progress, duration
 

@@ -6,8 +6,8 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
 from megatron_hybrid import pattern
-from megatron_hybrid.intra_design import design
-from megatron_hybrid.model.attention import RoPE
+from megatron_hybrid.layers.attention.module import RoPE
+from megatron_hybrid.layers.intra.design import design
 from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
 
 

@@ -31,13 +31,13 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_hybrid.intra_design import IntraDesign
-from megatron_hybrid.model.attention import HybridSelfAttention, RoPE, TorchCoreAttention
-from megatron_hybrid.model.experts import GroupedExperts
-from megatron_hybrid.model.intra import IntraHybrid, IntraSubmodules
-from megatron_hybrid.model.mamba import HybridMambaMixer
-from megatron_hybrid.model.norm import RMSNorm, StandaloneRMSNorm
-from megatron_hybrid.model.parts import SharedRowsLinear
+from megatron_hybrid.layers.attention.module import HybridSelfAttention, RoPE, TorchCoreAttention
+from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.intra.module import IntraHybrid, IntraSubmodules
+from megatron_hybrid.layers.mamba.module import HybridMambaMixer
+from megatron_hybrid.layers.moe.module import GroupedExperts
+from megatron_hybrid.layers.norm import RMSNorm, StandaloneRMSNorm
+from megatron_hybrid.layers.parts import SharedRowsLinear
 from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_hybrid import costs
+from megatron_hybrid.cli.checks import check
+from megatron_hybrid.cli.flags import resolve, value
 from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.activations import stage_activation_bytes
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.costs.storage import Storage
-from megatron_hybrid.flags import resolve, value
-from megatron_hybrid.model.checks import check
 from megatron_hybrid.pattern import Pattern
 from megatron_hybrid.plan.figures import Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.files import atomic_write
 from megatron_hybrid.plan.figures import Figures
 
 COLORS = {

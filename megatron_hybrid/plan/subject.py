@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_hybrid import flags, pattern
+from megatron_hybrid import pattern
+from megatron_hybrid.cli import flags
 from megatron_hybrid.costs import Layout, Sizes, equal_count
 from megatron_hybrid.pattern import Pattern
 
@@ -72,7 +73,7 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
             if flags.value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
     command = flags.resolve(words)
-    from megatron_hybrid.engine import arguments
+    from megatron_hybrid.cli import arguments
 
     arguments.choose_device("auto")
     # which Megatron's parser reads, and ours replaces

@@ -1,7 +1,7 @@
 """The checkpoints of a run's --save folder: which there are, which to load, which to remove.
 
 Names are upstream's: ``iter_0000030/``, ``release/``, ``latest_checkpointed_iteration.txt`` (the pointer) and
-``integrity.json`` in each checkpoint (the manifest, :mod:`megatron_hybrid.run_folder.manifest`).
+``integrity.json`` in each checkpoint (the manifest, :mod:`megatron_hybrid.run_folder.checksums`).
 """
 
 import os
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_hybrid.data.files import atomic_write
-from megatron_hybrid.run_folder.manifest import Unreachable, is_sealed, passing, problems, seal
+from megatron_hybrid.files import atomic_write
+from megatron_hybrid.run_folder.checksums import Unreachable, is_sealed, passing, problems, seal
 
 __all__ = [
     "Checkpoint",

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_hybrid.run_folder.checkpoints import pointer
-from megatron_hybrid.run_folder.metrics import Follower, Metrics, Record
+from megatron_hybrid.run_folder.metrics_file import Follower, Metrics, Record
 from megatron_hybrid.run_folder.run_info import read_run_info
 from megatron_hybrid.run_folder.state import State, read_state
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from megatron_hybrid.data.files import atomic_write
+from megatron_hybrid.files import atomic_write
 
 Status = Literal["running", "finished", "stopped", "failed"]
 

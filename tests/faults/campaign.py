@@ -24,9 +24,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.data.corpora import random_tokens
 from tests.faults.kinds import KINDS
 from tests.faults.run import BOUND_S, Ended, Hang, Run, Verdict, flags, results
-from tests.unit.corpora import random_tokens
 
 FULL_DISK = "full disk in a save"
 STEPS_OF_A_FAULT = 8

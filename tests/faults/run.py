@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from megatron_hybrid.run_folder.checkpoints import Checkpoint, checkpoints, is_sealed, problems
-from megatron_hybrid.run_folder.metrics import Follower, read_metrics
+from megatron_hybrid.run_folder.metrics_file import Follower, read_metrics
 from megatron_hybrid.run_folder.state import read_state
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import inspect
 import signal
 import time
 
-from tests.unit.test_elastic import local  # noqa: F401  a fixture
+from tests.launch.test_agent import local  # noqa: F401  a fixture
 
 SAVE_S = 45.0
 """More than the 30 s that torchrun gives its ranks."""

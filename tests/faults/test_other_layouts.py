@@ -1,6 +1,6 @@
 """A run goes on in another layout, or on another number of processes, through the program itself.
 
-tests/distributed/test_checkpoints.py compares weights and optimizer state bit by bit; here the data order, the
+tests/checkpoint/test_reshard.py compares weights and optimizer state bit by bit; here the data order, the
 schedule and the loop take part too. What is compared with is a run that stays in the first layout: another layout has
 other random weights from the start.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.run_folder.state import read_state
-from tests.unit.corpora import random_tokens
-from tests.unit.test_command_line import PROGRAM, run
+from tests.cli.test_command_line import PROGRAM, run
+from tests.data.corpora import random_tokens
 
 # One layer of each kind; the router has a bias that training moves. No dropout: its draws are those of a layout.
 FLAGS = """--recipe demo --train-iters 6 --lr-wsd-decay-iters 2 --seq-length 64 --micro-batch-size 1

@@ -209,7 +209,7 @@ def record() -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from megatron_hybrid.engine import cpu
+    from megatron_hybrid.patches import cpu
 
     cpu.install()
     import_transformer_engine(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.corpora import random_tokens
 from tests.slurm.cluster import ROOT, Cluster, outside
 from tests.slurm.runs import NODES, flags, steps
-from tests.unit.corpora import random_tokens
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -155,7 +155,7 @@ def test_an_allocation_that_does_not_fit_is_refused(words, rule, cluster, data, 
 
 
 def test_a_job_goes_on_with_more_nodes(cluster, data, run, tmp_path):
-    """Data parallelism of 1, then 2. Only the order of sums differs: 1e-5, as for all layouts (tests/distributed)."""
+    """Data parallelism of 1, then 2. Only the order of sums differs: 1e-5, as for all layouts (tests/model)."""
     first, last = 4, 8
     words = flags(data, iterations=last, dropout=0)  # the masks of two ranks are not those of one
     job = submit(cluster, data, run, [*words, "--exit-interval", str(first)], nodes=1)

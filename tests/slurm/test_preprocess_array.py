@@ -4,8 +4,8 @@ import random
 import subprocess
 import sys
 
+from tests.data.corpora import write
 from tests.slurm.cluster import ROOT, Job, outside
-from tests.unit.corpora import write
 
 SCRIPT = "examples/slurm/preprocess_array.sbatch"
 SHARDS = 4

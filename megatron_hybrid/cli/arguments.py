@@ -1,0 +1,346 @@
+"""From flags to Megatron's checked arguments: device, backend, and what the user must change."""
+
+import argparse
+import contextlib
+import difflib
+import io
+import os
+import socket
+import sys
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_hybrid import costs
+from megatron_hybrid.checkpoint import saving, stored_settings, unpickling
+from megatron_hybrid.checkpoint.resume import takes_weights_alone
+from megatron_hybrid.cli import connections
+from megatron_hybrid.cli.config import HybridConfig, IntraConfig
+from megatron_hybrid.cli.flag_table import rules, table
+from megatron_hybrid.cli.flags import Command, value, without
+from megatron_hybrid.patches import optimizer_state
+from megatron_hybrid.patches.upstream import has_module, register_symbols
+from megatron_hybrid.training import data_checks, validation
+
+# What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
+_TORCH_BACKEND_FLAGS = [
+    "--transformer-impl=local",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+]
+USAGE = """pretrain_hybrid.py --list-recipes
+       pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
+       pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
+# torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
+_CPU_FLAGS = ["--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-bias-gelu-fusion"]
+
+
+def choose_device(asked: str) -> str:
+    """``cpu`` or ``cuda`` for this process; installs the CPU engine for ``cpu``.
+
+    Raises:
+        ValueError: CUDA is asked for and there is no device.
+    """
+    import torch
+
+    from megatron_hybrid.patches import cpu
+
+    available = not cpu.is_active() and torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise ValueError(
+            "--device cuda: torch finds no CUDA device. Check nvidia-smi and that this torch is a CUDA build "
+            f"(it is {torch.__version__}), or run on the CPU engine with --device cpu."
+        )
+    device = "cuda" if available and asked != "cpu" else "cpu"
+    for module in ("transformer_engine", "apex", "fla") if device == "cpu" else ():
+        if has_module(module):  # upstream copies their CUDA kernels into its modules on import
+            raise ValueError(
+                f"The CPU engine does not run where {module} is installed, since Megatron would call its CUDA kernels: "
+                "use an environment with requirements.txt alone, such as that of `make setup` in another clone."
+            )
+    if device == "cpu":
+        cpu.install()
+    return device
+
+
+def choose_backend(asked: str, device: str) -> str:
+    """``te`` or ``torch``.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and cannot run here.
+    """
+    installed = has_module("transformer_engine")
+    if asked == "te" and (device == "cpu" or not installed):
+        reason = "it runs on CUDA alone" if device == "cpu" else "it is not installed (requirements-gpu.txt)"
+        raise ValueError(f"--backend te: Transformer Engine is not available: {reason}. Use --backend torch.")
+    if asked == "auto":
+        return "te" if device == "cuda" and installed else "torch"
+    return asked
+
+
+def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds one flag for each field of our configurations (training/argument_utils.py:45).
+
+    The parser then answers a mistake with one line; its usage alone would be pages long.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    ArgumentGroupFactory(HybridConfig).build_group(parser, "hybrid")
+    ArgumentGroupFactory(IntraConfig).build_group(parser, "intra-layer hybrid")
+    parser.usage = USAGE
+    parser.formatter_class = _HelpFormatter
+    known = ["--print-config", "--list-recipes"]
+    known += [name for action in parser._actions for name in action.option_strings]
+
+    def error(message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        close = [c for word in words if word.startswith("--") for c in difflib.get_close_matches(word, known, 3, 0.8)]
+        raise ValueError(f"{message}. " + (f"Did you mean {', '.join(close)}? " if close else "") + "See --help.")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows a help text that argparse cannot expand as it stands: upstream's have a bare "%"."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
+
+
+def help_text() -> str:
+    """All flags, Megatron's and ours, ours last."""
+    import_megatron_quietly()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return add_hybrid_flags(add_megatron_arguments(parser)).format_help()
+
+
+def parse(argv: list[str], device: str, print_config: bool = False, world: int | None = None) -> Namespace:
+    """Megatron's arguments, checked by us and by upstream, and set as its globals.
+
+    Args:
+        argv: Resolved flags (:func:`megatron_hybrid.cli.flags.resolve`).
+        device: ``cpu`` or ``cuda``, as :func:`choose_device` says.
+        print_config: The run ends before it reads data, so none need be given.
+        world: With ``print_config``: the number of processes; default the fewest that the layout fits.
+
+    Returns:
+        With ``backend`` and ``device`` as chosen, and ``notes`` for the user.
+
+    Raises:
+        ValueError: Flags that cannot work, with the reason and the remedy.
+    """
+    set_single_process_defaults()
+    connections.set_connections(argv)
+    import_megatron_quietly()
+    from megatron.training import arguments
+
+    table.refuse(argv)
+    implied = "torch" if value(argv, "--transformer-impl") == "local" else "auto"
+    backend = choose_backend(value(argv, "--backend", implied), device)
+    sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
+    args = arguments.parse_args(add_hybrid_flags)
+    args.backend, args.device = backend, device
+    rules.read_old_names(args)
+    from megatron_hybrid.cli.checks import check, smallest_world
+
+    if print_config and (world or "TORCHELASTIC_RUN_ID" not in os.environ):
+        args.world_size = world or max(1, smallest_world(args))
+    rules.check_flags(args, argv)
+    check(args)
+    validation.check(args)
+    notes = table.notes(argv) + rules.notes(argv)
+    if not print_config:
+        rules.check_schedule(args)
+        data_checks.check_data(args)
+        data_checks.check_tokenizer(args)
+        notes += data_checks.check_provenance(args)
+    with upstream_errors_as_value_errors():
+        if print_config:
+            with contextlib.redirect_stdout(io.StringIO()):  # upstream lists every argument it has
+                arguments.validate_args(args)
+        else:
+            args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
+    args.backend, args.device, args.notes = backend, device, notes
+    args.data_contents = {}
+    if print_config:
+        args.vocab_size = data_checks.vocabulary(args)
+    else:
+        data_checks.compare_tokenizer(args)
+    saving.check(args, asked_async="--async-save" in argv)
+    return args
+
+
+def balance(command: Command, device: str) -> Command:
+    """The command with its layers cut into ``command.balance`` pipeline segments of equal work.
+
+    Raises:
+        ValueError: More segments than layers, segments that do not divide over the stages, or no --vocab-size: the
+            output head is the work of several layers.
+    """
+    if command.balance is None:
+        return command
+    import_megatron_quietly()
+    from megatron.training import arguments
+
+    sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
+    args = arguments.parse_args(add_hybrid_flags)
+    args.vocab_size = data_checks.vocabulary(args)
+    if args.vocab_size is None:
+        raise ValueError(
+            "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
+            "number will do where the tokenizer is not at hand."
+        )
+    from megatron_hybrid.cli.checks import check_sizes
+
+    check_sizes(args)
+    pp = args.pipeline_model_parallel_size
+    pp = command.balance if pp == 1 else pp
+    cut = costs.balance_pipeline(command.pattern, costs.Sizes.from_args(args), command.balance, pp)
+    return command.with_pattern(cut, pp)
+
+
+def import_megatron_quietly() -> None:
+    """Imports Megatron without its warnings about packages that are missing by choice; registers our symbols.
+
+    What is missing and matters is said by :func:`megatron_hybrid.patches.upstream.prepare`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of upstream's sources, wherever their bytecode cannot be kept
+        for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
+            warnings.filterwarnings("ignore", message=f".*{package}")
+        import megatron.training.training  # noqa: F401
+    from megatron_hybrid.training.megatron_tokenizer import size_by_largest_id
+
+    register_symbols()
+    size_by_largest_id()
+    unpickling.admit_known_classes_only()
+
+
+def set_single_process_defaults() -> None:
+    """Lets a run of one process start without torchrun."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, default in single.items():
+        os.environ.setdefault(name, str(default))
+
+
+def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
+    """Refuses to load a checkpoint of another model, or to go on under another schedule; the layout may differ.
+
+    Stage boundaries may differ. Where the run goes on in another layout, its vocabulary stays as it is
+    (:func:`keep_vocabulary`).
+
+    args: ``checkpoint`` is the folder that :func:`megatron_hybrid.checkpoint.resume.choose_checkpoint` has found.
+    print_config: The run ends before it trains: its schedule is not compared.
+
+    Raises:
+        ValueError: With what differs, and both values.
+    """
+    from megatron.core import dist_checkpointing
+
+    folder = args.checkpoint
+    if folder is not None and args.rank == 0:
+        unpickling.check(Path(folder))
+    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return
+    common = stored_settings.stored_common(folder)
+    stored = common.get("args")
+    saved = getattr(stored, "hybrid_layer_pattern", None)
+    if stored is None or saved is None:
+        return
+    if saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+        raise ValueError(
+            f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
+            f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
+            "recipe, or give another --load."
+        )
+    args.notes += stored_settings.check_model(stored, args, folder)
+    if args.ckpt_format == "torch":
+        raise ValueError(f"--ckpt-format torch, and the checkpoint in {folder} is of torch_dist: drop the flag.")
+    goes_on = not args.skip_train and not takes_weights_alone(args, folder)
+    if goes_on:
+        optimizer_state.check_optimizer_state(args, stored, folder)
+    keep_vocabulary(args, stored)
+    if goes_on and not print_config:
+        args.notes += stored_settings.check_schedule(common, args, folder)
+        args.notes += stored_settings.data_notes(stored, args)
+
+
+def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
+    """Pads the vocabulary as the checkpoint does, so that a run that goes on with other tensor parallelism is the same.
+
+    Upstream pads it to a multiple of ranks (core/tokenizers/utils/build_tokenizer.py:140), and fills what a checkpoint
+    lacks with random rows: each loss would be another. A note says so where that has to be.
+
+    Args:
+        args: Megatron's; ``padded_vocab_size`` is known but for ``--print-config``.
+        stored: Those in the checkpoint.
+    """
+    from megatron.training import global_vars
+
+    size, padded = getattr(stored, "padded_vocab_size", None), args.padded_vocab_size
+    if None in (size, padded) or size == padded:
+        return
+    if global_vars.get_tokenizer().vocab_size <= size and size % args.tensor_model_parallel_size == 0:
+        args.padded_vocab_size = size
+        args.notes.append(f"the vocabulary stays padded to {size}, as in the checkpoint")
+    else:
+        args.notes.append(f"the vocabulary is padded to {padded} and in the checkpoint to {size}: new rows are random")
+
+
+@contextlib.contextmanager
+def upstream_errors_as_value_errors() -> Iterator[None]:
+    """Upstream checks arguments with asserts: their text is for the user, their trace is not.
+
+    What else it ends by, while it does nothing but read flags, is a mistake in these, too.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = str(error) or place.line  # an assert without a message still has a source line
+        if not isinstance(error, (AssertionError, RuntimeError, ValueError, NotImplementedError)):
+            text = f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+        raise ValueError(f"Megatron refuses these flags: {text}") from error
+
+
+def check_configs(args: Namespace, config: Any) -> None:
+    """Builds what upstream makes of the flags when training starts, so that its checks end the run before that.
+
+    config: The model's; None for ``--print-config``.
+    """
+    if config is not None:
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+        pretrain_cfg_container_from_args(args, config)
+
+
+def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
+    # the number of stages is checked against the pattern by then, and Megatron takes it from the pattern alone
+    flags = [*without(argv, "--num-virtual-stages-per-pipeline-rank"), *rules.defaults(argv)]
+    if backend == "torch":
+        flags += _TORCH_BACKEND_FLAGS
+    elif not has_module("fused_weight_gradient_mlp_cuda"):
+        flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
+    flags += saving.saving_flags(argv, device)
+    if device == "cpu":
+        asked = value(argv, "--distributed-backend", "gloo")
+        if asked != "gloo":
+            raise ValueError(f"--distributed-backend {asked}: the CPU engine communicates over gloo. Drop it.")
+        flags += [*_CPU_FLAGS, "--distributed-backend=gloo"]
+    return flags

@@ -1,0 +1,150 @@
+"""How the two branches of an intra-layer hybrid become one: norm, scale, fusion.
+
+Shapes: s sequence, b batch, w width of a branch's output on this tensor-parallel rank.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.norm import SplitVector, group_rms_normalise
+from megatron_hybrid.layers.parts import shared_by_ranks
+
+
+def mean_alphas(chunks: list) -> dict[str, Any]:
+    """The mean weight of the second branch in each interpolating layer, over all tokens since the last call.
+
+    Args:
+        chunks: The model's parts on this rank; every rank must call.
+
+    Returns:
+        ``{"intra_alpha": {layer number: mean}}``, the same on all ranks.
+    """
+    decoders = [get_attr_wrapped_model(chunk, "decoder") for chunk in chunks]
+    layers = {}
+    for mixer in (getattr(layer, "self_attention", None) for decoder in decoders for layer in decoder.layers):
+        fusion = getattr(mixer, "fusion", None)
+        if isinstance(fusion, IntraFusion):
+            layers[mixer.layer_number] = fusion.mean_alpha()  # type: ignore[union-attr]
+    last = torch.tensor(max(layers, default=0), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX)
+    sums = torch.zeros(int(last) + 1, 2, device=torch.cuda.current_device())
+    for number, (total, count) in layers.items():
+        sums[number, 0], sums[number, 1] = total, count
+    torch.distributed.all_reduce(sums)
+    return {"intra_alpha": {str(n): total / count for n, (total, count) in enumerate(sums.tolist()) if count}}
+
+
+def lambda_init(depth: int) -> float:
+    """Where lambda starts in block ``depth``, counted from 0 (Ye et al., arXiv:2410.05258, section 2.1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * depth)
+
+
+class IntraFusion(MegatronModule):
+    """s_1 Norm(b_1) (+) s_2 Norm(b_2): what goes into the output projection.
+
+    With separate output projections, sum, difference and concatenation are one matrix over the concatenated branches:
+    ``W_1 b_1 - W_2 b_2 = [W_1, -W_2] [b_1; b_2]``. The sign is part of the stored weight, whose initial distribution is
+    symmetric.
+
+    Args:
+        design: Axes and global widths.
+        depth: Number of mixers in front of this one, for diff-lambda.
+    """
+
+    def __init__(self, config: TransformerConfig, design: IntraDesign, depth: int, tp_group: Any):
+        super().__init__(config)
+        self.design, self.tp_group, self.eps = design, tp_group, config.layernorm_epsilon
+        self.concatenates = "fused" not in design.out_parts
+        branches = {name: design.width(i) for i, name in enumerate(design.names)}
+        self.norms: tuple[SplitVector, ...] = ()
+        if design.norm != "none":
+            self.norms = self._vectors("norm", branches if design.norm == "group" else design.out_parts)
+        self.scales: tuple[SplitVector, ...] = ()
+        if design.scale == "vector":
+            self.scales = self._vectors("scale", branches)
+        elif design.scale == "scalar":
+            self.scalars = shared_by_ranks(nn.Parameter(self._fp32(2).fill_(1.0)))
+        elif design.scale == "diff-lambda":
+            self.lambda_init = lambda_init(depth)
+            # q1, k1, q2, k2 in one vector: Megatron decays what has two dimensions
+            self.lambdas = shared_by_ranks(nn.Parameter(self._fp32(4 * design.lambda_dim).normal_(0, 0.1)))
+        self.interpolates = design.scale == "interpolate"
+        # no buffer: models in bf16 turn theirs into bf16, which cannot count
+        self.alpha_sum = self._fp32(2).zero_()
+
+    def _vectors(self, kind: str, widths: dict[str, int]) -> tuple[SplitVector, ...]:
+        tp = self.tp_group.size()
+        made = {n: SplitVector(w // tp, self.config.params_dtype, self.tp_group) for n, w in widths.items()}
+        for name, vector in made.items():
+            self.add_module(f"{name}_{kind}", vector)
+        return tuple(made.values())
+
+    @staticmethod
+    def _fp32(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=torch.cuda.current_device())
+
+    def forward(self, first: Tensor, second: Tensor, gate: Tensor | None) -> Tensor:
+        """Branch outputs [s, b, w] and the gate's logits [s, b, 1 or 2] to [s, b, columns of the output projection].
+
+        ``gate`` is None unless the scale comes from the token.
+        """
+        d = self.design
+        xs = [first, second]
+        if d.norm == "group":
+            xs = group_rms_normalise(xs, [d.groups(0), d.groups(1)], self.eps, self.tp_group)
+        xs = [x if f is None else x * f.to(x.dtype) for x, f in zip(xs, self._factors(), strict=True)]
+        if gate is not None:
+            xs = [x * g for x, g in zip(xs, self._gates(gate), strict=True)]
+        parts = xs if self.concatenates else [xs[0] - xs[1] if d.fusion == "diff" else xs[0] + xs[1]]
+        if d.norm == "fused":
+            groups = [d.groups(i) for i in range(len(parts))]
+            parts = group_rms_normalise(parts, groups, self.eps, self.tp_group)
+            parts = [x * self._after(norm()) for x, norm in zip(parts, self.norms, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def differential_lambda(self) -> Tensor:
+        """exp(q1 . k1) - exp(q2 . k2) + lambda_init, a scalar (Ye et al., arXiv:2410.05258, equation 2)."""
+        q1, k1, q2, k2 = self.lambdas.float().chunk(4)
+        return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
+
+    def mean_alpha(self) -> tuple[float, float]:
+        """Sum over training micro-batches of the mean weight of the second branch, and their number; starts over."""
+        total, count = self.alpha_sum.tolist()
+        self.alpha_sum.zero_()
+        return total, count
+
+    def _factors(self) -> list[Tensor | None]:
+        """What multiplies each branch alike for all tokens: the norm's weight and the scale in one."""
+        result: list[Tensor | None] = [None, None]
+        if self.design.norm == "group":
+            result = [norm() for norm in self.norms]
+        scales: list[Tensor | None] = [None, None]
+        if self.design.scale == "vector":
+            scales = [scale() for scale in self.scales]
+        elif self.design.scale == "scalar":
+            scales = list(self.scalars.unbind())
+        elif self.design.scale == "diff-lambda":
+            scales = [None, self.differential_lambda()]
+        return [s if r is None else r if s is None else r * s for r, s in zip(result, scales, strict=True)]
+
+    def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of both branches, [s, b, 1] each."""
+        if not self.interpolates:
+            first, second = torch.sigmoid(logits).split(1, -1)
+            return first, second
+        alpha = torch.sigmoid(logits)
+        if self.training and torch.is_grad_enabled():  # a forward pass that is run again has no gradient at first
+            with torch.no_grad():
+                self.alpha_sum += torch.stack([alpha.float().mean(), alpha.new_ones((), dtype=torch.float32)])
+        return 1 - alpha, alpha
+
+    def _after(self, weight: Tensor) -> Tensor:
+        """The fused norm's weight; the Differential Transformer keeps the layer's size at its start by a constant."""
+        return weight * (1 - self.lambda_init) if self.design.scale == "diff-lambda" else weight

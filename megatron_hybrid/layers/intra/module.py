@@ -1,0 +1,306 @@
+"""The intra-layer hybrid (symbol P): two mixers side by side in one layer.
+
+    f(X) = W_out( s_1 Norm(B_1(X))  (+)  s_2 Norm(B_2(X)) )
+
+``design.py`` has the axes, ``fusion.py`` norm, scale and fusion; here are the branches and the two projections around
+them.
+
+Shapes: s sequence (whole, after the sequence-parallel gather), b batch, h hidden; sizes marked ``_local`` are
+those of one tensor-parallel rank.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from torch import Tensor, nn
+
+from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, rotary_table
+from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.intra.fusion import IntraFusion
+from megatron_hybrid.layers.mamba.module import HybridMambaMixer
+from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts
+
+
+@dataclass
+class IntraSubmodules:
+    """The two projections, and the attention core between them."""
+
+    in_proj: Any
+    out_proj: Any
+    core_attention: Any = TorchCoreAttention
+
+
+class PassThrough(nn.Module):
+    """Stands where upstream's mixers build their own projections; takes any arguments, returns its input."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+        self.weight = SimpleNamespace()  # upstream hangs partition sizes on it
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        return {}
+
+
+class AttentionBranch(SelfAttention):
+    """Upstream's self-attention between the fused projections, with values of their own number and width."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        design: IntraDesign,
+        core_attention: Any,
+        pg_collection: ProcessGroupCollection,
+        **kwargs: Any,
+    ):
+        tp = pg_collection.tp.size()
+        config = copy.copy(config)
+        config.num_attention_heads = design.num_attention_heads
+        config.num_query_groups = max(design.num_query_groups, tp)  # a rank that has less than one shares it
+        config.kv_channels = design.qk_head_dim
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=PassThrough, core_attention=core_attention, linear_proj=PassThrough
+        )
+        super().__init__(config, submodules, attn_mask_type=AttnMaskType.causal, pg_collection=pg_collection, **kwargs)
+        self.val_hidden_size = design.value_head_dim
+        self.core_attention.window, self.core_attention.sinks = design.window, design.sinks
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, (q k v)_local] to q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv], local heads.
+
+        Where each query head has values of its own, the keys are repeated for them: g = n.
+        """
+        n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
+        q, k, v = hidden_states.split([n * d, g * d, hidden_states.shape[-1] - (n + g) * d], -1)
+        q, k, v = (t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
+        return q, k.repeat_interleave(v.shape[2] // g, 2) if v.shape[2] != g else k, v
+
+
+class MambaBranch(HybridMambaMixer):
+    """Upstream's Mamba-2 mixer between the fused projections: gated in its kernel, normalised by the fusion."""
+
+    def __init__(self, config: TransformerConfig, design: IntraDesign, **kwargs: Any):
+        config = copy.copy(config)
+        config.mamba_num_heads, config.mamba_head_dim = design.ssm_heads, design.ssm_head_dim
+        config.mamba_num_groups, config.mamba_state_dim = design.ssm_groups, design.state_dim
+        submodules = MambaMixerSubmodules(in_proj=PassThrough, out_proj=PassThrough)
+        super().__init__(config, submodules, d_model=config.hidden_size, rmsnorm=False, **kwargs)
+
+
+class IntraHybrid(MegatronModule):
+    """Both branches between one fused column-parallel and one fused row-parallel projection.
+
+    Two mixers of their own would cost two all-gathers and two reduce-scatters under sequence parallelism and
+    four matrix products; fused, it is one, one and two. It stands in the self-attention slot of a
+    ``TransformerLayer``. On CUDA the branches run on two streams.
+
+    Args:
+        design: Axes and global widths.
+        rope: Rotary positions of the attention branches, or None.
+        depths: For each layer of the model, the mixers in front of it.
+        a_init_range: Range of the uniform distribution that -A starts from.
+        recompute: Parts to recompute in the backward pass: "intra" (all between the projections) or "ssm".
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: IntraSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        design: IntraDesign,
+        rope: RoPE | None = None,
+        depths: tuple[int, ...] = (0,),
+        a_init_range: tuple[float, float] = (1.0, 16.0),
+        recompute: tuple[str, ...] = (),
+        cp_comm_type: str | None = None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ):
+        super().__init__(config)
+        self.design, self.layer_number, self.tp_group = design, layer_number, pg_collection.tp
+        self.recompute = "intra" in recompute
+        shared = {
+            "config": config,
+            "design": design,
+            "layer_number": layer_number,
+            "pg_collection": pg_collection,
+            "pp_layer_offset": pp_layer_offset,
+        }
+        make: dict[str, Callable[[], nn.Module]] = {
+            "attention": lambda: AttentionBranch(core_attention=submodules.core_attention, **shared),
+            "mamba": lambda: MambaBranch(A_init_range=a_init_range, recompute="ssm" in recompute, **shared),
+        }
+        for branch, kind in zip(design.names, design.branches, strict=True):
+            self.add_module(branch, make[kind]())
+        has_attention = "attention" in design.branches
+        self.rotary = rope.build(design.qk_head_dim, config, pg_collection.cp) if rope and has_attention else None
+        depth = depths[min(layer_number, len(depths)) - 1]
+        self.fusion = IntraFusion(config, design, depth, self.tp_group)
+
+        tp = self.tp_group.size()
+        self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
+        self.out_parts = {part: width // tp for part, width in design.out_parts.items()}
+        chunks = read_together(list(self.in_parts), [design.branch_parts(0), design.branch_parts(1)])
+        self.chunk_widths = [sum(self.in_parts[name] for name in chunk) for chunk in chunks]
+        # for each branch its chunks in its own order: a value shared with the other branch may lie elsewhere
+        first_parts = [chunk[0] for chunk in chunks]
+        self.reads = [[first_parts.index(n) for n in design.branch_parts(i) if n in first_parts] for i in (0, 1)]
+        self._build_projections(submodules, name)
+
+    def _build_projections(self, submodules: IntraSubmodules, name: str | None) -> None:
+        config, tp = self.config, self.tp_group.size()
+        shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        in_proj = getattr(submodules.in_proj, "module", submodules.in_proj)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            tp * sum(self.in_parts.values()),
+            **shared,
+            **({"parts": self.design.in_parts} if in_proj is SharedRowsLinear else {}),
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            name=f"{name}.in_proj" if name else None,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            tp * sum(self.out_parts.values()),
+            config.hidden_size,
+            **shared,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            name=f"{name}.out_proj" if name else None,
+        )
+        # upstream's resharding of live models reads the sizes of packed parts from here
+        if in_proj is not SharedRowsLinear:
+            self.in_proj.weight.partition_sizes = list(self.in_parts.values())
+        self.out_proj.weight.partition_sizes = list(self.out_parts.values())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Any = None,
+        rotary_pos_cos: Any = None,
+        rotary_pos_sin: Any = None,
+        rotary_pos_cos_sin: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        sequence_len_offset: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] (s local under sequence parallelism) to ([s, b, h], None).
+
+        The model's rotary table is ignored: the layer has its own.
+
+        Raises:
+            ValueError: Inference is asked for, for which this layer has no cache yet.
+        """
+        if inference_context is not None:
+            raise ValueError("P layers have no inference cache yet: run the model on whole sequences.")
+        angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)
+        projected, _ = self.in_proj(hidden_states)
+        if self.recompute and self.training:
+            # packed_seq_params is no tensor, and checkpoint keeps tensors alone
+            run = lambda x, angles: self._between(x, angles, packed_seq_params)  # noqa: E731
+            fused = tensor_parallel.checkpoint(run, False, projected, angles)
+        else:
+            fused = self._between(projected, angles, packed_seq_params)
+        return self.out_proj(fused)
+
+    def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
+        """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
+        pieces = projected.split(self.chunk_widths, -1)
+
+        def run(branch: int) -> Tensor:
+            module = getattr(self, self.design.names[branch])
+            own = [pieces[i] for i in self.reads[branch]]
+            x = own[0] if len(own) == 1 else torch.cat(own, -1)
+            if self.design.branches[branch] == "attention":
+                return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
+            return module(x, packed_seq_params=packed_seq_params)[0]
+
+        if self.design.overlap and projected.is_cuda:
+            documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
+            first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
+        else:
+            second, first = run(1), run(0)  # the order in which two streams draw random numbers
+        return self.fusion(first, second, pieces[-1] if "gate" in self.in_parts else None)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        result: dict = {}
+        for name, module in self.named_children():
+            result.update(
+                sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        if not isinstance(self.in_proj, SharedRowsLinear):  # which does it itself
+            store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
+        store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
+        return result
+
+
+def read_together(parts: list[str], branches: list[list[str]]) -> list[tuple[str, ...]]:
+    """Parts that the same branches read one after the other, in pieces: going back through few of them costs little."""
+    chunks: list[tuple[str, ...]] = []
+    for part in parts:
+        last = chunks[-1][-1] if chunks else None
+        readers = [names for names in branches if part in names or last in names]
+        if last and all(last in names and part in names[names.index(last) + 1 :][:1] for names in readers):
+            chunks[-1] += (part,)
+        else:
+            chunks.append((part,))
+    return chunks
+
+
+def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``run(0)`` on the current CUDA stream and ``run(1)`` on another one, both of which read ``sources``.
+
+    The backward pass needs no more: autograd runs each node on the stream of its forward pass and waits where a
+    gradient changes streams. Memory that crosses streams is marked, so that it is not reused while it is read.
+    """
+    main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        second = run(1)
+    first = run(0)
+    main.wait_stream(side)
+    for source in sources:
+        source.record_stream(side)
+    second.record_stream(main)
+    return first, second
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

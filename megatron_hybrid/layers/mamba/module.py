@@ -1,0 +1,162 @@
+"""Upstream's Mamba-2 mixer at any tensor-parallel size, with its core recomputed in the backward pass if asked."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megatron_hybrid.layers.intra.design import Part
+from megatron_hybrid.layers.norm import SpanningRMSNorm
+from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts
+
+
+class SampleContextParallel(MambaContextParallel):
+    """Splits samples over the ranks in zigzag, whatever documents they hold.
+
+    Upstream takes any ``packed_seq_params`` for documents that Transformer Engine split over the ranks one by one
+    (core/ssm/mamba_context_parallel.py:360). The scan has whole samples of its heads, and the ids are all it needs.
+    """
+
+    def pre_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """[s / cp, b, channels] to [s, b, channels / cp] in the order of the sequence."""
+        return super().pre_conv_ssm(input_)
+
+    def post_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """The way back."""
+        return super().post_conv_ssm(input_)
+
+
+class HybridMambaMixer(MambaMixer):
+    """``MambaMixer`` on more tensor-parallel ranks than it has groups, and with a core that can be recomputed.
+
+    Upstream wants whole groups on each rank (core/ssm/mamba_mixer.py:245). Here a rank that has less than one computes
+    the B and C of its heads' group like its neighbours do: the rows of the input projection and the channels of the
+    convolution that make them are parameters which these ranks have in common. The gated norm still goes over the whole
+    group, so that the function does not depend on the number of ranks. Upstream's list of selectively recomputed
+    modules is closed and holds none of the core's.
+
+    Args:
+        recompute: Keep only the projected input for the backward pass, and run the core again there.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaMixerSubmodules,
+        *args: Any,
+        pg_collection: ProcessGroupCollection,
+        recompute: bool = False,
+        **kwargs: Any,
+    ):
+        groups, tp = config.mamba_num_groups, pg_collection.tp.size()
+        if groups < tp:
+            if issubclass(getattr(submodules.in_proj, "module", submodules.in_proj), SharedRowsLinear):
+                submodules = replace(submodules, in_proj=_shared_input(config, groups))
+            config = copy.copy(config)
+            config.mamba_num_groups = tp  # as upstream sees it: one group for each rank
+        super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
+        self.cp.__class__ = SampleContextParallel
+        self.recompute = recompute
+        self.total_groups = groups
+        self.shares_groups = groups < tp
+        if self.shares_groups:
+            self._share_groups(config)
+
+    def _share_groups(self, config: TransformerConfig) -> None:
+        """Makes the convolution's channels of B and C common to all ranks, and the norm go over whole groups."""
+        inner, width = self.d_inner_local_tp, self.d_conv
+        channels = 2 * self.total_groups * self.d_state
+        weight = torch.empty(channels, 1, width, dtype=config.params_dtype, device=torch.cuda.current_device())
+        bias = torch.empty(channels, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for t in (weight, bias):  # upstream's distribution, from the random stream that the ranks have in common
+            nn.init.uniform_(t, -1 / math.sqrt(width), 1 / math.sqrt(width))
+        self.conv1d_shared_weight = shared_by_ranks(nn.Parameter(weight))
+        self.conv1d_shared_bias = shared_by_ranks(nn.Parameter(bias))
+        for name in ("conv1d_weight", "conv1d_bias"):
+            own = nn.Parameter(getattr(self, name).detach()[:inner].clone())
+            tensor_parallel.set_tensor_model_parallel_attributes(own, True, 0, 1)
+            setattr(self, name, own)
+        if self.rmsnorm:
+            self.norm = SpanningRMSNorm(inner, self.total_groups, 1e-5, config.params_dtype, self.tp_group)
+
+    def forward(self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any) -> Any:
+        """[s, b, h] to ([s, b, h], None), s local under sequence parallelism (core/ssm/mamba_mixer.py:463).
+
+        Raises:
+            ValueError: Inference on ranks that share groups.
+        """
+        if inference_context is not None and self.shares_groups:
+            raise ValueError(
+                "Inference caches need whole groups of B and C on each tensor-parallel rank: run on at most "
+                f"{self.total_groups} of them (--mamba-num-groups)."
+            )
+        return super().forward(hidden_states, inference_context, **kwargs)
+
+    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """[s, b, (z x B C dt)_local] to [s, b, d_inner_local] (core/ssm/mamba_mixer.py:727)."""
+        if not (self.recompute and self.training):
+            return self._core(zxBCdt, packed_seq_params)
+        return tensor_parallel.checkpoint(lambda x: self._core(x, packed_seq_params), False, zxBCdt)
+
+    def _core(self, zxBCdt: Tensor, packed_seq_params: Any) -> Tensor:
+        if self.shares_groups:
+            self.cp.conv1d_weight_cp1 = self._with_shared_channels(self.conv1d_weight, self.conv1d_shared_weight)
+            self.cp.conv1d_bias_cp1 = self._with_shared_channels(self.conv1d_bias, self.conv1d_shared_bias)
+        return super()._ssm_training(zxBCdt, packed_seq_params)
+
+    def _with_shared_channels(self, own: Tensor, shared: Tensor) -> Tensor:
+        """This rank's channels of the convolution: x, and B and C of its group."""
+        group = self.tp_group.rank() * self.total_groups // self.tp_group.size()
+        B, C = shared.unflatten(0, (2, self.total_groups, self.d_state))[:, group]
+        return torch.cat([own, B, C])
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Upstream's (core/ssm/mamba_mixer.py:1354), whatever the ranks share."""
+        if not self.shares_groups and isinstance(self.in_proj.weight, Tensor):
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        result = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {name: 0 for name in own if "shared" not in name},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            where = f"{prefix}{name}."
+            result.update(sharded_state_dict_default(module, where, sharded_offsets, metadata, tp_group=self.tp_group))
+        x, states = {"x": self.d_inner_local_tp}, dict.fromkeys("BC", self.ngroups_local_tp * self.d_state)
+        for name in ("weight", "bias"):
+            own_parts = x if self.shares_groups else {**x, **states}
+            store_by_parts(result, f"{prefix}conv1d_{name}", own_parts, stored_as=f"{prefix}conv1d.{name}")
+            if self.shares_groups:
+                everyones = dict.fromkeys("BC", self.total_groups * self.d_state)
+                key = f"{prefix}conv1d_shared_{name}"
+                store_by_parts(result, key, everyones, stored_as=f"{prefix}conv1d.{name}")
+        return result
+
+
+def _shared_input(config: TransformerConfig, groups: int) -> ModuleSpec:
+    head_dim = config.mamba_head_dim
+    heads = config.mamba_num_heads or 2 * config.hidden_size // head_dim
+    inner = {name: Part(name, heads, head_dim) for name in "zx"}
+    states = {name: Part(name, groups, config.mamba_state_dim) for name in "BC"}
+    parts = [inner["z"], inner["x"], states["B"], states["C"], Part("dt", heads, 1)]
+    return ModuleSpec(module=SharedRowsLinear, params={"parts": parts})

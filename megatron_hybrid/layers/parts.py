@@ -1,0 +1,121 @@
+"""Weights made of named parts: how tensor-parallel ranks share and store them."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    get_cuda_rng_tracker,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_hybrid.layers.intra.design import Part
+
+
+def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:
+    """Marks a parameter that is the same on all tensor-parallel ranks while each sees a share of its gradient.
+
+    The shares are summed once a step, with and without sequence parallelism (patches/upstream.py,
+    ``sum_shared_gradients``). As a parameter that is not split it counts once in the gradient norm
+    (core/tensor_parallel/layers.py:95).
+    """
+    parameter.sequence_parallel = True
+    return parameter
+
+
+class SharedRowsLinear(ColumnParallelLinear):
+    """Column-parallel linear without bias of which some parts are shared by several ranks.
+
+    What has fewer units than ranks (B and C of few groups, few key heads, a gate for each token) cannot be split. Such
+    rows are a parameter of their own, the same on every rank, of which a rank uses its units. Both parameters go
+    through one matrix product and one gather of the input, for which the weight is put together in each forward pass:
+    a copy of it that autograd keeps until the backward pass.
+
+    Args:
+        input_size: h.
+        output_size: Rows that all ranks compute together; shared ones count for each rank.
+        parts: All rows in the order of the output.
+
+    The others are upstream's.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parts: list[Part],
+        config: TransformerConfig,
+        init_method: Any,
+        tp_group: Any,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            tp_group=tp_group,
+            skip_weight_param_allocation=True,
+            **kwargs,
+        )
+        # the weight of the product is put together anew each time, so nothing can be accumulated into it
+        self.gradient_accumulation_fusion = False
+        self.parts = parts
+        self.tp, self.tp_rank = tp_group.size(), tp_group.rank()
+        self.split_parts = [p for p in parts if not p.is_shared(self.tp)]
+        self.shared_parts = [p for p in parts if p.is_shared(self.tp)]
+        if sum(p.local_rows(self.tp) for p in parts) != self.output_size_per_partition:
+            raise ValueError(f"{output_size} rows on {self.tp} ranks are not those of {parts}")
+
+        def empty(rows: int) -> nn.Parameter:
+            device = torch.cuda.current_device()
+            return nn.Parameter(torch.empty(rows, input_size, dtype=config.params_dtype, device=device))
+
+        self.weight = empty(sum(p.local_rows(self.tp) for p in self.split_parts))
+        self.shared_rows = shared_by_ranks(empty(sum(p.rows for p in self.shared_parts)))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork():
+                init_method(self.weight)
+            init_method(self.shared_rows)  # on the random stream that tensor-parallel ranks have in common
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
+        """[s, b, h] (s local under sequence parallelism) to ([s, b, local rows of all parts], None)."""
+        split = iter(self.weight.split([p.local_rows(self.tp) for p in self.split_parts]))
+        shared = iter(self.shared_rows.split([p.rows for p in self.shared_parts]))
+        pieces = []
+        for part in self.parts:
+            if part.is_shared(self.tp):
+                pieces.append(next(shared).narrow(0, part.start(self.tp, self.tp_rank), part.local_rows(self.tp)))
+            else:
+                pieces.append(next(split))
+        return super().forward(input_, torch.cat(pieces))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Keys and shapes are those of a linear whose ranks share nothing, part by part."""
+        result = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        store_by_parts(result, f"{prefix}weight", {p.name: p.local_rows(self.tp) for p in self.split_parts})
+        store_by_parts(
+            result, f"{prefix}shared_rows", {p.name: p.rows for p in self.shared_parts}, stored_as=f"{prefix}weight"
+        )
+        return result
+
+
+def store_by_parts(state: dict, key: str, parts: dict[str, int], dim: int = 0, stored_as: str | None = None) -> None:
+    """Replaces the sharded tensor ``state[key]`` with one for each of its parts, so that it loads at any layout.
+
+    Args:
+        state: A sharded state dict.
+        key: Of a tensor in it.
+        parts: Name to local length along ``dim``.
+        stored_as: Key in the checkpoint, to which the parts' names are added; the tensor's own if not given.
+    """
+    factory = _split_tensor_factory(state[key], list(parts.values()), list(parts), dim)
+    # upstream's factory puts the parts together along the first dimension whatever it split
+    state[key] = replace(factory, key=stored_as or factory.key, merge_fn=partial(torch.cat, dim=dim))

@@ -1,1 +1,0 @@
-"""Megatron's flags: what becomes of each (:mod:`.table`), and of their values (:mod:`.rules`)."""

@@ -1,0 +1,223 @@
+"""Activation memory of stages from that of layers, and what is refused; layers are in test_activations_measured.py."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_hybrid.costs.activation_settings import NOT_COUNTED, ActivationSettings, Recompute
+from megatron_hybrid.costs.activations import (
+    activation_table,
+    embedding_saved,
+    head_saved,
+    layer_activation_bytes,
+    mtp_saved,
+    stage_activation_bytes,
+    total,
+)
+from megatron_hybrid.costs.collectives import CommunicationSettings
+from megatron_hybrid.costs.layout import Layout
+from megatron_hybrid.pattern import parse
+from tests.costs.test_costs import SMALL
+
+CUDA = ActivationSettings()
+
+
+def settings(method=None, layers=1, *modules):
+    return replace(CUDA, recompute=Recompute(method, layers, frozenset(modules)))
+
+
+def each(symbol, of=CUDA):
+    return layer_activation_bytes(symbol, SMALL, Layout(), of)
+
+
+def test_a_stage_holds_what_is_in_flight():
+    pattern, layout = parse("M" * 8), Layout(pp=4, global_batch=8)
+    found = [stage_activation_bytes(pattern, SMALL, layout, CUDA, stage) for stage in range(4)]
+    embedding, head = (total(part(SMALL, layout, CUDA)) for part in (embedding_saved, head_saved))
+    last = 2 * each("M") + head + 10 * 32 * 2  # and the gradient of the logits, in bf16
+    assert found == [4 * (2 * each("M") + embedding), 3 * 2 * each("M"), 2 * 2 * each("M"), last]
+    few = replace(layout, global_batch=2)
+    assert stage_activation_bytes(pattern, SMALL, few, CUDA, 1) == 2 * 2 * each("M")
+
+
+def test_the_gradient_of_the_logits_takes_memory_of_its_own_in_16_bits_alone():
+    pattern, layout, wide = parse("M"), Layout(), replace(SMALL, padded_vocab=1000)
+    for element, extra in ((2, 10 * 1000 * 2), (4, 0)):
+        of = replace(CUDA, bytes_each=element)
+        kept = sum(total(part(wide, layout, of)) for part in (embedding_saved, head_saved)) + each("M", of)
+        assert stage_activation_bytes(pattern, wide, layout, of, 0) == kept + extra
+
+
+def test_an_interleaved_stage_holds_more():
+    """(vpp - 1) pp + 2 (pp - 1) + 1 forward passes of one layer each come before stage 0's first backward pass."""
+    pattern, layout = parse("M|M|M|M"), Layout(pp=2, vpp=2, global_batch=8)
+    embedding = total(embedding_saved(SMALL, layout, CUDA))
+    found = stage_activation_bytes(pattern, SMALL, layout, CUDA, 0)
+    # 5 passes: micro-batches 0, 1 in both segments, 2 in segment 0; two passes later 3 stands there for 0 in segment 1
+    assert found == 5 * each("M") + 4 * embedding
+
+
+def test_full_recomputation_keeps_inputs_and_one_group():
+    pattern, layout = parse("M-*-"), Layout()
+    beside = total(embedding_saved(SMALL, layout, CUDA)) + total(head_saved(SMALL, layout, CUDA))
+    one_input = 10 * 16 * 2
+    uniform = stage_activation_bytes(pattern, SMALL, layout, settings("uniform", 3), 0)
+    assert uniform == beside + 2 * one_input + each("M") + each("-") + each("*")
+    block = stage_activation_bytes(pattern, SMALL, layout, settings("block", 2), 0)
+    assert block == beside + 2 * one_input + each("*") + each("-") + max(each("M"), each("-"))
+
+
+def test_selective_recomputation_brings_back_one_layer():
+    pattern, layout, mlp = parse("M--"), Layout(), settings(None, 1, "mlp")
+    beside = total(embedding_saved(SMALL, layout, CUDA)) + total(head_saved(SMALL, layout, CUDA))
+    found = stage_activation_bytes(pattern, SMALL, layout, mlp, 0)
+    assert each("-", of=mlp) < each("-")
+    assert found == beside + each("M") + each("-", of=mlp) + each("-")
+
+
+# What M is without under --hybrid-recompute ssm: z x B C dt, the scan's output, its norm's input and 1 / rms
+SCAN_AGAIN = 10 * (61 * 2 + 24 * 2 + 24 * 2 + 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "layers", "kept", "after", "again"),
+    [
+        # the second segment's group is the largest, and one of its scans runs again within it
+        ("M-|M-|M-|MM", "uniform", 2, "", "", "MM"),
+        # the first prediction head is larger still
+        ("M-|M-|M-|MM/*M", "uniform", 2, "", "", None),
+        # a scan behind the recomputed layer takes more than this layer
+        ("-*|-*|-*|-M", "block", 1, "*", "M", ""),
+    ],
+)
+def test_full_recomputation_of_segments_whose_scans_run_again(text, method, layers, kept, after, again):
+    """The last stage: two micro-batches wait behind its first segment while one is in its second."""
+    pattern, layout, of = parse(text), Layout(pp=2, vpp=2, global_batch=2), settings(method, layers, "ssm")
+    one_input = 10 * 16 * 2
+    first, second = (one_input + sum(each(symbol, of) for symbol in symbols) for symbols in (kept, after))
+    second += total(head_saved(SMALL, layout, of))
+    alive = SCAN_AGAIN + sum(each(symbol, of) for symbol in again or "")
+    if again is None:  # three norms, state and token joined, layers; it keeps state and token
+        alive = 10 * (3 * (16 * 2 + 4) + 32 * 2) + each("*", of) + each("M", of)
+        second += total(mtp_saved(SMALL, layout, of)) + 2 * one_input
+    assert stage_activation_bytes(pattern, SMALL, layout, of, 1) == 2 * first + second + alive
+
+
+def test_dense_layer_written_out():
+    """h = 16, f = 20, 10 tokens: norm in fp32 on CPU, then SwiGLU in five pieces; fused on CUDA in three."""
+    assert each("-") == 10 * (16 * 2 + 4 + 16 * 2 + 2 * 20 * 2 + 20 * 2)
+    cpu = replace(CUDA, device="cpu", backend="torch", bytes_each=4)
+    assert each("-", of=cpu) == 10 * (16 * 4 + 4 + 16 * 4 + 16 * 4 + 5 * 20 * 4)
+
+
+def test_mamba_layer_on_cuda_written_out():
+    """z x B C dt = 61 and out_x = 24 of mamba_ssm's function, then norm (one group) and projection."""
+    assert each("M") == 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 24 * 2 + 4 + 24 * 2)
+
+
+# Each layer's own norm on CUDA: input, 1 / rms, output
+NORM = 16 * 2 + 4 + 16 * 2
+
+
+def test_gated_delta_net_on_cuda_written_out():
+    """flash-linear-attention: q = k = 6, v = 20 channels, 2 key and 4 value heads; 3 tokens more in the convolution."""
+    projected = 32 * 2 + 12 * 2 + 2 * 2 * 2 + 2 * 4 * 4 + 4 * 2
+    rule = 2 * 4 * 3 * 2 + 20 * 2 + 4 * 4 + 4 * 64 * 2
+    gated_norm = 20 * 2 + 4 * 4 + 20 * (2 + 4 + 4) + 20 * 2
+    assert each("G") == 10 * (NORM + projected + rule + gated_norm) + (10 + 3) * 32 * 2
+
+
+def test_window_on_cuda_written_out():
+    """RoPE's table, q, k and v, log-sum-exp of 4 heads, FlexAttention's output, and the same in the model's order."""
+    assert each("W") == 10 * (NORM + 4 * 6 * 2 + 24 * 2 + 2 * 12 * 2 + 4 * 4 + 24 * 2 + 24 * 2)
+
+
+def test_attention_of_context_parallel_ranks_on_cuda_written_out():
+    """5 tokens a rank: Transformer Engine keeps the projection with q and k; ours gathers k and v of all ranks."""
+    te, ours = (
+        layer_activation_bytes("*", SMALL, Layout(cp=2), replace(CUDA, backend=backend)) for backend in ("te", "torch")
+    )
+    common = NORM + 4 * 6 * 2 + 24 * 2 + 4 * 4 + 24 * 2  # RoPE's table, q, log-sum-exp, output
+    assert te == 5 * (common + 48 * 2 + 12 * 2)
+    assert ours == 5 * (common + 24 * 2) + 10 * 2 * 12 * 2
+
+
+def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
+    """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads."""
+    windowed = replace(SMALL, intra=replace(SMALL.intra, qk_dim=12, window=4))
+    attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
+    fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
+    found = layer_activation_bytes("P", windowed, Layout(), CUDA)
+    assert found == 10 * (NORM + attention + 44 * 2 + 16 * 2 + fusion)
+
+
+def test_attention_grows_with_the_square_on_cpu_alone():
+    cpu = replace(CUDA, device="cpu", backend="torch")
+    windowed = {"sizes": replace(SMALL, seq_length=64)}, {"sizes": replace(SMALL, seq_length=128)}
+    on_cpu = [layer_activation_bytes("W", layout=Layout(), settings=cpu, **one) for one in windowed]
+    on_cuda = [layer_activation_bytes("W", layout=Layout(), settings=CUDA, **one) for one in windowed]
+    assert on_cpu[1] - 2 * on_cpu[0] == 2 * (128**2 - 2 * 64**2)
+    assert on_cuda[1] == 2 * on_cuda[0]
+
+
+def test_a_table_has_each_part_once():
+    found = activation_table(parse("M-M-/*-"), SMALL, Layout(), CUDA)
+    assert list(found) == ["embedding", "M", "-", "*", "head", "mtp"]
+    assert found["mtp"] > found["head"] + found["*"] + found["-"] - 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "layernorm is not counted"),
+        ({"recompute_granularity": "full"}, "uniform or block"),
+        ({"cuda_graph_impl": "local"}, "memory pools"),
+        ({"microbatch_group_size_per_vp_stage": 4, "pipeline_model_parallel_size": 2}, "-stage 4: .* stages, 2"),
+        ({"device": "cpu", "attention_dropout": 0.1}, "--attention-dropout 0.1"),
+        ({"device": "cpu", "reset_attention_mask": True}, "packed documents"),
+        *(({name: True}, f"--{name.replace('_', '-')} means") for name in NOT_COUNTED),
+    ],
+)
+def test_what_is_not_counted_is_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        ActivationSettings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", **flags))
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "flex"])
+def test_dispatchers_other_than_all_to_alls_are_refused_where_there_are_experts(dispatcher):
+    for settings in (ActivationSettings, CommunicationSettings):
+        with pytest.raises(ValueError, match=f"{dispatcher}: .* Use alltoall"):
+            settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*-", moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type="alltoall"))
+
+
+def test_settings_that_are_off_are_no_reason_to_refuse():
+    off = {name: value for name in NOT_COUNTED for value in (None, False)} | {"cuda_graph_impl": "none"}
+    group = {"microbatch_group_size_per_vp_stage": 2, "pipeline_model_parallel_size": 2}
+    assert ActivationSettings.from_args(SimpleNamespace(**off, **group, hidden_dropout=0, bf16=True)).bytes_each == 2
+
+
+def test_settings_of_arguments():
+    args = SimpleNamespace(
+        bf16=True,
+        device="cuda",
+        backend="torch",
+        position_embedding_type="rope",
+        hidden_dropout=0.0,
+        hybrid_recompute=["ssm"],
+        recompute_granularity="selective",
+    )
+    found = ActivationSettings.from_args(args)
+    assert (found.bytes_each, found.backend, found.rope, found.dropout) == (2, "torch", True, False)
+    assert found.recompute.modules == {"ssm", "core_attn"}
+    assert (found.mamba_ssm, found.rotary_percent, found.fused_activation) == (True, 1, False)
+    default = ActivationSettings.from_args(SimpleNamespace(moe_layer_recompute=True, mamba_ssm=False, swiglu=True))
+    assert (default.bytes_each, default.device, default.backend) == (4, "cuda", "te")
+    assert (default.dropout, default.mamba_ssm, default.fused_activation) == (True, False, True)
+    assert default.recompute.modules == {"moe"}
+    full = Recompute.from_args(
+        SimpleNamespace(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
+    )
+    assert (full.method, full.layers, full.modules) == ("block", 3, frozenset())

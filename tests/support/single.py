@@ -1,0 +1,209 @@
+"""What the one-process tests run beside Megatron: a layer on its own, a parameter count, a short training."""
+
+import sysconfig
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tests.support.training import MOE, SIZES, forget
+
+
+def build(argv: list[str], on_meta: bool = False) -> tuple[Any, Namespace]:
+    """The model of a command line for one process, without optimizer or data; and its arguments."""
+    from contextlib import nullcontext
+
+    from megatron.core import mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_hybrid.cli import arguments, flags
+    from megatron_hybrid.model.build import model_config
+    from megatron_hybrid.patches.meta import meta_device
+
+    forget()
+    args = arguments.parse(flags.resolve(argv).argv, "cpu", print_config=True)
+    mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(args.seed)
+    config = model_config(args)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with meta_device() if on_meta else nullcontext():
+        return config.get_builder_cls()(config).build_model(groups, True, True), args
+
+
+@contextmanager
+def same_groups() -> Iterator[None]:
+    """Lets many models of one process share Megatron's process groups: dozens, which take time and hold threads."""
+    from megatron.core import mpu
+
+    mpu.initialize_model_parallel()
+    with patch.object(mpu, "initialize_model_parallel"), patch.object(mpu, "destroy_model_parallel"):
+        yield
+
+
+def layer(symbol: str, flags: str = "", length: int = 32, batch: int = 2) -> dict[str, Any]:
+    """One layer of a model, forward and backward, all of its weights random.
+
+    Args:
+        symbol: A pattern of one layer.
+        flags: Megatron's flags and ours, which win over the sizes in tests/support/training.py.
+        length: Tokens; need not be the run's --seq-length.
+        batch: Samples.
+
+    Returns:
+        fp32 arrays: ``x`` [length, batch, h], ``y`` of the same shape (the layer's output with its residual),
+        ``dy``, ``dx``, and by parameter name ``weights``, ``gradients`` and ``buffers``.
+    """
+    import torch
+
+    sizes = SIZES.replace("--use-rope-scaling", "") if "--position-embedding-type none" in flags else SIZES
+    moe = MOE if symbol == "E" else ""
+    train = "--micro-batch-size 1 --train-iters 1 --lr 1e-3"
+    model, args = build(f"{sizes} {moe} {train} {flags} --hybrid-layer-pattern={symbol}".split())
+    module = model.decoder.layers[0].train()
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.dim() == 1:  # norms, biases, A, D: near what they start from, but no two alike
+                p.add_(0.3 * random(*p.shape))
+            else:
+                p.copy_(random(*p.shape) * (0.5 if "conv" in name else p.shape[-1] ** -0.5))
+        for name, b in module.named_buffers():
+            if name.endswith("expert_bias"):
+                b.copy_(0.3 * random(*b.shape))
+    x = random(length, batch, args.hidden_size).requires_grad_()
+    y = module(hidden_states=x, attention_mask=None)
+    y = y[0] if isinstance(y, tuple) else y
+    dy = random(*y.shape)
+    names, weights = zip(*module.named_parameters(), strict=True)
+    dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+    return {
+        **{name: t.detach().numpy() for name, t in (("x", x), ("y", y), ("dy", dy), ("dx", dx))},
+        "weights": {n: w.detach().numpy() for n, w in zip(names, weights, strict=True)},
+        "gradients": {n: g.numpy() for n, g in zip(names, gradients, strict=True)},
+        "buffers": {n: b.detach().numpy() for n, b in module.named_buffers()},
+    }
+
+
+def intra_layers(designs: list[Any], length: int, base: float | None = None, depth: int = 2) -> list[dict[str, Any]]:
+    """P mixers without norm and residual around them, forward and backward, all of their weights random.
+
+    Args:
+        designs: What to build, for a hidden size of 32.
+        base: Of RoPE; None for none.
+        depth: Mixers in front of the layer.
+
+    Returns:
+        As :func:`layer`, in fp64, and ``depth``.
+    """
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from megatron_hybrid.layers.attention.module import RoPE
+    from megatron_hybrid.layers.intra.module import IntraHybrid, IntraSubmodules
+
+    model, _ = build(f"{SIZES} --micro-batch-size 1 --train-iters 1 --lr 1e-3 --hybrid-layer-pattern=P".split())
+    submodules = IntraSubmodules(ColumnParallelLinear, RowParallelLinear)
+    groups, generator = ProcessGroupCollection.use_mpu_process_groups(), torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    found = []
+    for design in designs:
+        layer = IntraHybrid(
+            model.config, submodules, 1, groups, design, RoPE(int(base)) if base else None, (depth,)
+        ).double()
+        with torch.no_grad():
+            for name, p in layer.named_parameters():
+                if p.dim() == 1:  # norms, scales, biases, A, D: near what they start from, but no two alike
+                    p.add_(0.3 * random(*p.shape))
+                else:
+                    p.copy_(random(*p.shape) * (0.5 if "conv" in name or "lambda" in name else p.shape[-1] ** -0.5))
+        x = random(length, 2, 32).double().requires_grad_()
+        y, _ = layer(x)
+        dy = random(*y.shape).double()
+        names, weights = zip(*layer.named_parameters(), strict=True)
+        dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+        found.append(
+            {
+                **{name: t.detach().numpy() for name, t in (("x", x), ("y", y), ("dy", dy), ("dx", dx))},
+                "weights": {n: w.detach().numpy() for n, w in zip(names, weights, strict=True)},
+                "gradients": {n: g.numpy() for n, g in zip(names, gradients, strict=True)},
+                "depth": depth,
+            }
+        )
+    return found
+
+
+def parameters(argv: list[str]) -> dict[str, int]:
+    """Parameters of the model of a command line, built without memory, and what costs.py says of it.
+
+    Returns:
+        ``built`` and ``built_embedding`` (embedding and an untied output head), summed over the model's own
+        tensors; ``allocated``, those of them that take memory; ``total``, ``embedding`` and ``active`` as counted.
+    """
+    from megatron_hybrid import costs, pattern
+
+    model, args = build(argv, on_meta=True)
+    counts = costs.model_parameters(pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args))
+    built = dict(model.named_parameters())
+    outer = ("embedding.", "output_layer.")
+    return {
+        "built": sum(p.numel() for p in built.values()),
+        "built_embedding": sum(p.numel() for name, p in built.items() if name.startswith(outer)),
+        "allocated": sum(p.numel() for p in built.values() if not p.is_meta),
+        "total": counts.total,
+        "embedding": counts.embedding,
+        "active": counts.active,
+    }
+
+
+def parameters_of_all(commands: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+    """:func:`parameters` of many command lines by name."""
+    with same_groups():
+        return {name: parameters(argv) for name, argv in commands.items()}
+
+
+def learn(argv: list[str], steps: int, batch: int, lr: float) -> tuple[str, list[float]]:
+    """Trains on the bytes of Python's standard library, each read once.
+
+    Returns:
+        The layer pattern, and the mean loss of each step's batch before its update, in nats per byte.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model, args = build(argv)
+    size = batch * (args.seq_length + 1)
+    text = standard_library(steps * size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    positions = torch.arange(args.seq_length).expand(batch, -1)
+    losses = []
+    for step in range(steps):
+        read = torch.frombuffer(bytearray(text[step * size : (step + 1) * size]), dtype=torch.uint8)
+        read = read.long().view(batch, -1)
+        loss = model.train()(read[:, :-1].contiguous(), positions, None, labels=read[:, 1:].contiguous()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss))
+    return args.hybrid_layer_pattern, losses
+
+
+def standard_library(size: int) -> bytes:
+    """The first ``size`` bytes of Python's own modules, in the order of their names."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= size:
+            return text[:size]
+    raise FileNotFoundError(f"Python's standard library has {len(text)} bytes of sources, {size} are wanted")
