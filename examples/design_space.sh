@@ -14,7 +14,7 @@ torchrun=$(command -v torchrun) || { echo "$0: there is no torchrun on the PATH;
 python=$(dirname "$torchrun")/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# Widths for 0.78 million parameters beside the embedding, the same within 0.2%. They are ours: the study gives its
+# Widths for 0.78 million parameters beside the embedding, the same within 0.2%. They are ours: the paper gives its
 # designs equal parameters by their number of blocks, which is too coarse for four blocks.
 widths() {
     case $1 in
@@ -65,6 +65,6 @@ done
 cat <<END
 This shows how to run a comparison, not which design is best. At about a million parameters and some hundred thousand
 tokens, differences are noise as much as design, and say how soon a model learns its first patterns, not where it ends:
-another seed or learning rate can change the order, and the study's own differences at 1B are about 0.01 nats.
+another seed or learning rate can change the order, and the paper's own differences at 1B are about 0.01 nats.
 SEEDS="1 2 3" shows the spread.
 END

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains the study's 1B intra-layer hybrid on one node: data parallel, the optimizer's state spread over the GPUs.
+# Pretrains the paper's 1B intra-layer hybrid on one node: data parallel, the optimizer's state spread over the GPUs.
 # Needs 8 GPUs (requirements-gpu.txt) and tokenized text (tools/preprocess_data.py); called again, it continues.
 #   DATA_PREFIX=data/web_text_document TOKENIZER=data/web.model RUN_DIR=runs/1b examples/pretrain_1b_intra.sh [FLAGS]
 set -euo pipefail

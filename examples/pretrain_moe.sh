@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains the study's 1B intra-layer hybrid with mixtures of 8 experts on one node: one expert of each on each GPU.
+# Pretrains the paper's 1B intra-layer hybrid with mixtures of 8 experts on one node: one expert of each on each GPU.
 # Needs 8 GPUs (requirements-gpu.txt) and tokenized text (tools/preprocess_data.py); called again, it continues.
 #   DATA_PREFIX=data/web_text_document TOKENIZER=data/web.model RUN_DIR=runs/moe examples/pretrain_moe.sh [FLAGS]
 set -euo pipefail

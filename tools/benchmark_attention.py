@@ -2,7 +2,7 @@
 
     python tools/benchmark_attention.py [--length 8192] [--qk-dim 72] [--value-dim 128] [--json out.json]
 
-P layers have such heads (72 and 128 channels in the study's at 1B). Each way is first compared with the formula at a
+P layers have such heads (72 and 128 channels in the paper's at 1B). Each way is first compared with the formula at a
 short length, output and gradients; one that is wrong, or that torch refuses on this device, gets no time. Forward and
 backward pass together, rounds interleaved, medians; the ratio is to the way that the layers take.
 """

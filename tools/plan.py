@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
         "equal training FLOPs (any)",
     )
     compare.add_argument(
-        "--convention", choices=["study", "model"], default="study", help="how --match flops counts FLOPs"
+        "--convention", choices=["paper", "model"], default="paper", help="how --match flops counts FLOPs"
     )
     return made
 

@@ -61,7 +61,7 @@ class HybridConfig:
     mamba_a_init_range: list[float] = field(
         default_factory=lambda: [1.0, 16.0], metadata={"argparse_meta": {"nargs": 2}}
     )
-    """M and P layers: range of the uniform distribution that -A starts from (the study: 0.01 2.0)."""
+    """M and P layers: range of the uniform distribution that -A starts from (the paper: 0.01 2.0)."""
 
     keep_last: int | None = None
     """Keep so many of the newest checkpoints, and remove an older one when a new one is saved whole. Default: keep

@@ -265,7 +265,7 @@ def _tokens(flags: Flags, budget: float) -> float:
     """Tokens that so many training FLOPs pay for, as the paper counts them."""
     args = Namespace(**{flag[2:].replace("-", "_"): value for flag, value in flags.items()}, add_bias_linear=False)
     layers = from_blocks(args.num_blocks, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
-    return costs.match_flops(budget, layers, costs.Sizes.from_args(args), "study")
+    return costs.match_flops(budget, layers, costs.Sizes.from_args(args), "paper")
 
 
 # Names and groups ----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Counts are elements of one sequence; :meth:`Cache.size` makes bytes of them. In bf16 they are the formulas of
 arXiv:2510.04800 (Table 1): 2 L n_kv (d_k + d_v) bytes for attention, which is 4 L d_head n_kv where keys and values are
-equally wide, and 2 (d_ssm N + N_conv (2 N + d_ssm)) for Mamba-2. The study has one group of B and C; here there are
+equally wide, and 2 (d_ssm N + N_conv (2 N + d_ssm)) for Mamba-2. The paper has one group of B and C; here there are
 ``groups``, and 2 N becomes 2 groups N.
 """
 
@@ -78,7 +78,7 @@ def _positions(length: int, window: int | None, sinks: int) -> int:
 def _mamba(inner: int, groups: int, state_dim: int) -> Cache:
     """A state [head_dim, N] for each head, and the convolution's window of x, B and C.
 
-    All CONV_WIDTH positions of the window are kept, as in the study and upstream (core/ssm/mamba_mixer.py, conv_state),
+    All CONV_WIDTH positions of the window are kept, as in the paper and upstream (core/ssm/mamba_mixer.py, conv_state),
     though the last CONV_WIDTH - 1 would do.
     """
     return Cache(conv=CONV_WIDTH * (inner + 2 * groups * state_dim), state=inner * state_dim)

@@ -4,7 +4,7 @@
     every matrix product that the model needs, the output head, the depthwise convolutions and the chunked scans
     included. Of products with a triangular mask the pairs that the mask leaves count, in attention as in scans: the
     fused kernels of both skip most of the other half. What a backward pass computes again does not count;
-``study``
+``paper``
     six times the active non-embedding parameters, plus the attention and SSM cores, as in
     arXiv:2510.04800 (Table 1 and appendix C): no embedding, no output head.
 """
@@ -24,7 +24,7 @@ from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.layers.intra.design import CONV_WIDTH
 from megatron_hybrid.pattern import Pattern
 
-Convention = Literal["model", "study"]
+Convention = Literal["model", "paper"]
 
 
 def attention_core_flops(qk_dim: int, value_dim: int, length: int, seen: int | None = None) -> float:
@@ -74,7 +74,7 @@ def ssd_scan_flops(inner: int, groups: int, state_dim: int, length: int, masked:
 def delta_core_flops(value_heads: int, key_dim: int, value_dim: int) -> float:
     """Forward FLOPs per token of the gated delta rule: four products of a key and the state.
 
-    The token-by-token count, for convention ``study``, whose paper has no such layer. Source: Megatron's
+    The token-by-token count, for convention ``paper``; the paper has no such layer. Source: Megatron's
     ``gdn_layer_flops`` (``megatron/training/training.py``).
     """
     return 8 * value_heads * key_dim * value_dim
@@ -106,7 +106,7 @@ def core_flops_per_token(symbol: str, s: Sizes, convention: Convention = "model"
         return intra_attention_flops(s) + d.branches.count("mamba") * mamba
     if symbol == "G":
         heads = s.delta_value_heads, s.delta_key_dim, s.delta_value_dim
-        return delta_core_flops(*heads) if convention == "study" else delta_scan_flops(*heads, s.seq_length)
+        return delta_core_flops(*heads) if convention == "paper" else delta_scan_flops(*heads, s.seq_length)
     return 0.0
 
 
@@ -118,7 +118,7 @@ def intra_attention_flops(s: Sizes) -> float:
 
 
 def _scan_flops(inner: int, groups: int, state_dim: int, length: int, convention: Convention) -> float:
-    if convention == "study":
+    if convention == "paper":
         return ssm_core_flops(inner, state_dim)
     return ssd_scan_flops(inner, groups, state_dim, length)
 
@@ -157,12 +157,12 @@ def training_flops_per_token(pattern: Pattern, sizes: Sizes, convention: Convent
     Raises:
         ValueError: for an unknown convention.
     """
-    if convention == "study":
+    if convention == "paper":
         layers = pattern.layers + pattern.mtp * pattern.mtp_depths
-        cores = sum(core_flops_per_token(symbol, sizes, "study") for symbol in layers)
+        cores = sum(core_flops_per_token(symbol, sizes, "paper") for symbol in layers)
         return 6 * model_parameters(pattern, sizes).active_non_embedding + 3 * cores
     if convention != "model":
-        raise ValueError(f"the FLOPs convention is {convention!r}; use model or study")
+        raise ValueError(f"the FLOPs convention is {convention!r}; use model or paper")
     layer_flops = sum(layer_flops_per_token(symbol, sizes) for symbol in pattern.layers)
     return 3 * (layer_flops + head_flops_per_token(sizes) + mtp_flops_per_token(pattern, sizes))
 

@@ -1,4 +1,4 @@
-"""How the study makes two architectures comparable: equal parameters, or equal training FLOPs.
+"""How the paper makes two architectures comparable: equal parameters, or equal training FLOPs.
 
 Both ways of arXiv:2510.04800, section 3. P-match: as many blocks as come nearest the reference's parameters, on as many
 tokens. F-match: the architecture stays, and trains on as many tokens as the reference's FLOPs pay for.
@@ -15,7 +15,7 @@ from megatron_hybrid.pattern import MAX_LAYERS, Pattern
 def match_parameters(reference: int, pattern_of: Callable[[int], Pattern], sizes: Sizes) -> int:
     """The number of blocks whose parameters are nearest the reference's: P-match.
 
-    Parameters are active ones without embeddings, as the study counts a mixture of experts
+    Parameters are active ones without embeddings, as the paper counts a mixture of experts
     (:attr:`ModelParameters.active_non_embedding`). They grow with the blocks; of two equally near the fewer are taken.
 
     Args:
@@ -50,7 +50,7 @@ def match_parameters(reference: int, pattern_of: Callable[[int], Pattern], sizes
     return nearest[1]
 
 
-def match_flops(budget: float, pattern: Pattern, sizes: Sizes, convention: Convention = "study") -> float:
+def match_flops(budget: float, pattern: Pattern, sizes: Sizes, convention: Convention = "paper") -> float:
     """The tokens that ``budget`` training FLOPs pay for: F-match.
 
     The budget is the reference's tokens times its :func:`training_flops_per_token`, in the same convention.

@@ -33,12 +33,12 @@ class ModelParameters:
 
     @property
     def non_embedding(self) -> int:
-        """The study's N."""
+        """The paper's N."""
         return self.total - self.embedding
 
     @property
     def active_non_embedding(self) -> int:
-        """The study's N for a mixture of experts."""
+        """The paper's N for a mixture of experts."""
         return self.active - self.embedding
 
 

@@ -25,7 +25,7 @@ def attention(
     """Attention of queries at positions ``offset, offset + 1, ...`` to keys at ``0, 1, ...``.
 
     A query at position i sees the keys j <= i; with a window, only those with i - j < window or j < sinks
-    (Bae et al., arXiv:2510.04800, section 2: the window of the study is 512 with 64 sinks). With documents it sees
+    (Bae et al., arXiv:2510.04800, section 2: the window of the paper is 512 with 64 sinks). With documents it sees
     only keys of its own, and the sinks are the first keys of each document: every document is attended to as if it
     stood alone.
 

@@ -1,4 +1,4 @@
-"""Several architectures side by side, as they are or made comparable as the study does."""
+"""Several architectures side by side, as they are or made comparable as the paper does."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ def subjects(words: Sequence[str], argv: Sequence[str], where: Where) -> list[Su
 def compare(
     found: Sequence[Subject],
     match: Match | None,
-    convention: costs.Convention = "study",
+    convention: costs.Convention = "paper",
     where: Where = Where(),  # noqa: B008
     machine: Machine | None = None,
 ) -> Figures:

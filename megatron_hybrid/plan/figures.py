@@ -38,7 +38,7 @@ def figures(subject: Subject, machine: Machine | None = None) -> Figures:
         "tokens": s.tokens,
         "parameters": _parameters(s),
         "parts": _parts(s),
-        "flops": {convention: _flops(s, convention) for convention in ("model", "study")},
+        "flops": {convention: _flops(s, convention) for convention in ("model", "paper")},
         "cache": _cache(s),
         "pipeline": _pipeline(s, layout),
         "memory": memory(s),

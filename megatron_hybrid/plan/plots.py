@@ -50,11 +50,11 @@ def plot_comparison(found: Figures, path: Path) -> None:
         _bars(axes[1], names, [row["tokens"] / 1e9 for row in rows], "")
         axes[1].set_title(f"tokens of equal training FLOPs ({found['convention']}), billions")
     elif all(row["tokens"] for row in rows):
-        _bars(axes[1], names, [row["flops"]["study"]["run"] / 1e20 for row in rows], "")
-        axes[1].set_title("training FLOPs (study), 1e20")
+        _bars(axes[1], names, [row["flops"]["paper"]["run"] / 1e20 for row in rows], "")
+        axes[1].set_title("training FLOPs (paper), 1e20")
     else:
-        _bars(axes[1], names, [row["flops"]["study"]["per_token"] / 1e9 for row in rows], "")
-        axes[1].set_title("training FLOPs per token (study), 1e9")
+        _bars(axes[1], names, [row["flops"]["paper"]["per_token"] / 1e9 for row in rows], "")
+        axes[1].set_title("training FLOPs per token (paper), 1e9")
     for i, patch in enumerate(axes[1].patches):
         axes[1].text(0, i, f" {patch.get_width():.4g}", va="center", color="white", fontsize=9)
     axes[1].tick_params(labelleft=False)

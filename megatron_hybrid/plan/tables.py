@@ -44,11 +44,11 @@ def _comparison(found: Figures) -> Group:
             "blocks",
             "non-embedding",
             "active",
-            "FLOPs/token, study",
+            "FLOPs/token, paper",
             *([] if timed else ["model"]),
             "tokens",
             *([] if timed else ["iterations"]),
-            "FLOPs, study",
+            "FLOPs, paper",
             *(f"cache {name}, MiB" for _, name in lengths),
             *(["GiB a GPU", "tokens/day", "days"] if timed else []),
         ],
@@ -58,10 +58,10 @@ def _comparison(found: Figures) -> Group:
                 str(sum(LAYERS[c].kind == "mixer" for c in f["pattern"].partition("/")[0] if c in LAYERS)),
                 quantity(f["parameters"]["non_embedding"]),
                 quantity(f["parameters"]["active_non_embedding"]),
-                *(f"{f['flops'][c]['per_token']:.3e}" for c in (["study"] if timed else ["study", "model"])),
+                *(f"{f['flops'][c]['per_token']:.3e}" for c in (["paper"] if timed else ["paper", "model"])),
                 quantity(f["tokens"]),
                 *([] if timed else [f"{f['iterations']:,}" if f["iterations"] else ""]),
-                f"{f['flops']['study']['run']:.3e}" if f["tokens"] else "",
+                f"{f['flops']['paper']['run']:.3e}" if f["tokens"] else "",
                 *(mib(f["cache"]["total"][i]) for i, _ in lengths),
                 *(_days(f) if timed else []),
             ]
@@ -156,7 +156,7 @@ def _parts(f: Figures) -> Group:
 def _flops(f: Figures) -> Group:
     words = {
         "model": "model: every matrix product, output head included",
-        "study": "study: arXiv:2510.04800, without embedding and head",
+        "paper": "paper: arXiv:2510.04800, without embedding and head",
     }
     tokens = f["tokens"]
     run = f"run of {quantity(tokens)} tokens" if tokens else "run"

@@ -126,7 +126,7 @@ def test_experts_match_by_what_a_token_meets():
     assert match_parameters(few.active_non_embedding + 5 * 16, pattern_of, many) == 5
 
 
-@pytest.mark.parametrize("convention", ["study", "model"])
+@pytest.mark.parametrize("convention", ["paper", "model"])
 def test_equal_flops_are_equal(convention):
     tokens = match_flops(1e15, parse("M-P-"), SMALL, convention)
     # One multiplication and one division: two roundings.

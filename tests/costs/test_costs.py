@@ -175,7 +175,7 @@ def test_the_paper_counts_cores_by_its_own_formulas():
     }
     for symbol, core in cores.items():
         weights = layer_parameters(symbol, SMALL).active + 16  # and the final norm
-        assert training_flops_per_token(parse(symbol), SMALL, "study") == pytest.approx(6 * weights + 3 * core)
+        assert training_flops_per_token(parse(symbol), SMALL, "paper") == pytest.approx(6 * weights + 3 * core)
 
 
 def test_model_flops_are_the_matrix_products_that_run():
@@ -225,7 +225,7 @@ def test_sizes_that_are_refused(settings, words):
 
 
 def test_costs_that_are_refused():
-    with pytest.raises(ValueError, match="use model or study"):
+    with pytest.raises(ValueError, match="use model or paper"):
         training_flops_per_token(parse("M"), SMALL, "upstream")
     with pytest.raises(ValueError, match="is not a layer"):
         layer_parameters("D", SMALL)

@@ -47,8 +47,8 @@ def check(found: float, row: dict, table: str, column: str, digits: int, more: i
     assert half_up(found, digits) != printed
 
 
-def study_flops(name: str, tokens: float = 60e9) -> float:
-    return tokens * training_flops_per_token(*model_of(name), "study")
+def paper_flops(name: str, tokens: float = 60e9) -> float:
+    return tokens * training_flops_per_token(*model_of(name), "paper")
 
 
 @by_recipe(GOLDEN["table_8"])
@@ -87,7 +87,7 @@ def test_tokens_and_cache_of_table_12(row):
     check_equal_flops(row, "table_12", "paper-1b-llama")
     flags = recipe(row["recipe"]).flags
     trained = flags["--train-iters"] * flags["--global-batch-size"] * flags["--seq-length"]
-    assert abs(trained - match_flops(study_flops("paper-1b-llama"), *model_of(row["recipe"]))) <= 2**20
+    assert abs(trained - match_flops(paper_flops("paper-1b-llama"), *model_of(row["recipe"]))) <= 2**20
 
 
 def check_model(row: dict, table: str) -> None:
@@ -96,14 +96,14 @@ def check_model(row: dict, table: str) -> None:
     counts = pattern.counts()
     assert {s: counts[s] for s in "*WMP"} == {s: row[s] for s in "*WMP"}
     check(model_parameters(pattern, sizes).non_embedding / 1e9, row, table, "non_embedding", 2, 2)
-    check(study_flops(row["recipe"]) / 1e20, row, table, "flops", 1, 2)
+    check(paper_flops(row["recipe"]) / 1e20, row, table, "flops", 1, 2)
     check(model_cache(pattern, sizes, 8192).size() / 2**20, row, table, "cache", 0, 1)
 
 
 def check_equal_flops(row: dict, table: str, reference: str) -> None:
     """Billions of tokens on the FLOPs that the reference takes for 60, and the cache of one sample."""
     pattern, sizes = model_of(row["recipe"])
-    check(match_flops(study_flops(reference), pattern, sizes) / 1e9, row, table, "tokens", 0, 1)
+    check(match_flops(paper_flops(reference), pattern, sizes) / 1e9, row, table, "tokens", 0, 1)
     check(model_cache(pattern, sizes, sizes.seq_length).size() / 2**20, row, table, "cache", 0, 1)
 
 
@@ -143,7 +143,7 @@ def test_how_many_cells_are_out_of_reach():
 
 @by_recipe(GOLDEN["table_20"]["rows"])
 def test_flops_and_cache_of_table_20_are_not_reached(row):
-    flops = study_flops(row["recipe"]) / 1e20
+    flops = paper_flops(row["recipe"]) / 1e20
     cache = model_cache(*model_of(row["recipe"]), 8192).size() / 2**20
     assert (half_up(flops, 2), half_up(cache, 1)) == (row["formula_flops"], row["formula_cache"])
     assert half_up(cache, 0) != row["cache"]
@@ -152,7 +152,7 @@ def test_flops_and_cache_of_table_20_are_not_reached(row):
 
 @pytest.mark.parametrize(("name", "tokens"), GOLDEN["table_2"]["rows"])
 def test_tokens_of_equal_flops_in_table_2(name, tokens):
-    budget = study_flops("paper-1b-llama")
+    budget = paper_flops("paper-1b-llama")
     assert half_up(budget / 1e20, 3) == 4.470
     assert half_up(match_flops(budget, *model_of(name)) / 1e9, 0) == tokens
     # Exactly so for the budget as it is printed, too.

@@ -26,7 +26,7 @@ def test_a_preset_sets_every_axis_and_a_flag_one():
     assert (changed.scale, changed.norm, changed.output) == ("none", "group", "joint")
 
 
-def test_default_widths_are_the_studys_shares_of_the_model():
+def test_default_widths_are_the_papers_shares_of_the_model():
     made = of()
     assert (made.num_attention_heads, made.num_query_groups) == (4, 2)
     assert (made.qk_dim, made.value_dim, made.ssm_dim) == (32, 64, 64)
@@ -37,7 +37,7 @@ def parts(made):
     return {part.name: part.rows for part in made.in_parts}
 
 
-def test_input_parts_of_the_studys_design():
+def test_input_parts_of_the_papers_design():
     assert parts(of()) == {"q": 32, "k": 16, "v": 32, "z": 64, "x": 64, "B": 32, "C": 32, "dt": 8}
     assert of().out_parts == {"attention": 64, "mamba": 64}
 

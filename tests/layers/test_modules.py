@@ -19,7 +19,7 @@ from tests.layers.intra_formula import rotate
 from tests.support import single
 
 RTOL = 1e-5
-EPS = 1e-5  # --norm-epsilon, Megatron's default; the study's too
+EPS = 1e-5  # --norm-epsilon, Megatron's default; the paper's too
 HEADS, GROUPS, WIDTH = 4, 2, 8  # of * and W in training.py's SIZES
 MAMBA_HEADS, MAMBA_GROUPS, STATE, HEAD = 8, 2, 8, 8
 

@@ -10,7 +10,7 @@ from tests.support.training import EOD, folder, initial_checkpoint, logits, look
 
 PACKED = "--reset-attention-mask --reset-position-ids"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-# the study's vocabulary of layers: NoPE, RoPE, windows whose sinks are those of the document, and prediction heads
+# the paper's vocabulary of layers: NoPE, RoPE, windows whose sinks are those of the document, and prediction heads
 ALONE = {
     "M-*-": "",
     "*-M- without RoPE": "--position-embedding-type none",

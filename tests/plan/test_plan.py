@@ -158,7 +158,7 @@ def test_parts_add_up_to_the_model(line):
 def test_figures_are_those_of_costs(line):
     s = planned(line)
     f = figures(s)
-    for convention in ("model", "study"):
+    for convention in ("model", "paper"):
         per_token = costs.training_flops_per_token(s.pattern, s.sizes, convention)
         found = f["flops"][convention]
         assert found["per_token"] == per_token
@@ -187,39 +187,39 @@ def test_figures_are_those_of_costs(line):
 
 # Comparison --------------------------------------------------------------------------------------
 
-STUDY = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intra")]
+PAPER = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intra")]
 
 
-def compared(words, match=None, flags=(), convention="study"):
+def compared(words, match=None, flags=(), convention="paper"):
     found = comparison.subjects(words, flags, Where())
     return comparison.compare(found, match, convention)["architectures"]
 
 
-def test_equal_flops_are_the_studys_tokens():
+def test_equal_flops_are_the_papers_tokens():
     """Bae et al., arXiv:2510.04800, table 2: 60, 71, 73, 73 and 72 billion tokens on 4.470e20 FLOPs."""
-    rows = compared(STUDY, "flops")
+    rows = compared(PAPER, "flops")
     assert [round(row["tokens"] / 1e9) for row in rows] == [60, 71, 73, 73, 72]
-    assert [f"{row['flops']['study']['run']:.3e}" for row in rows] == ["4.470e+20"] * 5
+    assert [f"{row['flops']['paper']['run']:.3e}" for row in rows] == ["4.470e+20"] * 5
     assert [row["iterations"] for row in rows] == [round(row["tokens"] / (256 * 8192)) for row in rows]
 
 
 def test_flops_are_matched_in_the_convention_that_is_asked_for():
-    rows = compared(STUDY[:2], "flops", convention="model")
+    rows = compared(PAPER[:2], "flops", convention="model")
     runs = [row["flops"]["model"]["run"] for row in rows]
     assert runs[0] == pytest.approx(runs[1], rel=1e-12)
-    assert rows[0]["flops"]["study"]["run"] != pytest.approx(rows[1]["flops"]["study"]["run"], rel=1e-3)
+    assert rows[0]["flops"]["paper"]["run"] != pytest.approx(rows[1]["flops"]["paper"]["run"], rel=1e-3)
 
 
-def test_equal_parameters_are_the_studys_blocks():
-    """The blocks of the study's 1B models (its table 8), from whatever number the command line has."""
-    rows = compared(STUDY, "parameters", ["--num-blocks", "16"])
+def test_equal_parameters_are_the_papers_blocks():
+    """The blocks of the paper's 1B models (its table 8), from whatever number the command line has."""
+    rows = compared(PAPER, "parameters", ["--num-blocks", "16"])
     mixers = [sum(LAYERS[c].kind == "mixer" for c in row["pattern"]) for row in rows]
     assert mixers == [16, 16, 13, 13, 13]
     assert {row["tokens"] for row in rows} == {rows[0]["tokens"]}
-    assert [row["name"] for row in rows] == STUDY
+    assert [row["name"] for row in rows] == PAPER
     nearest = abs(rows[4]["parameters"]["active_non_embedding"] - rows[0]["parameters"]["active_non_embedding"])
     for blocks in ("12", "14"):
-        other = read(["--recipe", STUDY[4], "--num-blocks", blocks])
+        other = read(["--recipe", PAPER[4], "--num-blocks", blocks])
         distance = costs.model_parameters(other.pattern, other.sizes).active_non_embedding
         assert abs(distance - rows[0]["parameters"]["active_non_embedding"]) > nearest
 
@@ -234,22 +234,22 @@ def test_patterns_are_compared_in_the_sizes_of_the_command_line():
 
 
 def test_patterns_beside_a_recipe_have_names_of_their_own():
-    assert [row["name"] for row in compared(["M-M-", "*-*-"], flags=["--recipe", STUDY[4]])] == ["M-M-", "*-*-"]
-    assert [row["name"] for row in compared(STUDY[:2], flags=["--recipe", STUDY[4]])] == STUDY[:2]
+    assert [row["name"] for row in compared(["M-M-", "*-*-"], flags=["--recipe", PAPER[4]])] == ["M-M-", "*-*-"]
+    assert [row["name"] for row in compared(PAPER[:2], flags=["--recipe", PAPER[4]])] == PAPER[:2]
 
 
 @pytest.mark.parametrize(
     ("words", "match", "text"),
     [
-        (STUDY[:1], None, "takes two or more architectures"),
+        (PAPER[:1], None, "takes two or more architectures"),
         (["M-M-", "*-*-"], "flops", "needs the length of M-M-, its reference: give --train-iters"),
-        ([STUDY[0], "M-M-"], "parameters", "M-M- is an explicit pattern"),
-        ([STUDY[0], "paper-1b-itra"], None, "did you mean paper-1b-intra"),
-        ([STUDY[0], "M-M-|*"], None, "M-M-|*: "),
+        ([PAPER[0], "M-M-"], "parameters", "M-M- is an explicit pattern"),
+        ([PAPER[0], "paper-1b-itra"], None, "did you mean paper-1b-intra"),
+        ([PAPER[0], "M-M-|*"], None, "M-M-|*: "),
     ],
 )
 def test_what_cannot_be_compared(words, match, text):
-    flags = SMALL if words[0] == "M-M-" else ["--recipe", STUDY[0]]
+    flags = SMALL if words[0] == "M-M-" else ["--recipe", PAPER[0]]
     with pytest.raises(ValueError) as caught:
         compared(words, match, flags)
     assert text in str(caught.value)
@@ -571,8 +571,8 @@ def plan_of_stages():
 
 @pytest.fixture(scope="module")
 def comparison_of_recipes():
-    found = comparison.subjects(STUDY, [], Where())
-    return comparison.compare(found, "flops", "study", machine=machine())
+    found = comparison.subjects(PAPER, [], Where())
+    return comparison.compare(found, "flops", "paper", machine=machine())
 
 
 @pytest.fixture(scope="module")
@@ -596,7 +596,7 @@ def test_the_tables_of_a_plan(plan_of_stages):
         expected = [*group.split(), f"{sent['calls']:,}", f"{sent['bytes'] / 2**30:,.2f}"]
         assert expected in [line.split() for line in lines]
     assert f"{f['time']['step']:.3f}" in text and f"{f['time']['mfu']:.1%}" in text
-    assert f"{f['flops']['study']['run']:.3e}" in text and f["pattern"] in text
+    assert f"{f['flops']['paper']['run']:.3e}" in text and f["pattern"] in text
     for size in f["cache"]["total"]:
         assert f"{size / 2**20:,.1f}" in text
     bars = [line.count("█") for line in lines if "█" in line]
@@ -615,7 +615,7 @@ def test_the_table_of_a_comparison(comparison_of_recipes):
     lines = printed(tables.show_comparison, comparison_of_recipes).splitlines()
     assert max(map(len, lines)) <= 160
     rows = [line.split() for line in lines if line.startswith("paper-1b-")]
-    assert [row[0] for row in rows] == STUDY
+    assert [row[0] for row in rows] == PAPER
     assert [row[1] for row in rows] == ["16", "16", "13", "13", "13"]
     assert all("4.470e+20" in row for row in rows)
     for row, f in zip(rows, comparison_of_recipes["architectures"], strict=True):

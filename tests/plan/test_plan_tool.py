@@ -14,7 +14,7 @@ import pytest
 from megatron_hybrid.cli import tool
 
 ROOT = Path(__file__).parents[2]
-STUDY = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intra")]
+PAPER = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intra")]
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -84,9 +84,9 @@ def test_layouts_as_json_are_flags_to_paste(monkeypatch, capsys):
     assert max(row["total"] for row in planned["memory"]) == best["memory"]["total"] <= found["limit"]
 
 
-def test_the_studys_tokens_of_equal_flops(monkeypatch, capsys):
+def test_the_papers_tokens_of_equal_flops(monkeypatch, capsys):
     """Bae et al., arXiv:2510.04800, table 2."""
-    code, out, _ = ended(["--compare", *STUDY, "--match", "flops", "--json"], monkeypatch, capsys)
+    code, out, _ = ended(["--compare", *PAPER, "--match", "flops", "--json"], monkeypatch, capsys)
     assert code == 0
     assert [round(row["tokens"] / 1e9) for row in json.loads(out)["architectures"]] == [60, 71, 73, 73, 72]
 

@@ -198,7 +198,7 @@ class IntraDesign:
 
 
 def design(args: Any) -> IntraDesign:
-    """The design that flags ask for: the preset's axes, each flag on top, and the study's default widths.
+    """The design that flags ask for: the preset's axes, each flag on top, and the paper's default widths.
 
     Args:
         args: Anything with Megatron's and our arguments as attributes; what is absent has its default.
