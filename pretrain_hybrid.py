@@ -105,16 +105,15 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Any = Non
 
     from megatron_hybrid import costs, pattern
     from megatron_hybrid.checkpoint import saving
-    from megatron_hybrid.layers.intra.fusion import mean_alphas
+    from megatron_hybrid.layers import registry
     from megatron_hybrid.training import bad_steps, ending, metrics, micro_batches, validation
 
-    layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args)
+    layers, sizes = pattern.parse(args.hybrid_layer_pattern), costs.sizes_of(args)
     flops = partial(costs.training_flops, layers, sizes)
     micro_batches.count_flops_with(flops)
     micro_batches.draw_batches_that_are_skipped()
-    interpolates = sizes.intra is not None and sizes.intra.scale == "interpolate"
     run = Path(args.save) if args.save and not args.skip_train else None  # an evaluation leaves the run's files alone
-    metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, mean_alphas if interpolates else None)
+    metrics.write_metrics(run / "metrics.jsonl" if run else None, flops, peak, registry.measured(args))
     if run:
         micro_batches.write_run(run / "run.json", args, counted)
     saving.guard_saves(args)

@@ -173,7 +173,7 @@ class Bench:
             model = config.get_builder_cls()(config).build_model(groups, True, True).cuda()
         if self.dtype == torch.bfloat16:
             model = Float16Module(model.config, model).module
-        return model.decoder.layers.train(), costs.Sizes.from_args(args)
+        return model.decoder.layers.train(), costs.sizes_of(args)
 
     def step(self, layers: nn.ModuleList, length: int, hidden: int) -> Callable[..., bool]:
         """What is timed; asked to check, it says whether output and gradients are finite."""
@@ -233,9 +233,9 @@ class Bench:
 
 def forward_flops(symbol: str, sizes: costs.Sizes, alone: bool) -> float:
     """Forward FLOPs per token of a layer, or of P's attention branch alone."""
-    if symbol != "P" or not alone or sizes.intra is None:
+    if symbol != "P" or not alone:
         return costs.layer_flops_per_token(symbol, sizes)
-    d = sizes.intra
+    d = sizes.of("P")
     seen = None if d.window is None else d.window + d.sinks
     core = costs.attention_core_flops(d.qk_dim, d.value_dim, sizes.seq_length, seen)
     return 2 * sizes.hidden * (attention_rows(d) + d.value_dim) + core

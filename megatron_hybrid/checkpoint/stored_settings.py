@@ -17,7 +17,7 @@ import numpy as np
 from megatron_hybrid.checkpoint import unpickling
 from megatron_hybrid.data.blend import split_fractions
 from megatron_hybrid.data.indexed import read_index
-from megatron_hybrid.layers.intra.design import AXES, design
+from megatron_hybrid.layers.registry import LAYERS, layers_of
 
 SHAPES = (
     "hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels "
@@ -25,23 +25,12 @@ SHAPES = (
     "mtp_use_repeated_layer"
 )
 """Settings of all layers that the tensors show, too. Upstream would end at these, or leave tensors out."""
-COMPUTES = {
-    "": "normalization layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm "
+ALL_LAYERS = (
+    "normalization layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm "
     "use_mup mup_embedding_mult mup_output_mult mup_attn_scale_power mup_base_head_dim mup_base_hidden_size "
-    "mup_width_mult",
-    "*WP": "position_embedding_type rotary_percent rotary_interleaved softmax_type qk_layernorm qk_l2_norm",
-    "*P": "rotary_base use_rope_scaling rope_scaling_factor",
-    "W": "swa_window swa_sinks swa_rotary_base",
-    "P": "intra_window intra_sinks",
-    "MP": "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads",
-    "G": "linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads linear_num_value_heads linear_value_head_dim",
-    "-E": "swiglu squared_relu quick_geglu openai_gelu onnx_safe activation_func_clamp_value glu_linear_offset",
-    "E": "num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size "
-    "moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_pre_softmax moe_router_score_function "
-    "moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_apply_probs_on_input "
-    "moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
-}
-"""Symbols of the layers (none: all) to the settings that say what these compute."""
+    "mup_width_mult"
+)
+"""Settings that say what all layers compute; each layer's account has its own (``stored_settings``)."""
 
 
 def stored_common(folder: str) -> dict[str, Any]:
@@ -78,20 +67,16 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
         ValueError: With the names and both values.
     """
     allowed = _allowed(args.allow_changed)
-    relevant = SHAPES.split()
-    for symbols, names in COMPUTES.items():
-        if not symbols or set(symbols) & set(args.hybrid_layer_pattern):
-            relevant += names.split()
+    accounts = [layer.account for layer in layers_of(args.hybrid_layer_pattern)]
+    relevant = SHAPES.split() + ALL_LAYERS.split() + [name for account in accounts for name in account.stored_settings]
     differ = {
         name: (getattr(stored, name), getattr(args, name))
         for name in relevant
         if hasattr(stored, name) and hasattr(args, name) and not _same(getattr(stored, name), getattr(args, name))
     }
-    if "P" in args.hybrid_layer_pattern:
-        saved, asked = design(stored), design(args)
-        for axis in (*AXES, *_P_WIDTHS.split()):
-            if getattr(saved, axis) != getattr(asked, axis):
-                differ[f"intra_{axis}"] = (_text(getattr(saved, axis)), _text(getattr(asked, axis)))
+    for account in accounts:
+        for name, (was, now) in account.stored_differences(stored, args).items():
+            differ[name] = (_text(was), _text(now))
     refused = {name: both for name, both in differ.items() if name not in allowed}
     if refused:
         told = "; ".join(f"{name} is {was} in it and {now} here" for name, (was, now) in refused.items())
@@ -104,14 +89,14 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
     return [f"{name} is {now}, and {was} in the checkpoint (--allow-changed)" for name, (was, now) in differ.items()]
 
 
-_P_WIDTHS = (
-    "num_attention_heads num_query_groups qk_dim value_dim ssm_dim ssm_head_dim ssm_groups state_dim norm_groups"
-)
-
-
 def _may_be_allowed(name: str) -> bool:
     """Whether a setting can differ at all: one that the shapes show cannot."""
-    return any(name in names.split() for names in COMPUTES.values()) or name.removeprefix("intra_") in AXES
+    return name in _settings() or any(name in layer.account.may_differ for layer in LAYERS.values())
+
+
+def _settings() -> set[str]:
+    """What some layer computes by."""
+    return {*ALL_LAYERS.split(), *(name for layer in LAYERS.values() for name in layer.account.stored_settings)}
 
 
 def _allowed(names: Iterable[str]) -> set[str]:
@@ -123,7 +108,7 @@ def _allowed(names: Iterable[str]) -> set[str]:
     found = {name.removeprefix("--").replace("-", "_") for name in names}
     wrong = sorted(name for name in found if not _may_be_allowed(name))
     if wrong:
-        known = sorted(name for names in COMPUTES.values() for name in names.split())
+        known = sorted(_settings())
         raise ValueError(
             f"--allow-changed {' '.join(wrong)}: it takes settings that change what a layer computes and no shape "
             f"({', '.join(known)}, intra_branches and the other axes of P). Layout, batch, schedule, kernels and "

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.registry import LAYERS
 
 State = dict[str, Tensor]
-KINDS = {"*": "attention", "W": "attention", "M": "mamba"}
+KINDS = {symbol: layer.branch for symbol, layer in LAYERS.items() if layer.branch}
 """Symbol of a stock layer to the branch that it can initialise."""
 
 

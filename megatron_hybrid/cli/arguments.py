@@ -21,6 +21,7 @@ from megatron_hybrid.cli import connections
 from megatron_hybrid.cli.config import HybridConfig, IntraConfig
 from megatron_hybrid.cli.flag_table import rules, table
 from megatron_hybrid.cli.flags import Command, value, without
+from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.patches import optimizer_state
 from megatron_hybrid.patches.upstream import has_module, register_symbols
 from megatron_hybrid.training import data_checks, validation
@@ -92,6 +93,9 @@ def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
     ArgumentGroupFactory(HybridConfig).build_group(parser, "hybrid")
     ArgumentGroupFactory(IntraConfig).build_group(parser, "intra-layer hybrid")
+    for layer in LAYERS.values():
+        if layer.flags:
+            ArgumentGroupFactory(layer.flags).build_group(parser, layer.name)
     parser.usage = USAGE
     parser.formatter_class = _HelpFormatter
     known = ["--print-config", "--list-recipes"]
@@ -206,7 +210,7 @@ def balance(command: Command, device: str) -> Command:
     check_sizes(args)
     pp = args.pipeline_model_parallel_size
     pp = command.balance if pp == 1 else pp
-    cut = costs.balance_pipeline(command.pattern, costs.Sizes.from_args(args), command.balance, pp)
+    cut = costs.balance_pipeline(command.pattern, costs.sizes_of(args), command.balance, pp)
     return command.with_pattern(cut, pp)
 
 

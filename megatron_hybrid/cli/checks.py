@@ -4,7 +4,8 @@ import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
-from megatron_hybrid.layers.intra.design import IntraDesign, check_divides, design
+from megatron_hybrid.accounting.rules import check_divides, flag
+from megatron_hybrid.layers.registry import layers_of
 
 
 def check(args: Namespace) -> None:
@@ -13,59 +14,22 @@ def check(args: Namespace) -> None:
     Raises:
         ValueError: The first rule that is broken, with the values and the remedy.
     """
-    layers = pattern.parse(args.hybrid_layer_pattern)
-    counts = layers.counts()
+    pattern.parse(args.hybrid_layer_pattern)
     check_sizes(args)
     check_world(args)
     check_batch(args)
     check_positions(args)
     check_unsupported(args)
     check_bad_steps(args)
-    if counts["*"] or counts["W"]:
-        check_attention(args)
-    if counts["W"] and (args.swa_window < 1 or args.swa_sinks < 0):
-        raise ValueError(
-            f"--swa-window {args.swa_window} --swa-sinks {args.swa_sinks}: a query sees at least itself (window 1) "
-            "and no fewer than 0 sinks."
-        )
-    windowed = counts["W"] or counts["P"] and args.intra_window is not None
-    if windowed and args.device == "cuda" and args.attention_dropout:
-        raise ValueError(
-            f"--attention-dropout {args.attention_dropout} with sliding windows on CUDA: their fused kernel has none. "
-            "Set it to 0."
-        )
-    if counts["M"] or counts["P"]:
-        low, high = args.mamba_a_init_range
-        if not 0 < low <= high:
-            raise ValueError(f"--mamba-a-init-range {low} {high}: give two numbers with 0 < low <= high.")
-    if counts["M"]:
-        heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
-        check_mamba(args, heads, "--mamba-num-heads")
-    if counts["P"]:
-        check_intra(args, design(args))
-    if counts["G"] and _tp(args) > 1 and not args.sequence_parallel:
-        raise ValueError(
-            "G layers with --tensor-model-parallel-size > 1 need --sequence-parallel: without it Megatron does not sum "
-            "the gradient of their output norm over the ranks."
-        )
-    if counts["G"]:
-        check_divides(args.linear_num_value_heads, "--linear-num-value-heads", args.linear_num_key_heads, "key heads")
-        parallel = _tp(args) * args.context_parallel_size
-        check_divides(args.linear_num_key_heads, "--linear-num-key-heads", parallel, "tensor x context parallel size")
-    if counts["E"] and not args.num_experts:
-        raise ValueError("The pattern has E layers: give --num-experts (and --moe-router-topk).")
-    if counts["E"] and _tp(args) > 1 and not args.sequence_parallel:
-        raise ValueError(
-            "E layers with --tensor-model-parallel-size > 1 need --sequence-parallel: Megatron's token "
-            "dispatcher takes each token from one rank."
-        )
+    for layer in layers_of(args.hybrid_layer_pattern):
+        layer.check(args)
 
 
 def check_sizes(args: Namespace) -> None:
     """The sizes that every model and layout needs."""
     for name in ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"):
         if getattr(args, name) is None:
-            raise ValueError(f"{_flag(name)} is not given: a run without --recipe needs it.")
+            raise ValueError(f"{flag(name)} is not given: a run without --recipe needs it.")
     parallel = [f"{kind}_parallel_size" for kind in ("tensor_model", "context", "expert_model", "expert_tensor")]
     for name in (
         "hidden_size",
@@ -79,11 +43,11 @@ def check_sizes(args: Namespace) -> None:
     ):
         value = getattr(args, name, None)
         if value is not None and value < 1:
-            raise ValueError(f"{_flag(name)} is {value} and must be at least 1.")
+            raise ValueError(f"{flag(name)} is {value} and must be at least 1.")
     for name in ("train_iters", "train_samples"):
         value = getattr(args, name, None)
         if value is not None and value < 0:
-            raise ValueError(f"{_flag(name)} is {value} and must be at least 0.")
+            raise ValueError(f"{flag(name)} is {value} and must be at least 0.")
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise ValueError(f"--peak-tflops is {args.peak_tflops:g}: give a GPU's dense peak in TFLOP/s, such as 989.")
 
@@ -174,9 +138,8 @@ def check_unsupported(args: Namespace) -> None:
     Flags that no value of theirs would do for stand in model/flags/.
     """
     check_packing(args)
-    shared_groups = args.mamba_num_groups < _tp(args) and "M" in args.hybrid_layer_pattern
-    own_norms = args.backend == "torch" or "P" in args.hybrid_layer_pattern or shared_groups
-    if args.layernorm_zero_centered_gamma and own_norms:
+    own_norms = any(layer.own_norm for layer in layers_of(args.hybrid_layer_pattern))
+    if args.layernorm_zero_centered_gamma and (args.backend == "torch" or own_norms):
         raise ValueError(
             "--apply-layernorm-1p is not supported by the torch layers and P layers: their norms are plain."
         )
@@ -217,7 +180,7 @@ def check_bad_steps(args: Namespace) -> None:
             ("optimizer_cuda_graph", "a captured update cannot be left out"),
         ):
             if getattr(args, name):
-                raise ValueError(f"--on-bad-step skip does not go together with {_flag(name)}: {why}. Drop one.")
+                raise ValueError(f"--on-bad-step skip does not go together with {flag(name)}: {why}. Drop one.")
 
 
 def check_packing(args: Namespace) -> None:
@@ -230,8 +193,9 @@ def check_packing(args: Namespace) -> None:
             )
         return
     dropped_on_cuda = args.device == "cuda" and args.attention_dropout
+    carry = [layer.symbol for layer in layers_of(args.hybrid_layer_pattern) if not layer.keeps_documents_apart]
     refused = (
-        ("G" in args.hybrid_layer_pattern, "G layers", "their kernel carries its state over boundaries: take M layers"),
+        (bool(carry), f"{' '.join(carry)} layers", "they carry their state over boundaries: take M layers"),
         (args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers take no boundaries: drop it"),
         (not args.use_mamba_mem_eff_path, "--disable-mamba-mem-eff-path", "that path takes no boundaries: drop it"),
         (dropped_on_cuda, "--attention-dropout", "the fused kernel has none: set it to 0"),
@@ -241,81 +205,5 @@ def check_packing(args: Namespace) -> None:
             raise ValueError(f"--reset-attention-mask does not go together with {what}: {why}.")
 
 
-def check_attention(args: Namespace) -> None:
-    """The heads of * and W layers against each other and against the layout."""
-    heads, flag = args.num_attention_heads, "--num-attention-heads"
-    check_divides(heads, flag, _tp(args), "--tensor-model-parallel-size")
-    if args.kv_channels is None:
-        check_divides(args.hidden_size, "--hidden-size", heads, flag)
-    if args.group_query_attention:
-        check_divides(heads, flag, args.num_query_groups, "--num-query-groups")
-    channels = args.kv_channels or args.hidden_size // heads
-    if args.position_embedding_type == "rope" and int(channels * args.rotary_percent) % 2:
-        raise ValueError(
-            f"RoPE turns an even number of channels, and --rotary-percent {args.rotary_percent} of heads with "
-            f"{channels} channels is {int(channels * args.rotary_percent)}. Change it, or --kv-channels."
-        )
-
-
-def check_mamba(args: Namespace, heads: int, heads_flag: str) -> None:
-    """The divisibility rules of upstream's mixer (core/ssm/mamba_mixer.py:245, mamba_context_parallel.py)."""
-    tp, cp, groups = _tp(args), args.context_parallel_size, args.mamba_num_groups
-    check_divides(heads, heads_flag, tp, "--tensor-model-parallel-size")
-    check_divides(heads, heads_flag, groups, "--mamba-num-groups")
-    _shares(groups, "--mamba-num-groups", tp)
-    if not args.use_mamba_mem_eff_path and (groups < tp or "P" in args.hybrid_layer_pattern):
-        raise ValueError(
-            "--disable-mamba-mem-eff-path does not go together with P layers, nor with fewer --mamba-num-groups than "
-            "--tensor-model-parallel-size: Megatron's other path takes neither. Drop it."
-        )
-    if (heads // tp) % cp:
-        raise ValueError(
-            f"{heads // tp} Mamba heads per tensor-parallel rank do not divide over --context-parallel-size {cp}."
-        )
-    local = max(1, groups // tp)
-    if local < cp and cp % local or local >= cp and local % cp:
-        raise ValueError(
-            f"{local} Mamba groups per tensor-parallel rank and --context-parallel-size {cp}: one must divide "
-            "the other."
-        )
-
-
-def check_intra(args: Namespace, d: IntraDesign) -> None:
-    """The branches of P layers against the layout."""
-    tp, rotary = _tp(args), args.position_embedding_type == "rope"
-    if "attention" in d.branches:
-        check_divides(d.num_attention_heads, "--intra-num-attention-heads", tp, "--tensor-model-parallel-size")
-        _shares(d.num_query_groups, "--intra-num-query-groups", tp)
-        if int(d.qk_head_dim * args.rotary_percent) % 2 and rotary:
-            raise ValueError(
-                f"--intra-qk-dim gives heads of {d.qk_head_dim} channels, of which --rotary-percent "
-                f"{args.rotary_percent} turns an odd number: RoPE needs an even one."
-            )
-    if "mamba" in d.branches:
-        what = f"the heads of P layers (--intra-ssm-dim {d.ssm_dim} / --intra-ssm-head-dim {d.ssm_head_dim})"
-        check_mamba(args, d.ssm_heads, what)
-    if d.norm_groups and d.norm != "none":
-        _shares(d.norm_groups, "--intra-norm-groups", tp)
-    for name, remedy in (
-        ("add_bias_linear", "add --disable-bias-linear"),
-        ("add_qkv_bias", "drop --add-qkv-bias"),
-        ("attention_output_gate", "drop --attention-output-gate"),
-    ):
-        if getattr(args, name):
-            raise ValueError(f"P layers have no biases and no output gate, and {_flag(name)} is on: {remedy}.")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _tp(args: Namespace) -> int:
     return args.tensor_model_parallel_size
-
-
-def _shares(units: int, what: str, tp: int) -> None:
-    if units % tp and tp % units:
-        raise ValueError(
-            f"{what} is {units} and --tensor-model-parallel-size is {tp}: one must divide the other, so that a rank "
-            "has whole ones or a share of one."
-        )

@@ -30,6 +30,9 @@ class HybridConfig:
     """YAML file of the training data: sources with a name, a path, a weight and the most epochs; in place of
     --data-path."""
 
+    layers_from: list[str] = field(default_factory=list, metadata={"argparse_meta": {"nargs": "*", "metavar": "FILE"}})
+    """Python files that register layers of one's own for the pattern (examples/custom_layer)."""
+
     num_blocks: int | None = None
     """Number of blocks (a mixer and its FFN) from which the layer pattern is made."""
 

@@ -8,10 +8,11 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_hybrid import pattern
+from megatron_hybrid import pattern, placement
 from megatron_hybrid.cli import recipes
 from megatron_hybrid.cli.config import HybridConfig
 from megatron_hybrid.data import blend
+from megatron_hybrid.layers import registry
 from megatron_hybrid.pattern import Pattern
 
 DATA_FLAGS = (
@@ -70,6 +71,8 @@ def resolve(argv: list[str]) -> Command:
     """
     argv = [_renamed(arg) for arg in argv]
     first = _known(argv)
+    registry.load_entry_points()
+    registry.load(first.layers_from)
     rest = _without_ours(argv)
     recipe = recipes.recipe(first.recipe, first.intra_preset) if first.recipe else None
     if recipe:
@@ -118,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
     parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--layers-from", nargs="*", default=defaults.layers_from)
     parser.add_argument("--data-blend", default=defaults.data_blend)
     parser.add_argument("--split", default=blend.DEFAULT_SPLIT)
     parser.add_argument("--num-blocks", type=int)
@@ -139,7 +143,7 @@ def _pattern(known: argparse.Namespace) -> Pattern:
     if known.num_blocks:
         if known.block_ratio is None:
             raise ValueError("--num-blocks needs --block-ratio, such as --block-ratio 1:5.")
-        return pattern.from_blocks(
+        return placement.from_blocks(
             known.num_blocks, known.block_ratio, known.block_placement, known.block_mixers, known.ffn
         )
     raise ValueError(

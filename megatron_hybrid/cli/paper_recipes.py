@@ -31,7 +31,7 @@ from functools import cache
 from megatron_hybrid import costs
 from megatron_hybrid.cli import intra_recipes
 from megatron_hybrid.layers.intra.design import PRESETS
-from megatron_hybrid.pattern import from_blocks
+from megatron_hybrid.placement import from_blocks
 
 Value = str | int | float | bool | list[str] | list[float]
 Flags = dict[str, Value]
@@ -265,7 +265,7 @@ def _tokens(flags: Flags, budget: float) -> float:
     """Tokens that so many training FLOPs pay for, as the paper counts them."""
     args = Namespace(**{flag[2:].replace("-", "_"): value for flag, value in flags.items()}, add_bias_linear=False)
     layers = from_blocks(args.num_blocks, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
-    return costs.match_flops(budget, layers, costs.Sizes.from_args(args), "paper")
+    return costs.match_flops(budget, layers, costs.sizes_of(args), "paper")
 
 
 # Names and groups ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from megatron_hybrid import costs, pattern
 from megatron_hybrid.cli import recipes
 from megatron_hybrid.cli.flags import Command
 from megatron_hybrid.data import blend
-from megatron_hybrid.layers.intra import design
+from megatron_hybrid.layers.registry import LAYERS, layers_of
 
 
 def list_recipes() -> str:
@@ -31,7 +31,7 @@ def figures(args: Namespace) -> dict[str, Any]:
     """
     known = args.padded_vocab_size or args.vocab_size
     layers = pattern.parse(args.hybrid_layer_pattern)
-    sizes = costs.Sizes.from_args(args if known else Namespace(**{**vars(args), "vocab_size": 1}))
+    sizes = costs.sizes_of(args if known else Namespace(**{**vars(args), "vocab_size": 1}))
     parameters = costs.model_parameters(layers, sizes)
     unseen = 0 if known else parameters.embedding
     return {
@@ -104,8 +104,12 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
     rows = {
         "recipe": _recipe(command.recipe) if command.recipe else "none",
         "pattern": args.hybrid_layer_pattern,
-        "layers": ", ".join(f"{n} {pattern.LAYERS[s].name} ({s})" for s, n in counts.items()),
-        **(intra_rows(design.design(args)) if "P" in counts else {}),
+        "layers": ", ".join(f"{n} {LAYERS[s].name} ({s})" for s, n in counts.items()),
+        **{
+            name: text
+            for layer in layers_of(args.hybrid_layer_pattern)
+            for name, text in layer.account.describe(args).items()
+        },
         "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active"
         + (f", {embedding:,} in embeddings)" if known else f"; {unknown})"),
         "training FLOPs per token": f"{flops:.3e}" if known else "not known without the vocabulary",
@@ -126,25 +130,6 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
 def _recipe(name: str) -> str:
     """The recipe that is run, which a preset may have chosen, and where its sizes come from."""
     return f"{name} ({recipes.recipe(name).source})"
-
-
-def intra_rows(d: design.IntraDesign) -> dict[str, str]:
-    """What the P layers are: their axes and, for each kind of branch, its widths."""
-    values = {axis: getattr(d, axis) for axis in design.AXES} | {"branches": ",".join(d.branches)}
-    preset = next((name for name, axes in design.PRESETS.items() if axes == values), "no preset's")
-    rows = {"P design": f"{preset}: " + ", ".join(f"{axis} {value}" for axis, value in values.items())}
-    if "attention" in d.branches:
-        window = f", window {d.window} with {d.sinks} sinks" if d.window else ""
-        rows["P attention"] = (
-            f"{d.num_attention_heads} heads, queries {d.qk_dim} ({d.qk_head_dim} a head), {d.num_query_groups} key "
-            f"heads, output {d.value_dim} ({d.value_head_dim} a head) of {d.value_heads} value heads{window}"
-        )
-    if "mamba" in d.branches:
-        rows["P Mamba"] = (
-            f"inner width {d.ssm_dim}, {d.ssm_heads} heads of {d.ssm_head_dim}, state {d.state_dim}, "
-            f"groups of B and C: {d.ssm_groups}"
-        )
-    return rows
 
 
 def _pairs(argv: list[str]) -> list[str]:

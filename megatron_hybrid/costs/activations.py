@@ -1,7 +1,7 @@
 """Bytes that forward passes keep for backward passes on one rank: of a layer, a micro-batch, and a stage at its peak.
 
-Counted is what autograd keeps, storage by storage (:mod:`megatron_hybrid.costs.saved_tensors` has the tables and says
-which of them are measured), and at a stage's peak the gradient of the logits. Not counted is what else lives within one
+Counted is what autograd keeps, storage by storage (:mod:`megatron_hybrid.accounting.saved` says
+which tables are measured), and at a stage's peak the gradient of the logits. Not counted is what else lives within one
 operation: gradients of activations, buffers of collectives, the allocator's fragments.
 """
 
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from megatron_hybrid.costs import saved_tensors
-from megatron_hybrid.costs.activation_settings import ActivationSettings, Recompute
-from megatron_hybrid.costs.layout import Layout, Stage, stages
-from megatron_hybrid.costs.saved_tensors import FP32, Rank, Saved
+from megatron_hybrid.accounting.activation_settings import ActivationSettings, Recompute
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved, norm
+from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.costs.schedule import in_flight
-from megatron_hybrid.costs.sizes import Sizes
+from megatron_hybrid.costs.stages import Stage, stages
+from megatron_hybrid.layers.registry import account
 from megatron_hybrid.pattern import Pattern
 
 # One micro-batch ---------------------------------------------------------------------------------
@@ -27,7 +28,20 @@ def layer_saved(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationS
     Args:
         sizes: Of the whole model.
     """
-    return saved_tensors.layer(symbol, Rank(sizes, layout, settings))
+    return _layer(symbol, Rank(sizes, layout, settings))
+
+
+def _layer(symbol: str, r: Rank) -> list[Saved]:
+    """The table of a layer, its input norm and its residual included."""
+    costs, h = account(symbol), r.whole.hidden
+    lines = norm(r, r.rows, h) + [Saved("norm: output, input of the projection", (r.rows, h), r.e)]
+    lines += costs.saved(r)
+    if not r.keeps("mlp") and costs.empty_mlp and r.norm_bytes != r.e:
+        # upstream recomputes the empty FFN of these layers too; in fp32 and on CUDA its input is the next norm's
+        lines.append(Saved("output", (r.rows, h), r.e))
+    if r.settings.dropout:
+        lines.append(Saved("dropout mask", (r.rows, h), r.e if r.cpu else 1))
+    return lines
 
 
 @lru_cache(maxsize=4096)
@@ -54,7 +68,7 @@ def head_saved(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> li
     """
     r = Rank(sizes, layout, settings)
     return [
-        *saved_tensors.norm(r, r.rows, sizes.hidden),
+        *norm(r, r.rows, sizes.hidden),
         Saved("normed, input of the head", (r.rows, sizes.hidden), r.e),
         *_loss(r),
     ]
@@ -91,9 +105,9 @@ def mtp_inner_saved(pattern: Pattern, sizes: Sizes, layout: Layout, settings: Ac
     """
     r = Rank(sizes, layout, settings)
     return [
-        *saved_tensors.norm(r, r.rows, sizes.hidden) * 3,
+        *norm(r, r.rows, sizes.hidden) * 3,
         Saved("state and token, input of their projection", (r.rows, 2 * sizes.hidden), r.e),
-        *[line for symbol in pattern.mtp for line in saved_tensors.layer(symbol, r)],
+        *[line for symbol in pattern.mtp for line in _layer(symbol, r)],
     ]
 
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.costs.flops import head_flops_per_token, layer_flops_per_token, mtp_flops_per_token
-from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.pattern import Pattern
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_hybrid.costs.parameters import Tensor
+from megatron_hybrid.accounting.tensors import Tensor
 
 ALIGNMENT = 64
 """Elements: each parameter begins at a multiple (``pad_param_start``)."""

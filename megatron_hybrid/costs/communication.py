@@ -1,6 +1,6 @@
 """What one rank sends in a training step, by group of ranks: all its micro-batches, and what a step does once.
 
-The convention of counting is that of :mod:`megatron_hybrid.costs.collectives`.
+The convention of counting is that of :mod:`megatron_hybrid.accounting.traffic`.
 
 Left out, since they are a few numbers for each sample, token or step: batches that the first tensor-parallel rank
 hands on, the numbers of tokens of experts and their balancing, losses, gradient norms, checks for NaN, and prediction
@@ -10,28 +10,41 @@ same bytes in a call for each bucket.
 
 from collections.abc import Iterator
 
-from megatron_hybrid.costs.buffers import Buffer
-from megatron_hybrid.costs.collectives import (
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.sizes import Sizes
+from megatron_hybrid.accounting.tensors import norm
+from megatron_hybrid.accounting.traffic import (
     NOTHING,
     CommunicationSettings,
+    Exchange,
     Group,
     MicroBatch,
-    Part,
     Traffic,
     add_up,
     all_reduce,
     column,
-    layer_parts,
     row,
     run,
     scatter,
 )
-from megatron_hybrid.costs.layout import Layout, Stage, stages
+from megatron_hybrid.costs.buffers import Buffer
 from megatron_hybrid.costs.memory import stage_buffers, stage_tensors
-from megatron_hybrid.costs.parameters import intra, layer_linears, mtp_weights, norm, shared_states, weights
-from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.layers.intra.design import CONV_WIDTH
+from megatron_hybrid.costs.parameters import mtp_weights
+from megatron_hybrid.costs.stages import Stage, stages
+from megatron_hybrid.layers.registry import account
 from megatron_hybrid.pattern import Pattern
+
+
+def layer_communication(
+    symbol: str, sizes: Sizes, layout: Layout, settings: CommunicationSettings
+) -> dict[Group, Traffic]:
+    """What a rank sends for one micro-batch through a layer, forward and backward; the layer itself is kept.
+
+    Raises:
+        ValueError: An unknown symbol.
+    """
+    exchanges = account(symbol).exchanges(MicroBatch(sizes, layout, settings))
+    return add_up((exchange.group, run(exchange, settings)) for exchange in exchanges)
 
 
 def step_communication(
@@ -48,7 +61,7 @@ def step_communication(
     return add_up([*sent, *_once(pattern, m, stage)])
 
 
-def _parts(pattern: Pattern, m: MicroBatch, stage: Stage) -> Iterator[tuple[Part, int]]:
+def _parts(pattern: Pattern, m: MicroBatch, stage: Stage) -> Iterator[tuple[Exchange, int]]:
     """The parts of a micro-batch on a stage, and how many recomputations of layers repeat each."""
     uniform = m.settings.recompute.method == "uniform"
     if stage.first:
@@ -70,16 +83,16 @@ def _parts(pattern: Pattern, m: MicroBatch, stage: Stage) -> Iterator[tuple[Part
         yield _cross_entropy(m), 0
 
 
-def _stack(layers: str, m: MicroBatch) -> Iterator[tuple[Part, int]]:
+def _stack(layers: str, m: MicroBatch) -> Iterator[tuple[Exchange, int]]:
     recompute = m.settings.recompute
-    parts = {symbol: layer_parts(symbol, m.sizes, m.layout, m.settings) for symbol in set(layers)}
+    parts = {symbol: account(symbol).exchanges(m) for symbol in set(layers)}
     for i, symbol in enumerate(layers):
         again = recompute.method == "uniform" or recompute.method == "block" and i < recompute.layers
         for part in parts[symbol]:
             yield part, again
 
 
-def _joins_state_and_token(m: MicroBatch) -> list[Part]:
+def _joins_state_and_token(m: MicroBatch) -> list[Exchange]:
     """A column-parallel linear from 2 h to h (core/transformer/multi_token_prediction.py:1136).
 
     Its output is gathered; sequence parallelism takes its share of that, and gathers the share's gradient.
@@ -87,18 +100,18 @@ def _joins_state_and_token(m: MicroBatch) -> list[Part]:
     whole = scatter(m.layout.tp, m.size(m.sizes.hidden))
     return [
         column(m, 2 * m.sizes.hidden),
-        Part("tensor", whole, whole if m.layout.sequence_parallel else NOTHING),
+        Exchange("tensor", whole, whole if m.layout.sequence_parallel else NOTHING),
     ]
 
 
-def _cross_entropy(m: MicroBatch) -> Part:
+def _cross_entropy(m: MicroBatch) -> Exchange:
     """Maximum, the label's logit and the sum of exponentials, in fp32 (core/tensor_parallel/cross_entropy.py:130).
 
     Fused, the last two are one tensor (core/fusions/fused_cross_entropy.py:111).
     """
     one = all_reduce(m.layout.tp, m.tokens * 4)
     sums = all_reduce(m.layout.tp, 2 * m.tokens * 4) if m.settings.fused_cross_entropy else one * 2
-    return Part("tensor", one + sums, NOTHING)
+    return Exchange("tensor", one + sums, NOTHING)
 
 
 def _messages(m: MicroBatch, stage: Stage) -> Traffic:
@@ -151,29 +164,8 @@ def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
     if m.layout.tp == 1:
         return 0
     layers = _layers(pattern, s, stage)
-    total = sum(_shared_by_ranks(symbol, s, m.layout.tp) for symbol in layers)
+    total = sum(account(symbol).shared_by_ranks(s, m.layout.tp) for symbol in layers)
     if m.layout.sequence_parallel:
-        total += sum(_not_cut(symbol, s) for symbol in layers)
+        total += sum(account(symbol).not_cut(s) for symbol in layers)
         total += norm(s) * (1 + 3 * mtp_weights(pattern, s)) * stage.last
     return total
-
-
-def _shared_by_ranks(symbol: str, s: Sizes, tp: int) -> int:
-    states = shared_states(s.mamba_groups, s.state_dim, tp)
-    conv = states * (CONV_WIDTH + 1)
-    if symbol == "M":
-        return conv + states * s.hidden
-    if symbol != "P":
-        return 0
-    d = intra(s)
-    rows = sum(part.rows for part in d.in_parts if part.is_shared(tp))
-    scales = {"scalar": 2, "diff-lambda": 4 * d.lambda_dim}.get(d.scale, 0)
-    return rows * s.hidden + scales + conv * d.branches.count("mamba")
-
-
-def _not_cut(symbol: str, s: Sizes) -> int:
-    if symbol == "E":
-        router = layer_linears("E", s)[0]
-        return norm(s) + weights([router]) + s.bias * s.experts + s.hidden * bool(s.shared_ffn and s.shared_gate)
-    biased = s.bias and symbol in "*W-"
-    return norm(s) + s.hidden * biased + (s.delta_value_dim * (1 + s.layer_norm) if symbol == "G" else 0)

@@ -6,9 +6,10 @@ tokens. F-match: the architecture stays, and trains on as many tokens as the ref
 
 from collections.abc import Callable
 
-from megatron_hybrid.costs.flops import Convention, training_flops_per_token
+from megatron_hybrid.accounting.scan import Convention
+from megatron_hybrid.accounting.sizes import Sizes
+from megatron_hybrid.costs.flops import training_flops_per_token
 from megatron_hybrid.costs.parameters import model_parameters
-from megatron_hybrid.costs.sizes import Sizes
 from megatron_hybrid.pattern import MAX_LAYERS, Pattern
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.sizes import Sizes
+from megatron_hybrid.accounting.storage import Storage
+from megatron_hybrid.accounting.tensors import Tensor, norm_sizes
 from megatron_hybrid.costs.buffers import Buffer, plain_buffer, sharded_buffer
-from megatron_hybrid.costs.layout import Layout, stages
-from megatron_hybrid.costs.parameters import Tensor, layer_tensors, mtp_weights, norm_sizes
-from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.costs.storage import Storage
+from megatron_hybrid.costs.parameters import layer_tensors, mtp_weights
+from megatron_hybrid.costs.stages import stages
 from megatron_hybrid.pattern import Pattern
 
 

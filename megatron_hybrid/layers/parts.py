@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.intra.design import Part
+from megatron_hybrid.accounting.projection import Part
 
 
 def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:

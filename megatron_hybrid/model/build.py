@@ -2,37 +2,28 @@
 
 from argparse import Namespace
 
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
 from megatron_hybrid import pattern
-from megatron_hybrid.layers.attention.module import RoPE
-from megatron_hybrid.layers.intra.design import design
-from megatron_hybrid.model.specs import LayerOptions, hybrid_stack_spec
+from megatron_hybrid.layers.build import Build
+from megatron_hybrid.layers.registry import layers_of
+from megatron_hybrid.model.backends import backend_parts, mtp_block_spec
+from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
 
 
 def model_config(args: Namespace) -> HybridModelConfig:
     """The configuration of the model that validated ``args`` describe."""
     result = hybrid_config_from_args(args)
     result.position_embedding_type = "none"  # attention layers own their RoPE
-    result.hybrid_stack_spec = hybrid_stack_spec(args.backend, layer_options(args), args.num_experts)
+    result.hybrid_stack_spec = stack_spec(args)
     return result
 
 
-def layer_options(args: Namespace) -> LayerOptions:
-    """The layers' settings beside TransformerConfig."""
-    rotary = args.position_embedding_type == "rope"
-    scaling = args.rope_scaling_factor if args.use_rope_scaling else None
-    return LayerOptions(
-        rope=RoPE(args.rotary_base, args.rotary_percent, scaling) if rotary else None,
-        swa_rope=RoPE(args.swa_rotary_base, args.rotary_percent) if rotary else None,
-        swa_window=args.swa_window,
-        swa_sinks=args.swa_sinks,
-        intra=design(args) if "P" in args.hybrid_layer_pattern else None,
-        mixer_depths=pattern.parse(args.hybrid_layer_pattern).mixer_depths,
-        tensor_parallel_size=args.tensor_model_parallel_size,
-        shares_mamba_groups=args.mamba_num_groups < args.tensor_model_parallel_size,
-        mamba_a_init_range=tuple(args.mamba_a_init_range),
-        recompute=tuple(args.hybrid_recompute),
-        packed=args.reset_attention_mask,
-    )
+def stack_spec(args: Namespace) -> ModuleSpec:
+    """The spec from which upstream's HybridModel builds its decoder: one spec for each kind of layer in the pattern."""
+    parts = backend_parts(args.backend, args.num_experts)
+    build = Build(args, parts, pattern.parse(args.hybrid_layer_pattern).mixer_depths)
+    layers = {layer.symbol: layer.spec(build) for layer in layers_of(args.hybrid_layer_pattern)}
+    return ModuleSpec(module=HybridLayerStack, submodules=LayerSpecs(layers, parts.norm, mtp_block_spec(parts)))

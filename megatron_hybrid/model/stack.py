@@ -1,7 +1,7 @@
 """The stack of layers that a pattern names."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fp4_utils import get_fp4_context
@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
-from megatron_hybrid.pattern import LAYERS
+from megatron_hybrid.layers.registry import LAYERS
 
 
 @dataclass
@@ -29,9 +29,6 @@ class LayerSpecs:
     final_norm: Any
     mtp_block_spec: ModuleSpec | None = None
     """Norms and projection of multi-token-prediction heads; upstream's HybridModel reads it by this name."""
-
-    unavailable: dict[str, str] = field(default_factory=dict)
-    """Symbols that cannot be built here, with the reason."""
 
 
 class HybridLayerStack(HybridStack):
@@ -94,8 +91,7 @@ class HybridLayerStack(HybridStack):
     ) -> nn.Module:
         spec = submodules.layers.get(symbol)
         if spec is None:
-            reason = submodules.unavailable.get(symbol, "no layer is registered for it")
-            raise ValueError(f"Layer symbol {symbol!r} cannot be built: {reason}.")
+            raise ValueError(f"Layer symbol {symbol!r} cannot be built: the pattern of the run does not have it.")
         kwargs: dict[str, Any] = {
             "config": self.config,
             "layer_number": index + 1 + pp_layer_offset,
@@ -106,10 +102,8 @@ class HybridLayerStack(HybridStack):
             kwargs["pp_layer_offset"] = pp_layer_offset
         else:
             kwargs["add_layer_offset"] = False  # layer_number counts the whole model already
-            if LAYERS[symbol].attention_bearing:
-                kwargs["pp_layer_offset"] = pp_layer_offset
-            if LAYERS[symbol].attention_bearing or symbol == "E":  # routers count the layers of heads apart
-                kwargs["is_mtp_layer"] = self.is_mtp_layer
+            beside = {"pp_layer_offset": pp_layer_offset, "is_mtp_layer": self.is_mtp_layer}
+            kwargs |= {argument: beside[argument] for argument in LAYERS[symbol].build_with}
         quantized: Any = nullcontext()
         if self.config.fp8:
             quantized = get_fp8_context(self.config, index + pp_layer_offset, is_init=True)

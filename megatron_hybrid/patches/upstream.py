@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-OUR_SYMBOLS = ("P", "W")
+from megatron_hybrid.layers.registry import LAYERS
 
 
 def prepare(device: str, stack: type) -> list[str]:
@@ -68,12 +68,12 @@ def has_module(name: str) -> bool:
 
 
 def register_symbols() -> None:
-    """Lets patterns contain our layer symbols (core/models/hybrid/hybrid_layer_allocation.py:14)."""
+    """Lets patterns contain all registered layers (core/models/hybrid/hybrid_layer_allocation.py:14)."""
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-    for symbol, name in zip(OUR_SYMBOLS, ("INTRA", "SWA"), strict=True):
+    for symbol in set(LAYERS) - Symbols.VALID_LAYERS:
         # name_sorted_valid_layer_symbols lists the class's attributes, not the set
-        setattr(Symbols, name, symbol)
+        setattr(Symbols, f"LAYER_{ord(symbol)}", symbol)
         Symbols.VALID_LAYERS.add(symbol)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from megatron_hybrid import costs, pattern
+from megatron_hybrid import costs, pattern, placement
 from megatron_hybrid.cli import recipes
 from megatron_hybrid.cli.flags import without
 from megatron_hybrid.costs.match import match_flops, match_parameters
+from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures, figures
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine
@@ -26,7 +27,7 @@ def subjects(words: Sequence[str], argv: Sequence[str], where: Where) -> list[Su
     """
     found = []
     for word in words:
-        is_pattern = set(word) <= set("".join(pattern.LAYERS) + "|/()0123456789 ")
+        is_pattern = set(word) <= set("".join(LAYERS) + "|/()0123456789 ")
         flags = ["--hybrid-layer-pattern", word] if is_pattern else ["--recipe", word]
         if not is_pattern:
             recipes.recipe(word)
@@ -94,7 +95,7 @@ def _matched(subject: Subject, reference: Subject, where: Where) -> Subject:
     target = costs.model_parameters(reference.pattern, reference.sizes).active_non_embedding
 
     def of_blocks(number: int) -> pattern.Pattern:
-        return pattern.from_blocks(number, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
+        return placement.from_blocks(number, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
 
     blocks = match_parameters(target, of_blocks, subject.sizes)
     flags = subject.argv

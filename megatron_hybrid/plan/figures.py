@@ -3,15 +3,16 @@
 from typing import Any
 
 from megatron_hybrid import costs
-from megatron_hybrid.costs.activation_settings import ActivationSettings
+from megatron_hybrid.accounting.activation_settings import ActivationSettings
+from megatron_hybrid.accounting.storage import Storage
+from megatron_hybrid.accounting.traffic import CommunicationSettings
 from megatron_hybrid.costs.activations import activation_table, stage_activation_bytes
 from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, layer_cache, model_cache
-from megatron_hybrid.costs.collectives import CommunicationSettings
 from megatron_hybrid.costs.communication import step_communication
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.costs.schedule import pipeline_bubble
-from megatron_hybrid.costs.storage import Storage
-from megatron_hybrid.pattern import LAYERS, Pattern
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import Pattern
 from megatron_hybrid.plan.subject import Subject
 from megatron_hybrid.plan.time import Machine, step_time
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_hybrid import costs
+from megatron_hybrid.accounting.activation_settings import ActivationSettings
+from megatron_hybrid.accounting.storage import Storage
 from megatron_hybrid.cli.checks import check
 from megatron_hybrid.cli.flags import resolve, value
-from megatron_hybrid.costs.activation_settings import ActivationSettings
 from megatron_hybrid.costs.activations import stage_activation_bytes
 from megatron_hybrid.costs.memory import rank_memory
-from megatron_hybrid.costs.storage import Storage
+from megatron_hybrid.layers.registry import has_experts, layers_of
 from megatron_hybrid.pattern import Pattern
 from megatron_hybrid.plan.figures import Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read
@@ -132,7 +133,7 @@ def _layouts(base: Subject, argv: Sequence[str], gpus: int, machine: Machine) ->
     cps = sizes("--context-parallel-size", "context_parallel_size", powers if args.seq_length >= LONG else [1])
     experts = args.num_experts or 1
     eps = sizes("--expert-model-parallel-size", "expert_model_parallel_size", [n for n in powers if experts % n == 0])
-    eps = eps if "E" in plain.layers + plain.mtp else [1]
+    eps = eps if has_experts(plain.layers + plain.mtp) else [1]
     micros = sizes("--micro-batch-size", "micro_batch_size", MICRO_BATCHES)
     given_pp = fixed_pipeline or _given(argv, "--pipeline-model-parallel-size")
     pps = [base.layout.pp] if given_pp else [n for n in range(1, gpus + 1) if gpus % n == 0]
@@ -159,7 +160,7 @@ def _subject(
     args = Namespace(**{**vars(base.args), **changes})
     args.world_size, args.sequence_parallel = gpus, tp > 1
     args.use_distributed_optimizer = True
-    args.expert_tensor_parallel_size = 1 if "E" in plain.layers else tp
+    args.expert_tensor_parallel_size = 1 if has_experts(plain.layers) else tp
     if gpus % (tp * pp * cp):
         return None
     args.data_parallel_size = gpus // (tp * pp * cp)
@@ -173,7 +174,7 @@ def _subject(
     args.padded_vocab_size = None if args.vocab_size else args.padded_vocab_size
     try:
         check(args)
-        sizes = costs.Sizes.from_args(args)
+        sizes = costs.sizes_of(args)
         pattern = base.pattern if fixed or pp == 1 else costs.balance_pipeline(plain, sizes, pp * vpp, pp)
         args.hybrid_layer_pattern = str(pattern)
         return replace(base, args=args, pattern=pattern, sizes=sizes, layout=costs.Layout.from_args(args))
@@ -206,8 +207,11 @@ def _recomputations(subject: Subject, argv: Sequence[str]) -> Iterator[tuple[dic
     if _given(argv, "--recompute-granularity", "--recompute-activations", "--hybrid-recompute"):
         return
     layers = subject.pattern.layers + subject.pattern.mtp
-    ours = [name for name, symbols in (("ssm", "MP"), ("intra", "P")) if set(symbols) & set(layers)]
-    modules = [name for name, symbol in (("mlp", "-"), ("moe", "E")) if symbol in layers]
+    found = layers_of(layers)
+    ours, modules = (
+        list(dict.fromkeys(name for layer in found for name in layer.account.recompute.get(flag, ())))
+        for flag in ("--hybrid-recompute", "--recompute-modules")
+    )
     if ours or modules:
         settings: dict = {"hybrid_recompute": ours}
         flags = ["--hybrid-recompute", *ours] if ours else []

@@ -4,18 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.files import atomic_write
+from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures
 
-COLORS = {
-    "M": "#4477aa",
-    "*": "#ee6677",
-    "W": "#ccbb44",
-    "P": "#aa3377",
-    "G": "#66ccee",
-    "-": "#997700",
-    "E": "#228833",
-}
-"""Of the layers; after Paul Tol's bright scheme, which colour-blind readers can tell apart."""
 OTHER = "#555555"
 PARTS = {"parameters": "#4477aa", "gradients": "#66ccee", "optimizer": "#228833", "activations": "#ee6677"}
 
@@ -100,8 +91,8 @@ def _parts(axes: Any, f: Figures) -> None:
         if max(share.values()) < 0.001:
             continue
         name = part["name"].partition(",")[0]
-        label = f"{part['symbol']} x {part['count']}" if part["symbol"] in COLORS else name
-        color = COLORS.get(part["symbol"]) or next(greys)
+        label = f"{part['symbol']} x {part['count']}" if part["symbol"] in LAYERS else name
+        color = LAYERS[part["symbol"]].color if part["symbol"] in LAYERS else next(greys)
         axes.barh(list(bars.values()), list(share.values()), left=list(starts.values()), color=color, label=label)
         for i, key in enumerate(bars):
             if share[key] > 0.05:

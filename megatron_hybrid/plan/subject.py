@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_hybrid import pattern
 from megatron_hybrid.cli import flags
-from megatron_hybrid.costs import Layout, Sizes, equal_count
+from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
 from megatron_hybrid.pattern import Pattern
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -108,6 +108,6 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         argv=command.argv,
         args=args,
         pattern=layers,
-        sizes=Sizes.from_args(args),
+        sizes=sizes_of(args),
         layout=layout,
     )

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_hybrid.pattern import LAYERS
+from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures
 
 BAR = 40

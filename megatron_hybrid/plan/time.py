@@ -16,17 +16,16 @@ reports with few GPUs.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_hybrid import costs
-from megatron_hybrid.costs.activation_settings import Recompute
-from megatron_hybrid.costs.collectives import CommunicationSettings, Group, Traffic
+from megatron_hybrid.accounting.activation_settings import Recompute
+from megatron_hybrid.accounting.traffic import CommunicationSettings, Group, Traffic
 from megatron_hybrid.costs.communication import step_communication
-from megatron_hybrid.costs.flops import intra_attention_flops
 from megatron_hybrid.costs.hardware import Gpu
 from megatron_hybrid.costs.memory import rank_memory
-from megatron_hybrid.costs.parameters import layer_linears, weights
 from megatron_hybrid.costs.schedule import pipeline_time
+from megatron_hybrid.layers.registry import account
 from megatron_hybrid.plan.subject import Subject
 
 EFFICIENCY = 0.40
@@ -202,20 +201,4 @@ def recomputed_flops(layers: str, sizes: costs.Sizes, recompute: Recompute) -> f
     """Forward FLOPs per token of a segment that are run again in the backward pass."""
     whole = {"uniform": layers, "block": layers[: recompute.layers]}.get(recompute.method or "", "")
     again = sum(costs.layer_flops_per_token(symbol, sizes) for symbol in whole)
-    return again + sum(_selectively(symbol, sizes, recompute.modules) for symbol in layers)
-
-
-def _selectively(symbol: str, sizes: costs.Sizes, modules: frozenset[str]) -> float:
-    """The same of one layer, by the modules that ``saved_tensors`` knows; in P, ``intra`` runs around the others."""
-    if symbol in "-E":
-        if {"-": "mlp", "E": "moe"}[symbol] in modules:
-            return costs.layer_flops_per_token(symbol, sizes)
-        shared = replace(sizes, ffn=sizes.shared_ffn)
-        return costs.layer_flops_per_token("-", shared) if symbol == "E" and "shared_experts" in modules else 0.0
-    between = costs.layer_flops_per_token(symbol, sizes) - 2 * weights(layer_linears(symbol, sizes))  # projections
-    if symbol == "P":
-        attention = intra_attention_flops(sizes)
-        parts = {"intra": between, "core_attn": attention, "ssm": between - attention}
-    else:
-        parts = {"core_attn" if symbol in "*W" else "ssm" if symbol == "M" else "": between}
-    return sum(flops for module, flops in parts.items() if module in modules)
+    return again + sum(account(symbol).recomputed_flops(sizes, recompute.modules) for symbol in layers)

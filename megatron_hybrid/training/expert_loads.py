@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_hybrid.layers.registry import LAYERS
+
 COUNTER = "tokens_of_experts"
 """Attribute of a router: its rank's tokens of each expert since they were read, int64 [experts]."""
 
@@ -75,8 +77,10 @@ def layers_of_experts(args: Namespace) -> list[str]:
     """The layers of experts in a model, as :func:`expert_loads` names them."""
     main, *heads = args.hybrid_layer_pattern.replace("|", "").split("/")
     heads = heads[:1] if args.mtp_use_repeated_layer else heads  # one set of weights for all
-    names = [str(i + 1) for i, symbol in enumerate(main) if symbol == "E"]
-    return names + [f"mtp {h + 1}.{i + 1}" for h, head in enumerate(heads) for i, s in enumerate(head) if s == "E"]
+    names = [str(i + 1) for i, symbol in enumerate(main) if LAYERS[symbol].has_experts]
+    return names + [
+        f"mtp {h + 1}.{i + 1}" for h, head in enumerate(heads) for i, s in enumerate(head) if LAYERS[s].has_experts
+    ]
 
 
 def routers(chunks: list) -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hybrid.cli import flags as command_lines
 from megatron_hybrid.cli.recipes import merge, recipe, recipes
-from megatron_hybrid.costs import Sizes, model_parameters
+from megatron_hybrid.costs import model_parameters, sizes_of
 from megatron_hybrid.layers.intra.design import AXES, PRESETS, design
 from megatron_hybrid.pattern import parse
 
@@ -146,7 +146,7 @@ def test_tables_18_and_19_have_their_blocks_and_axes(parser, row):
 def test_designs_are_of_one_size(parser, row):
     """The paper compares designs at the size of its own and of the Transformer: 0.95 and 0.97 (table 9), 0.35."""
     args = arguments(parser, f"--recipe {recipe_of(row)}")
-    billions = model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding / 1e9
+    billions = model_parameters(parse(args.hybrid_layer_pattern), sizes_of(args)).non_embedding / 1e9
     usual, low, high = OWN[row["size"]]
     assert low < billions < high
     own = "widths of P: Table" in recipe(recipe_of(row)).source
@@ -167,7 +167,7 @@ def test_widths_of_table_20(parser, size, row):
     found = design(args)
     assert args.hybrid_layer_pattern == "P-" * {"1b": 13, "350m": 11}[size]
     assert (found.qk_dim, found.ssm_dim, found.value_dim) == (row["d_qk"], width, args.hidden_size)
-    billions = model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding / 1e9
+    billions = model_parameters(parse(args.hybrid_layer_pattern), sizes_of(args)).non_embedding / 1e9
     # Equal sizes are why d_inner is read as half: taken as it is, the rows would have 0.85 to 0.87 (350M: 0.31).
     assert billions == pytest.approx(OWN[size][0], rel=0.01 if size == "1b" else 0.03)
 

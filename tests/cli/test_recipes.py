@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from megatron_hybrid.cli import report
 from megatron_hybrid.cli.recipes import flags_to_argv, merge, recipe, recipes
-from megatron_hybrid.costs import Sizes, model_parameters
-from megatron_hybrid.layers.intra.design import design
-from megatron_hybrid.pattern import from_blocks, parse
+from megatron_hybrid.costs import model_parameters, sizes_of
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import parse
+from megatron_hybrid.placement import from_blocks
 
 NAMES = [r.name for r in recipes()]
 
@@ -36,7 +37,7 @@ def test_every_recipe_is_accepted_by_megatrons_parser(parser):
                 expected = [value]  # a flag that takes one or more values holds a list
             assert getattr(args, action.dest) == expected, (r.name, flag)
         args.vocab_size = args.vocab_size or 4096
-        assert model_parameters(pattern_of(args), Sizes.from_args(args)).non_embedding > 0
+        assert model_parameters(pattern_of(args), sizes_of(args)).non_embedding > 0
 
 
 def test_every_flag_of_the_conflict_rules_exists(parser):
@@ -66,7 +67,7 @@ def test_the_demo_is_small_and_holds_the_main_layers():
     assert all(counts[symbol] for symbol in "M*P-E")
     args = argparse.Namespace(**{k[2:].replace("-", "_"): v for k, v in flags.items()}, vocab_size=4096)
     args.add_bias_linear = False
-    parameters = model_parameters(parse(flags["--hybrid-layer-pattern"]), Sizes.from_args(args))
+    parameters = model_parameters(parse(flags["--hybrid-layer-pattern"]), sizes_of(args))
     assert 0.5e6 < parameters.non_embedding < 1e6
 
 
@@ -92,14 +93,14 @@ def test_the_design_of_p_is_told_with_its_widths():
         hidden_size=64, num_attention_heads=8, intra_preset="hymba", intra_window=7, intra_sinks=2
     )
     args.mamba_head_dim, args.mamba_num_groups = 16, 1
-    rows = report.intra_rows(design(args))
+    rows = LAYERS["P"].account.describe(args)
     assert rows["P design"].startswith("hymba: branches attention,mamba, norm group, scale vector, fusion add")
     assert "4 heads, queries 32 (8 a head)" in rows["P attention"] and "window 7 with 2 sinks" in rows["P attention"]
     assert "inner width 64, 4 heads of 16" in rows["P Mamba"]
     args.intra_scale = "scalar"
-    assert report.intra_rows(design(args))["P design"].startswith("no preset's: ")
+    assert LAYERS["P"].account.describe(args)["P design"].startswith("no preset's: ")
     args = argparse.Namespace(hidden_size=64, num_attention_heads=8, intra_preset="diff-mamba", mamba_num_groups=1)
-    assert list(report.intra_rows(design(args))) == ["P design", "P Mamba"]
+    assert list(LAYERS["P"].account.describe(args)) == ["P design", "P Mamba"]
 
 
 # Command lines -----------------------------------------------------------------------------------

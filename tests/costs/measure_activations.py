@@ -74,13 +74,13 @@ def layers(pattern: str, flags: str = "") -> list[tuple[int, int]]:
     """For each layer of a pattern: bytes that this rank keeps of one micro-batch, and bytes that are counted."""
     import torch
 
-    from megatron_hybrid.costs.activation_settings import ActivationSettings
+    from megatron_hybrid.accounting.activation_settings import ActivationSettings
+    from megatron_hybrid.accounting.layout import Layout
+    from megatron_hybrid.costs import sizes_of
     from megatron_hybrid.costs.activations import layer_activation_bytes
-    from megatron_hybrid.costs.layout import Layout
-    from megatron_hybrid.costs.sizes import Sizes
 
     model, args = _built(pattern, flags)
-    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), ActivationSettings.from_args(args)
+    sizes, layout, settings = sizes_of(args), Layout.from_args(args), ActivationSettings.from_args(args)
     rows = args.seq_length // args.context_parallel_size
     rows //= args.tensor_model_parallel_size if args.sequence_parallel else 1
     found = []
@@ -105,13 +105,14 @@ def model(pattern: str, flags: str = "") -> tuple[int, int]:
     import torch
 
     from megatron_hybrid import pattern as patterns
-    from megatron_hybrid.costs.activation_settings import ActivationSettings
+    from megatron_hybrid.accounting.activation_settings import ActivationSettings
+    from megatron_hybrid.accounting.layout import Layout
+    from megatron_hybrid.costs import sizes_of
     from megatron_hybrid.costs.activations import beside_layers, segment_activation_bytes
-    from megatron_hybrid.costs.layout import Layout, stages
-    from megatron_hybrid.costs.sizes import Sizes
+    from megatron_hybrid.costs.stages import stages
 
     built, args = _built(pattern, flags)
-    sizes, layout, settings = Sizes.from_args(args), Layout.from_args(args), ActivationSettings.from_args(args)
+    sizes, layout, settings = sizes_of(args), Layout.from_args(args), ActivationSettings.from_args(args)
     length = args.seq_length // args.context_parallel_size
     tokens = torch.randint(0, 1000, (args.micro_batch_size, length))
     positions = torch.arange(length).expand_as(tokens)

@@ -91,7 +91,7 @@ def of_layers(symbols: str, flags: str) -> list[tuple[Sent, Sent]]:
     """
     from megatron.core.utils import unwrap_model
 
-    from megatron_hybrid.costs.collectives import layer_communication
+    from megatron_hybrid.costs.communication import layer_communication
     from tests.support.training import Run
 
     run = Run(symbols, flags)
@@ -128,10 +128,10 @@ def of_a_step(pattern: str, flags: str) -> tuple[Sent, Sent]:
 
 
 def _described(args: Any) -> tuple[Any, Any, Any]:
-    from megatron_hybrid.costs import Layout, Sizes
-    from megatron_hybrid.costs.collectives import CommunicationSettings
+    from megatron_hybrid.accounting.traffic import CommunicationSettings
+    from megatron_hybrid.costs import Layout, sizes_of
 
-    return Sizes.from_args(args), Layout.from_args(args), CommunicationSettings.from_args(args)
+    return sizes_of(args), Layout.from_args(args), CommunicationSettings.from_args(args)
 
 
 def _plain(counted: dict[Any, Any]) -> Sent:

@@ -48,7 +48,7 @@ def layer_counts(argv: list[str], batch: int) -> dict[str, Any]:
 def _count(forward: Callable[[], Any], args: Any) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_hybrid.costs import Sizes
+    from megatron_hybrid.costs import sizes_of
     from megatron_hybrid.layers.attention import module
 
     ahead, back = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -58,7 +58,7 @@ def _count(forward: Callable[[], Any], args: Any) -> dict[str, Any]:
             loss = forward()
         with back:
             loss.backward()
-    return {"forward": _by_operator(ahead), "backward": _by_operator(back), "sizes": Sizes.from_args(args)}
+    return {"forward": _by_operator(ahead), "backward": _by_operator(back), "sizes": sizes_of(args)}
 
 
 def _written_out(q: Any, k: Any, v: Any, scale: Any, window: Any, sinks: int, offset: int, _: float, documents: Any):

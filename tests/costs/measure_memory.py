@@ -17,8 +17,8 @@ def measured_and_counted(pattern: str, flags: str) -> tuple[dict[str, int], dict
     from megatron.core import mpu
 
     from megatron_hybrid import costs
+    from megatron_hybrid.accounting.storage import Storage
     from megatron_hybrid.costs import memory
-    from megatron_hybrid.costs.storage import Storage
     from megatron_hybrid.pattern import parse
 
     run = Run(pattern, flags)
@@ -32,7 +32,7 @@ def measured_and_counted(pattern: str, flags: str) -> tuple[dict[str, int], dict
         "count": sum(p.numel() for p in model),
     }
     args = run.args
-    what = parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args), costs.Layout.from_args(args)
+    what = parse(args.hybrid_layer_pattern), costs.sizes_of(args), costs.Layout.from_args(args)
     stage = mpu.get_pipeline_model_parallel_rank()
     # Megatron's order of ranks has the pipeline outside of all others
     rank = torch.distributed.get_rank() % (what[2].world // what[2].pp)

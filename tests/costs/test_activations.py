@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hybrid.costs.activation_settings import NOT_COUNTED, ActivationSettings, Recompute
+from megatron_hybrid.accounting.activation_settings import NOT_COUNTED, ActivationSettings, Recompute
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.traffic import CommunicationSettings
 from megatron_hybrid.costs.activations import (
     activation_table,
     embedding_saved,
@@ -15,8 +17,6 @@ from megatron_hybrid.costs.activations import (
     stage_activation_bytes,
     total,
 )
-from megatron_hybrid.costs.collectives import CommunicationSettings
-from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.pattern import parse
 from tests.costs.test_costs import SMALL
 
@@ -145,7 +145,7 @@ def test_attention_of_context_parallel_ranks_on_cuda_written_out():
 
 def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
     """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads."""
-    windowed = replace(SMALL, intra=replace(SMALL.intra, qk_dim=12, window=4))
+    windowed = replace(SMALL, own=(("P", replace(SMALL.of("P"), qk_dim=12, window=4)),))
     attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
     fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
     found = layer_activation_bytes("P", windowed, Layout(), CUDA)

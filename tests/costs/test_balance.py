@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_hybrid import costs
 from megatron_hybrid.costs import balance_pipeline, equal_count, imbalance, segment_work, stage_work
-from megatron_hybrid.pattern import LAYERS, Pattern, parse
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import Pattern, parse
 from tests.costs.test_costs import SMALL, model_of
 
 LAYER_STRINGS = st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=14).map("".join)

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hybrid.accounting.cache import Cache
 from megatron_hybrid.costs import model_parameters, training_flops_per_token
-from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, Cache, layer_cache, model_cache
+from megatron_hybrid.costs.caches import CONTEXT_LENGTHS, layer_cache, model_cache
 from megatron_hybrid.costs.match import match_flops, match_parameters
-from megatron_hybrid.pattern import LAYERS, from_blocks, parse
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import parse
+from megatron_hybrid.placement import from_blocks
 from tests.costs.test_costs import SMALL
 
 # SMALL has 2 key heads of 6, in P one of 4 with values of 6; an SSM of 24, in P of 16, with one group of state 5;
@@ -40,13 +43,13 @@ def test_a_window_keeps_itself_and_its_sinks(length, window, sinks):
 
 
 def intra_sizes(**changes):
-    return dataclasses.replace(SMALL, intra=dataclasses.replace(SMALL.intra, **changes))
+    return dataclasses.replace(SMALL, own=(("P", dataclasses.replace(SMALL.of("P"), **changes)),))
 
 
 def test_shared_values_of_two_attentions_are_kept_once_and_of_a_mamba_branch_are_not_grouped():
     twice = ("attention", "attention")
     # one key head: K of 4 and V of 6 elements
-    width = SMALL.intra.qk_head_dim, SMALL.intra.value_head_dim
+    width = SMALL.of("P").qk_head_dim, SMALL.of("P").value_head_dim
     assert width == (4, 6)
     assert layer_cache("P", intra_sizes(branches=twice), 10) == Cache(10 * 2 * (4 + 6))
     assert layer_cache("P", intra_sizes(branches=twice, value="shared"), 10) == Cache(10 * (2 * 4 + 6))

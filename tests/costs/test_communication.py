@@ -5,16 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_hybrid.accounting.traffic import NOTHING, CommunicationSettings, Traffic, all_reduce, scatter
 from megatron_hybrid.costs import Layout, Sizes
-from megatron_hybrid.costs.collectives import (
-    NOTHING,
-    CommunicationSettings,
-    Traffic,
-    all_reduce,
-    layer_communication,
-    scatter,
-)
-from megatron_hybrid.costs.communication import step_communication
+from megatron_hybrid.costs.communication import layer_communication, step_communication
 from megatron_hybrid.pattern import parse
 
 SIZES = Sizes(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hybrid.accounting.scan import pairs_in_chunks
 from megatron_hybrid.cli.recipes import recipe, recipes
 from megatron_hybrid.costs import (
     Sizes,
@@ -15,12 +16,14 @@ from megatron_hybrid.costs import (
     layer_flops_per_token,
     layer_parameters,
     model_parameters,
+    sizes_of,
     training_flops,
     training_flops_per_token,
 )
-from megatron_hybrid.costs.flops import pairs_in_chunks
 from megatron_hybrid.layers.intra.design import design
-from megatron_hybrid.pattern import LAYERS, from_blocks, parse
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import parse
+from megatron_hybrid.placement import from_blocks
 
 
 def namespace(**settings):
@@ -37,7 +40,7 @@ def model_of(name):
         flags["block_mixers"],
         flags["ffn"],
     )
-    return pattern, Sizes.from_args(namespace(**flags))
+    return pattern, sizes_of(namespace(**flags))
 
 
 def distinct_models():
@@ -62,16 +65,21 @@ SMALL = Sizes(
     mamba_head_dim=8,
     mamba_groups=1,
     state_dim=5,
-    intra=design(
-        SimpleNamespace(
-            hidden_size=16,
-            num_attention_heads=4,
-            intra_num_query_groups=1,
-            intra_value_dim=12,
-            mamba_head_dim=8,
-            mamba_num_groups=1,
-            mamba_state_dim=5,
-        )
+    own=(
+        (
+            "P",
+            design(
+                SimpleNamespace(
+                    hidden_size=16,
+                    num_attention_heads=4,
+                    intra_num_query_groups=1,
+                    intra_value_dim=12,
+                    mamba_head_dim=8,
+                    mamba_num_groups=1,
+                    mamba_state_dim=5,
+                )
+            ),
+        ),
     ),
     ffn=20,
     experts=4,
@@ -202,7 +210,7 @@ def test_model_flops_are_the_matrix_products_that_run():
 
 
 def test_defaults_are_megatrons_and_ours():
-    sizes = Sizes.from_args(namespace(hidden_size=96, num_attention_heads=4, seq_length=8, vocab_size=1000))
+    sizes = sizes_of(namespace(hidden_size=96, num_attention_heads=4, seq_length=8, vocab_size=1000))
     assert (sizes.head_dim, sizes.query_groups, sizes.ffn) == (24, 4, 384)
     assert (sizes.padded_vocab, sizes.gated, sizes.tied) == (1024, False, True)
     assert (sizes.mamba_heads, sizes.mamba_groups) == (3, 8)
@@ -221,7 +229,7 @@ def test_defaults_are_megatrons_and_ours():
 def test_sizes_that_are_refused(settings, words):
     given_sizes = {"hidden_size": 64, "num_attention_heads": 4, "seq_length": 8, "vocab_size": 99}
     with pytest.raises(ValueError, match=words):
-        Sizes.from_args(namespace(**{**given_sizes, **settings}))
+        sizes_of(namespace(**{**given_sizes, **settings}))
 
 
 def test_costs_that_are_refused():
@@ -231,5 +239,5 @@ def test_costs_that_are_refused():
         layer_parameters("D", SMALL)
     with pytest.raises(ValueError, match="--num-experts"):
         layer_parameters("E", dataclasses.replace(SMALL, experts=0))
-    with pytest.raises(ValueError, match="P layers need the sizes"):
-        layer_parameters("P", dataclasses.replace(SMALL, intra=None))
+    with pytest.raises(ValueError, match="have none of the layer P"):
+        layer_parameters("P", dataclasses.replace(SMALL, own=()))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_hybrid.accounting.scan import SSD_CHUNK, ssd_scan_flops
 from megatron_hybrid.costs import Sizes, attention_core_flops, layer_flops_per_token, training_flops_per_token
-from megatron_hybrid.costs.flops import DELTA_CHUNK, SSD_CHUNK, delta_scan_flops, ssd_scan_flops
 from megatron_hybrid.kernels.attention import attention_reference, visible
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan
+from megatron_hybrid.layers.delta.account import DELTA_CHUNK, delta_scan_flops
 from megatron_hybrid.layers.intra.design import PRESETS
 from megatron_hybrid.pattern import parse
 from tests.costs import measure_flops
@@ -37,7 +38,7 @@ def attention_widths(symbol: str, s: Sizes) -> list[tuple[int, int, int | None]]
         width = s.heads * s.head_dim
         return [(width, width, s.window + s.sinks if symbol == "W" else None)]
     if symbol == "P":
-        d = s.intra
+        d = s.of("P")
         seen = None if d.window is None else d.window + d.sinks
         return [(d.qk_dim, d.value_dim, seen)] * d.branches.count("attention")
     return []
@@ -48,7 +49,7 @@ def scans(symbol: str, s: Sizes) -> list[tuple[int, int, int]]:
     if symbol == "M":
         return [(s.mamba_heads * s.mamba_head_dim, s.mamba_groups, s.state_dim)]
     if symbol == "P":
-        return [(s.intra.ssm_dim, s.intra.ssm_groups, s.intra.state_dim)] * s.intra.branches.count("mamba")
+        return [(s.of("P").ssm_dim, s.of("P").ssm_groups, s.of("P").state_dim)] * s.of("P").branches.count("mamba")
     return []
 
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.sizes import Sizes
+from megatron_hybrid.accounting.storage import NOT_COUNTED, Storage
+from megatron_hybrid.accounting.tensors import Tensor
 from megatron_hybrid.costs.buffers import Buffer, plain_buffer, sharded_buffer
-from megatron_hybrid.costs.layout import Layout
 from megatron_hybrid.costs.memory import largest_rank, rank_memory, stage_parameters
-from megatron_hybrid.costs.parameters import Tensor, layer_parameters, layer_tensors, model_parameters
-from megatron_hybrid.costs.sizes import Sizes
-from megatron_hybrid.costs.storage import NOT_COUNTED, Storage
+from megatron_hybrid.costs.parameters import layer_parameters, layer_tensors, model_parameters
 from megatron_hybrid.pattern import parse
 
 # All widths multiples of 128, so that nothing is padded

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_hybrid.pattern import LAYERS
+from megatron_hybrid.layers.registry import LAYERS
 from tests.costs.test_costs import distinct_models
 from tests.layers.test_intra_module import ALLOWED
 from tests.support import single

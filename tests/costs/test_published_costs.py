@@ -15,7 +15,7 @@ from megatron_hybrid.cli.recipes import recipe
 from megatron_hybrid.costs import model_parameters, training_flops_per_token
 from megatron_hybrid.costs.caches import model_cache
 from megatron_hybrid.costs.match import match_flops, match_parameters
-from megatron_hybrid.pattern import from_blocks
+from megatron_hybrid.placement import from_blocks
 from tests.costs.test_costs import distinct_models, model_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/paper_costs.json").read_text())

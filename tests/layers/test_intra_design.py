@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hybrid.layers.intra.design import AXES, PRESETS, Part, design
+from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.layers.intra.design import AXES, PRESETS, design
 
 
 def flags_of(**flags):
@@ -111,7 +112,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(flags, words):
 
 
 def test_parts_are_read_in_few_pieces():
-    from megatron_hybrid.layers.intra.module import read_together
+    from megatron_hybrid.layers.intra.branch_inputs import read_together
 
     def pieces(**flags):
         made = of(**flags)

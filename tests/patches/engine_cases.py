@@ -289,7 +289,7 @@ def flops(pattern: str) -> tuple[float, float]:
     from megatron_hybrid.training.micro_batches import count_flops_with
 
     args = Run(pattern).args
-    layers, sizes = language.parse(pattern), costs.Sizes.from_args(args)
+    layers, sizes = language.parse(pattern), costs.sizes_of(args)
     kept = training.num_floating_point_operations
     count_flops_with(partial(costs.training_flops, layers, sizes))
     counted = training.num_floating_point_operations(
@@ -322,7 +322,7 @@ def on_meta(pattern: str) -> dict[str, Any]:
     return {
         "devices": sorted({p.device.type for p in model.parameters()}),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "expected": costs.model_parameters(language.parse(pattern), costs.Sizes.from_args(args)).total,
+        "expected": costs.model_parameters(language.parse(pattern), costs.sizes_of(args)).total,
         "afterwards": [torch.empty(1).device.type, torch.device(torch.cuda.current_device()).type],
     }
 

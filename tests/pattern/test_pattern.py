@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hybrid.pattern import (
-    LAYERS,
-    MAX_LAYERS,
-    PAPER_SETS,
-    PLACEMENTS,
-    PatternError,
-    attention_blocks,
-    attention_count,
-    check_pipeline,
-    from_blocks,
-    parse,
-)
+from megatron_hybrid.layers.registry import LAYERS
+from megatron_hybrid.pattern import MAX_LAYERS, PatternError, check_pipeline, parse
+from megatron_hybrid.placement import PAPER_SETS, PLACEMENTS, attention_blocks, attention_count, from_blocks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/paper_placements.json").read_text())
 

@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 
 from megatron_hybrid import costs
+from megatron_hybrid.accounting.activation_settings import Recompute
+from megatron_hybrid.accounting.tensors import weights
+from megatron_hybrid.accounting.traffic import CommunicationSettings
 from megatron_hybrid.cli.recipes import flags_to_argv, recipe
-from megatron_hybrid.costs.activation_settings import Recompute
-from megatron_hybrid.costs.collectives import CommunicationSettings
 from megatron_hybrid.costs.hardware import gpu
-from megatron_hybrid.costs.parameters import layer_linears, weights
-from megatron_hybrid.pattern import LAYERS
+from megatron_hybrid.costs.parameters import layer_linears
+from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan import comparison, fit, plots, tables
 from megatron_hybrid.plan.figures import figures, memory, times
 from megatron_hybrid.plan.subject import Where, read
@@ -393,7 +394,7 @@ def test_recomputed_flops():
     # P: "intra" is all between its projections, which stay; its branches have their own
     assert again("P", "intra") == pytest.approx(layer["P"] - linear["P"])
     assert again("P", "ssm") + again("P", "core_attn") == pytest.approx(again("P", "intra"))
-    d = sizes.intra
+    d = sizes.of("P")
     assert again("P", "core_attn") == 2 * (d.qk_dim + d.value_dim) * 513 / 2
     # what a recomputed layer recomputes itself runs once more
     assert again("M-", "ssm", method="uniform") == pytest.approx(again("M-", method="uniform") + again("M-", "ssm"))

@@ -153,7 +153,7 @@ def parameters(argv: list[str]) -> dict[str, int]:
     from megatron_hybrid import costs, pattern
 
     model, args = build(argv, on_meta=True)
-    counts = costs.model_parameters(pattern.parse(args.hybrid_layer_pattern), costs.Sizes.from_args(args))
+    counts = costs.model_parameters(pattern.parse(args.hybrid_layer_pattern), costs.sizes_of(args))
     built = dict(model.named_parameters())
     outer = ("embedding.", "output_layer.")
     return {

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.cli import flags, recipes
-from megatron_hybrid.costs import Sizes, model_parameters
+from megatron_hybrid.costs import model_parameters, sizes_of
 from megatron_hybrid.layers.intra.design import PRESETS
 from megatron_hybrid.pattern import parse
 
@@ -196,7 +196,7 @@ def test_designs_are_compared_at_equal_parameters(design_space):
         assert "--disable-bias-linear" in given
         args = Namespace(**{flag[2:].replace("-", "_"): int(w) if w.isdigit() else w for flag, w in given.items()})
         args.add_bias_linear, args.vocab_size = False, 4096
-        counts.append(model_parameters(parse(args.hybrid_layer_pattern), Sizes.from_args(args)).non_embedding)
+        counts.append(model_parameters(parse(args.hybrid_layer_pattern), sizes_of(args)).non_embedding)
         designs.append(given)
     assert [given["--intra-preset"] for given in designs] == list(PRESETS)
     assert max(counts) / min(counts) < 1.01 and 0.5e6 < min(counts) < 1.5e6

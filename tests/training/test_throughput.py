@@ -50,7 +50,7 @@ class Trained:
 
     def flops(self, samples: int) -> float:
         layers = language.parse(self.args.hybrid_layer_pattern)
-        return costs.training_flops(layers, costs.Sizes.from_args(self.args), samples)
+        return costs.training_flops(layers, costs.sizes_of(self.args), samples)
 
     def lines(self) -> list[str]:
         return [line for line in self.said.splitlines() if " GiB" in line and "peak" in line]
@@ -97,7 +97,7 @@ def test_the_work_counts_every_layer(replicas):
     How much is test_flops.py's to say, by torch's own counter.
     """
     whole = replicas.flops(1)
-    sizes = costs.Sizes.from_args(replicas.args)
+    sizes = costs.sizes_of(replicas.args)
     for less in ("M-W-GE*-/P-/P-", "M-P-GE*-/P-/P-", "M-P-W-E*-/P-/P-", "M-P-W-G*-/P-/P-", "M-P-W-GE*-/P-"):
         assert costs.training_flops(language.parse(less), sizes, 1) < whole
     assert sizes.mamba_heads == 4  # of 8 that the hidden size would give

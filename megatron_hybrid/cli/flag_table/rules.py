@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_hybrid.cli.flags import value
+from megatron_hybrid.layers.registry import has_experts
 
 SAVE_INTERVAL = 1000
 """Steps between two checkpoints of a run that does not say; there is one at its end, too."""
@@ -187,11 +188,6 @@ def _layers(args: Namespace, argv: list[str]) -> Rules:
             f"--padded-vocab-size {args.padded_vocab_size} is less than --vocab-size {args.vocab_size}.",
         ),
         (
-            args.use_mup and "P" in layers,
-            "--use-mup does not go together with P layers: their heads have another size, and their scores would be "
-            "scaled like those of * layers. Drop it.",
-        ),
-        (
             dtype is not None and not _scan_has_state_dtype(),
             f"--mamba-training-ssm-states-dtype {dtype}: the scan in use has no such choice (torch's keeps fp32, and "
             "mamba_ssm may be too old). Drop it.",
@@ -200,7 +196,7 @@ def _layers(args: Namespace, argv: list[str]) -> Rules:
 
 
 def _experts(args: Namespace) -> Rules:
-    experts = "E" in args.hybrid_layer_pattern
+    experts = has_experts(args.hybrid_layer_pattern)
     biases = experts and args.add_bias_linear
     flex = experts and args.moe_token_dispatcher_type == "flex"
     module = "transformer_engine" if args.moe_flex_dispatcher_backend == "ncclep" else "deep_ep"

@@ -1,5 +1,6 @@
 """Attention layers that own their RoPE, and the attention core of the torch backend."""
 
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_hybrid.kernels.attention import attention
+from megatron_hybrid.layers.build import Build, mixer_layer
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,37 @@ class RoPE:
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=cp_group,
         )
+
+
+def model_rope(args: Namespace) -> RoPE | None:
+    """Of layers that see all tokens before a query; None for NoPE."""
+    if args.position_embedding_type != "rope":
+        return None
+    return RoPE(args.rotary_base, args.rotary_percent, args.rope_scaling_factor if args.use_rope_scaling else None)
+
+
+def window_rope(args: Namespace) -> RoPE | None:
+    """Of ``W``, which has a base of its own and no scaling."""
+    return RoPE(args.swa_rotary_base, args.rotary_percent) if args.position_embedding_type == "rope" else None
+
+
+def spec(symbol: str, build: Build) -> ModuleSpec:
+    """``*`` or ``W``."""
+    args, parts = build.args, build.parts
+    if symbol == "W":
+        core, params = (
+            TorchCoreAttention,
+            {"rope": window_rope(args), "window": args.swa_window, "sinks": args.swa_sinks},
+        )
+    else:  # documents that are kept apart need a core that takes their ids
+        core = TorchCoreAttention if args.reset_attention_mask else parts.core_attention
+        params = {"rope": model_rope(args)}
+    mixer = ModuleSpec(
+        module=HybridSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **params},
+        submodules=SelfAttentionSubmodules(linear_qkv=parts.normed_column, core_attention=core, linear_proj=parts.row),
+    )
+    return mixer_layer(parts, "linear_qkv", mixer)
 
 
 class HybridSelfAttention(SelfAttention):

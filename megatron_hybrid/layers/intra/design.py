@@ -12,6 +12,9 @@ Shapes and sizes here are global, of all tensor-parallel ranks together.
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.accounting.rules import check_divides
+
 AXES = ("branches", "norm", "scale", "fusion", "value", "output")
 
 # branches, norm, scale, fusion, value, output: as Bae et al., table 18, name and describe them
@@ -25,38 +28,6 @@ _PRESETS = {
 }
 PRESETS = {name: dict(zip(AXES, values, strict=True)) for name, values in _PRESETS.items()}
 """Preset to its axes."""
-
-CONV_WIDTH = 4
-"""Taps of the Mamba-2 convolution; Megatron has no flag for it (core/ssm/mamba_mixer.py, ``d_conv``)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of the input projection with one meaning.
-
-    A part is ``units`` blocks (heads or groups) of ``width`` rows. Tensor-parallel ranks take whole units; where there
-    are fewer units than ranks, a unit is shared by several.
-    """
-
-    name: str
-    units: int
-    width: int
-
-    @property
-    def rows(self) -> int:
-        return self.units * self.width
-
-    def local_rows(self, tp: int) -> int:
-        """Rows that a rank computes."""
-        return max(1, self.units // tp) * self.width
-
-    def is_shared(self, tp: int) -> bool:
-        """Whether several ranks compute the same rows."""
-        return self.units < tp
-
-    def start(self, tp: int, rank: int) -> int:
-        """First row of a rank's units."""
-        return rank * self.units // tp * self.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,13 +296,3 @@ def check_widths(d: IntraDesign) -> None:
     if d.norm_groups is not None:
         for i, name in enumerate(d.names):
             check_divides(d.width(i), f"the width of the {name} branch", d.norm_groups, "--intra-norm-groups")
-
-
-def check_divides(value: int, what: str, by: int, by_what: str) -> None:
-    """Refuses a value that is no positive multiple of another.
-
-    Raises:
-        ValueError: With both values and what they are.
-    """
-    if by < 1 or value % by or value < 1:
-        raise ValueError(f"{what} is {value} and must be a multiple of {by_what}, which is {by}.")

@@ -4,6 +4,7 @@ Shapes: s sequence, b batch, w width of a branch's output on this tensor-paralle
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +42,34 @@ def mean_alphas(chunks: list) -> dict[str, Any]:
     return {"intra_alpha": {str(n): total / count for n, (total, count) in enumerate(sums.tolist()) if count}}
 
 
+FUSIONS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
+    "add": lambda first, second: [first + second],
+    "diff": lambda first, second: [first - second],
+    "concat": lambda first, second: [first, second],
+}
+"""From two branches [s, b, w] to what the output projection takes, one tensor or two."""
+SCALES: dict[str, Callable[["IntraFusion"], list[Tensor | None]]] = {
+    "none": lambda fusion: [None, None],
+    "vector": lambda fusion: [scale() for scale in fusion.scales],
+    "scalar": lambda fusion: list(fusion.scalars.unbind()),
+    "diff-lambda": lambda fusion: [None, fusion.differential_lambda()],
+    "gate": lambda fusion: [None, None],  # these two come from the token
+    "interpolate": lambda fusion: [None, None],
+}
+"""What multiplies each branch alike for all tokens: a vector [w], a scalar, or None."""
+
+
+def entry(table: Mapping[str, Any], axis: str, value: str) -> Any:
+    """The table's entry for a value of an axis.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if value not in table:
+        raise ValueError(f"--intra-{axis} {value}: choose one of {', '.join(table)}.")
+    return table[value]
+
+
 def lambda_init(depth: int) -> float:
     """Where lambda starts in block ``depth``, counted from 0 (Ye et al., arXiv:2410.05258, section 2.1)."""
     return 0.8 - 0.6 * math.exp(-0.3 * depth)
@@ -61,12 +90,15 @@ class IntraFusion(MegatronModule):
     def __init__(self, config: TransformerConfig, design: IntraDesign, depth: int, tp_group: Any):
         super().__init__(config)
         self.design, self.tp_group, self.eps = design, tp_group, config.layernorm_epsilon
-        self.concatenates = "fused" not in design.out_parts
+        self.fuse = entry(FUSIONS, "fusion", design.fusion if "fused" in design.out_parts else "concat")
+        self.scale = entry(SCALES, "scale", design.scale)
+        self.multiplies_norm = entry({"none": False, "group": True, "fused": False}, "norm", design.norm)
         branches = {name: design.width(i) for i, name in enumerate(design.names)}
         self.norms: tuple[SplitVector, ...] = ()
         if design.norm != "none":
             self.norms = self._vectors("norm", branches if design.norm == "group" else design.out_parts)
         self.scales: tuple[SplitVector, ...] = ()
+        self.scalars: Tensor
         if design.scale == "vector":
             self.scales = self._vectors("scale", branches)
         elif design.scale == "scalar":
@@ -97,12 +129,12 @@ class IntraFusion(MegatronModule):
         """
         d = self.design
         xs = [first, second]
-        if d.norm == "group":
+        if self.multiplies_norm:
             xs = group_rms_normalise(xs, [d.groups(0), d.groups(1)], self.eps, self.tp_group)
         xs = [x if f is None else x * f.to(x.dtype) for x, f in zip(xs, self._factors(), strict=True)]
         if gate is not None:
             xs = [x * g for x, g in zip(xs, self._gates(gate), strict=True)]
-        parts = xs if self.concatenates else [xs[0] - xs[1] if d.fusion == "diff" else xs[0] + xs[1]]
+        parts = self.fuse(*xs)
         if d.norm == "fused":
             groups = [d.groups(i) for i in range(len(parts))]
             parts = group_rms_normalise(parts, groups, self.eps, self.tp_group)
@@ -122,16 +154,8 @@ class IntraFusion(MegatronModule):
 
     def _factors(self) -> list[Tensor | None]:
         """What multiplies each branch alike for all tokens: the norm's weight and the scale in one."""
-        result: list[Tensor | None] = [None, None]
-        if self.design.norm == "group":
-            result = [norm() for norm in self.norms]
-        scales: list[Tensor | None] = [None, None]
-        if self.design.scale == "vector":
-            scales = [scale() for scale in self.scales]
-        elif self.design.scale == "scalar":
-            scales = list(self.scalars.unbind())
-        elif self.design.scale == "diff-lambda":
-            scales = [None, self.differential_lambda()]
+        result: list[Tensor | None] = [norm() for norm in self.norms] if self.multiplies_norm else [None, None]
+        scales = self.scale(self)
         return [s if r is None else r if s is None else r * s for r, s in zip(result, scales, strict=True)]
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,15 +24,36 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, rotary_table
-from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
+from megatron_hybrid.layers.build import Build, mixer_layer
+from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
+from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion
 from megatron_hybrid.layers.mamba.module import HybridMambaMixer
 from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts
+
+
+def spec(symbol: str, build: Build) -> ModuleSpec:
+    """``P``."""
+    args, parts, d = build.args, build.parts, design(build.args)
+    if any(part.is_shared(args.tensor_model_parallel_size) for part in d.in_parts):
+        parts = parts.with_shared_rows()
+    mixer = ModuleSpec(
+        module=IntraHybrid,
+        params={
+            "design": d,
+            "rope": model_rope(args),
+            "depths": build.mixer_depths,
+            "a_init_range": tuple(args.mamba_a_init_range),
+            "recompute": tuple(args.hybrid_recompute),
+        },
+        submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+    )
+    return mixer_layer(parts, "in_proj", mixer)
 
 
 @dataclass
@@ -164,11 +185,7 @@ class IntraHybrid(MegatronModule):
         tp = self.tp_group.size()
         self.in_parts = {part.name: part.local_rows(tp) for part in design.in_parts}
         self.out_parts = {part: width // tp for part, width in design.out_parts.items()}
-        chunks = read_together(list(self.in_parts), [design.branch_parts(0), design.branch_parts(1)])
-        self.chunk_widths = [sum(self.in_parts[name] for name in chunk) for chunk in chunks]
-        # for each branch its chunks in its own order: a value shared with the other branch may lie elsewhere
-        first_parts = [chunk[0] for chunk in chunks]
-        self.reads = [[first_parts.index(n) for n in design.branch_parts(i) if n in first_parts] for i in (0, 1)]
+        self.inputs = BranchInputs(self.in_parts, [design.branch_parts(0), design.branch_parts(1)])
         self._build_projections(submodules, name)
 
     def _build_projections(self, submodules: IntraSubmodules, name: str | None) -> None:
@@ -237,12 +254,12 @@ class IntraHybrid(MegatronModule):
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
         """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
-        pieces = projected.split(self.chunk_widths, -1)
+        branches, gate = self.inputs.split(projected)
 
         def run(branch: int) -> Tensor:
             module = getattr(self, self.design.names[branch])
-            own = [pieces[i] for i in self.reads[branch]]
-            x = own[0] if len(own) == 1 else torch.cat(own, -1)
+            own = branches[branch]
+            x = own[0] if len(own) == 1 else torch.cat(own, -1)  # [s, b, (q k v)_local] or [s, b, (z x B C dt)_local]
             if self.design.branches[branch] == "attention":
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
@@ -252,7 +269,7 @@ class IntraHybrid(MegatronModule):
             first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
         else:
             second, first = run(1), run(0)  # the order in which two streams draw random numbers
-        return self.fusion(first, second, pieces[-1] if "gate" in self.in_parts else None)
+        return self.fusion(first, second, gate)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""
@@ -268,19 +285,6 @@ class IntraHybrid(MegatronModule):
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
-
-
-def read_together(parts: list[str], branches: list[list[str]]) -> list[tuple[str, ...]]:
-    """Parts that the same branches read one after the other, in pieces: going back through few of them costs little."""
-    chunks: list[tuple[str, ...]] = []
-    for part in parts:
-        last = chunks[-1][-1] if chunks else None
-        readers = [names for names in branches if part in names or last in names]
-        if last and all(last in names and part in names[names.index(last) + 1 :][:1] for names in readers):
-            chunks[-1] += (part,)
-        else:
-            chunks.append((part,))
-    return chunks
 
 
 def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,9 +21,31 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.intra.design import Part
+from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.layers.build import Build
 from megatron_hybrid.layers.norm import SpanningRMSNorm
 from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts
+
+
+def spec(symbol: str, build: Build) -> ModuleSpec:
+    """``M``."""
+    args, parts = build.args, build.parts
+    if args.mamba_num_groups < args.tensor_model_parallel_size:
+        parts = parts.with_shared_rows()
+    mixer = ModuleSpec(
+        module=HybridMambaMixer,
+        params={"A_init_range": tuple(args.mamba_a_init_range), "recompute": "ssm" in args.hybrid_recompute},
+        submodules=MambaMixerSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+    )
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=parts.input_norm,
+            mixer=mixer,
+            mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=parts.stored_as("norm.", "mixer.in_proj.layer_norm_"),
+        ),
+    )
 
 
 class SampleContextParallel(MambaContextParallel):

@@ -1,4 +1,4 @@
-"""Experts of the torch backend: two grouped products on CUDA instead of two products for each expert."""
+"""Upstream's mixture of experts; on the torch backend with two grouped products in place of two for each expert."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -6,13 +6,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hybrid.layers.build import Build
+
 ALIGNMENT = 8
 """Numbers of bf16 in the 16 bytes of which grouped products want every row to be a multiple."""
+
+
+def spec(symbol: str, build: Build) -> ModuleSpec:
+    """``E``."""
+    parts = build.parts
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.norm, mlp=parts.moe, mlp_bda=get_bias_dropout_add
+        ),
+    )
 
 
 def can_group(config: Any, tokens: Tensor, weights: Sequence[Tensor]) -> bool:

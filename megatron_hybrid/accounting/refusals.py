@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_hybrid.costs.sizes import setting
+from megatron_hybrid.accounting.sizes import setting
 
 
 def refuse(args: Any, settings: Mapping[str, str], cost: str) -> None:
@@ -31,7 +31,7 @@ def refuse_dispatchers(args: Any) -> None:
         ValueError: There are experts, and another dispatcher.
     """
     dispatcher = setting(args, "moe_token_dispatcher_type", "alltoall")
-    if "E" in setting(args, "hybrid_layer_pattern", "") and dispatcher != "alltoall":
+    if setting(args, "num_experts") and dispatcher != "alltoall":
         raise ValueError(
             f"--moe-token-dispatcher-type {dispatcher}: its memory and its communication are not counted here. Use "
             "alltoall."

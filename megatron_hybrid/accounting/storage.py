@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_hybrid.costs.layout import Layout
-from megatron_hybrid.costs.refusals import refuse
-from megatron_hybrid.costs.sizes import setting
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.refusals import refuse
+from megatron_hybrid.accounting.sizes import setting
 
 BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2, "fp8": 1, "uint8": 1}
 """By the names of Megatron's flags and of torch."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_hybrid.costs.refusals import refuse, refuse_dispatchers
-from megatron_hybrid.costs.sizes import setting
+from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
+from megatron_hybrid.accounting.sizes import setting
 
 MODULES = ("core_attn", "mlp", "moe", "shared_experts")
 """Of --recompute-modules, those that are counted."""
@@ -88,6 +88,8 @@ class ActivationSettings:
     """Share of a head's channels that RoPE turns."""
     dropout: bool = False
     """Hidden states are dropped."""
+    attention_dropout: bool = False
+    """Attention scores are dropped."""
     packed: bool = False
     """Documents are kept apart."""
     fused_activation: bool = True
@@ -105,8 +107,7 @@ class ActivationSettings:
         device = get("device", "auto")
         device = "cuda" if device == "auto" else device
         backend = get("backend", "auto")
-        pattern = get("hybrid_layer_pattern", "")
-        _refuse(args, device, pattern)
+        _refuse(args, device)
         recompute = Recompute.from_args(args)
         return cls(
             bytes_each=2 if get("bf16", False) or get("fp16", False) else 4,
@@ -116,6 +117,7 @@ class ActivationSettings:
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             rotary_percent=get("rotary_percent", 1.0),
             dropout=get("hidden_dropout", 0.1) > 0,
+            attention_dropout=get("attention_dropout", 0) > 0,
             packed=bool(get("reset_attention_mask", False)),
             # without a gate nothing but the experts' weighted squared ReLU can be fused (core/transformer/mlp.py:280)
             fused_activation=get("bias_swiglu_fusion", True)
@@ -125,14 +127,10 @@ class ActivationSettings:
         )
 
 
-def _refuse(args: Any, device: str, pattern: str) -> None:
+def _refuse(args: Any, device: str) -> None:
     get = partial(setting, args)
     refuse(args, NOT_COUNTED, "activation memory")
     refuse_dispatchers(args)
-    if device == "cpu" and set(pattern) & set("*WP") and get("attention_dropout", 0) > 0:
-        raise ValueError(
-            f"--attention-dropout {get('attention_dropout')} on CPU stores the scores, which is not counted: set 0."
-        )
     if device == "cpu" and get("reset_attention_mask"):
         raise ValueError("--reset-attention-mask: activation memory of packed documents on CPU is not counted.")
     group, stages = get("microbatch_group_size_per_vp_stage"), get("pipeline_model_parallel_size", 1)

@@ -1,11 +1,10 @@
-"""How a model is spread over ranks: the sizes of the groups, and what each pipeline stage holds."""
+"""How a model is spread over ranks: the sizes of the groups, and the batch."""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_hybrid.costs.sizes import Sizes, setting
-from megatron_hybrid.pattern import Pattern, check_pipeline
+from megatron_hybrid.accounting.sizes import Sizes, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,37 +89,3 @@ class Layout:
     def shard(self, sizes: Sizes) -> Sizes:
         """The sizes of one rank's share of each layer."""
         return sizes.shard(self.tp, self.ep, self.etp)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one rank of the pipeline holds."""
-
-    segments: tuple[str, ...]
-    """Layers of each of its segments, in order."""
-    first: bool
-    """Holds the embedding."""
-    last: bool
-    """Holds the final norm, the output head, and the MTP heads."""
-
-    @property
-    def layers(self) -> str:
-        return "".join(self.segments)
-
-
-def stages(pattern: Pattern, pp: int) -> list[Stage]:
-    """The pipeline stages of a pattern.
-
-    Segment i belongs to stage i % pp, as upstream deals them out
-    (core/models/hybrid/hybrid_layer_allocation.py, ``select_pipeline_segment``); without ``|`` each stage has the same
-    number of layers.
-
-    Raises:
-        ValueError: The pattern does not divide over the stages.
-    """
-    check_pipeline(pattern, pp)
-    segments = pattern.segments
-    if len(segments) == 1:
-        each = len(pattern.layers) // pp
-        segments = tuple(pattern.layers[i * each : (i + 1) * each] for i in range(pp))
-    return [Stage(segments[i::pp], first=i == 0, last=i == pp - 1) for i in range(pp)]

@@ -1,0 +1,94 @@
+"""Tensors that a forward pass keeps for the backward pass: the terms of a layer's table.
+
+Each line is one storage: views of a tensor are kept with the tensor and stand there once; parameters and vectors of
+their size stand nowhere. Measured (``tests/costs/test_activations_measured.py``) are the tables of ``device`` cpu with
+``backend`` torch. Derived from reading are those of cuda: torch's fused RMSNorm and flash attention, FlexAttention
+(``kernels/attention.py``), Megatron's fused activations (core/fusions/fused_bias_swiglu.py), mamba_ssm's
+``MambaSplitConv1dScanCombinedFn`` (ops/triton/ssd_combined.py), Transformer Engine's ``LayerNormLinear``, which keeps
+the norm's input and output as a norm and a linear do, and flash-linear-attention's ``ChunkGatedDeltaRuleFunction``.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+from megatron_hybrid.accounting.activation_settings import ActivationSettings
+from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.sizes import Sizes
+
+FP32 = 4
+"""Bytes."""
+
+
+class Saved(NamedTuple):
+    """One storage that is kept."""
+
+    name: str
+    shape: tuple[Any, ...]
+    each: float
+    """Bytes of an element."""
+
+    @property
+    def bytes(self) -> float:
+        return prod(self.shape) * self.each
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's share of a layer and of a micro-batch."""
+
+    whole: Sizes
+    layout: Layout
+    settings: ActivationSettings
+
+    @property
+    def s(self) -> Sizes:
+        return self.layout.shard(self.whole)
+
+    @property
+    def tokens(self) -> int:
+        """That the rank's layers see between their projections."""
+        return self.layout.tokens(self.whole.seq_length)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the rank's hidden state."""
+        return self.tokens // self.layout.tp if self.layout.sequence_parallel else self.tokens
+
+    @property
+    def e(self) -> int:
+        return self.settings.bytes_each
+
+    @property
+    def cpu(self) -> bool:
+        return self.settings.device == "cpu"
+
+    @property
+    def norm_bytes(self) -> int:
+        """On CPU torch's RMSNorm works on an fp32 copy and keeps that; its fused kernel keeps the input itself."""
+        return FP32 if self.cpu else self.e
+
+    def keeps(self, module: str) -> bool:
+        return module not in self.settings.recompute.modules
+
+
+def norm(r: Rank, rows: float, width: float, weight: bool = True, groups: float = 1) -> list[Saved]:
+    """RMSNorm of [rows, width] in groups; on CPU its weight multiplies a tensor that is kept too."""
+    lines = [Saved("norm: input", (rows, width), r.norm_bytes), Saved("norm: 1 / rms", (rows, groups), FP32)]
+    return lines + [Saved("norm: normalised", (rows, width), FP32)] * (weight and r.cpu)
+
+
+def shared_rows(r: Rank, width: int, fewest_units: int) -> list[Saved]:
+    """The input projection's weight where ranks share rows of it: put together anew in each pass (layers/parts.py)."""
+    return [Saved("weight of own and shared rows", (width, r.whole.hidden), r.e)] * (fewest_units < r.layout.tp)
+
+
+def ffn(r: Rank, rows: float, width: float, routed: bool = False) -> list[Saved]:
+    """Between the two projections of an FFN (core/transformer/mlp.py:329): [rows, width] each."""
+    lines = [Saved("first projection", (1 + r.s.gated, rows, width), r.e)]
+    if not (r.settings.fused_activation and not r.cpu):
+        if r.s.gated:
+            lines.append(Saved("activated gate, gated half", (2, rows, width), r.e))
+        if routed:
+            lines.append(Saved("before the routing probability", (rows, width), r.e))
+    return [*lines, Saved("input of the second projection", (rows, width), r.e)]

@@ -1,0 +1,107 @@
+"""The Mamba-2 scan with its convolution, wherever a layer has it: FLOPs, parameters, cache, saved tensors, messages."""
+
+from math import ceil
+from typing import Literal
+
+from megatron_hybrid.accounting.cache import Cache
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved
+from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, by_heads
+
+CONV_WIDTH = 4
+"""Taps of the Mamba-2 convolution; Megatron has no flag for it (core/ssm/mamba_mixer.py, ``d_conv``)."""
+SSD_CHUNK = 128
+"""Tokens of a chunk of the Mamba-2 scan, for which it keeps one state (core/ssm/mamba_mixer.py:192, ``chunk_size``)."""
+
+Convention = Literal["model", "paper"]
+"""How FLOPs are counted: :mod:`megatron_hybrid.costs.flops`."""
+
+
+def pairs_in_chunks(length: int, chunk: int, masked: bool = True) -> int:
+    """Pairs of tokens of one chunk, over all chunks of a sequence; the last one may be shorter.
+
+    Args:
+        masked: Only pairs of a token with itself and those before it, q (q + 1) / 2 in a chunk of q; else all q^2.
+    """
+    whole, rest = divmod(length, chunk)
+    if masked:
+        return whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2
+    return whole * chunk**2 + rest**2
+
+
+def ssm_core_flops(inner: int, state_dim: int) -> float:
+    """Forward FLOPs per token of the SSM core: 9 d N + 2 d. Source: arXiv:2510.04800, Table 1."""
+    return 9 * inner * state_dim + 2 * inner
+
+
+def ssd_scan_flops(inner: int, groups: int, state_dim: int, length: int, masked: bool = True) -> float:
+    """Forward FLOPs per token of the chunked Mamba-2 scan's matrix products.
+
+    Per group, C B^T of the pairs in a chunk, 2 N each; all heads of the group share it. Per head, the product of these
+    pairs with x, 2 p each: 2 d over all heads. Per token, the outer product B x^T that goes into the chunk's state and
+    the product of C with the state before the chunk: 2 d N each. Source: arXiv:2405.21060, section 6;
+    ``megatron_hybrid.kernels.ssd``, whose plain products compute the masked half too (``masked=False``).
+
+    Sequences shorter than a chunk are one chunk. Context parallelism changes nothing: each rank scans whole sequences
+    of its share of the heads.
+    """
+    pairs = pairs_in_chunks(length, SSD_CHUNK, masked) / length
+    return pairs * 2 * (groups * state_dim + inner) + 4 * inner * state_dim
+
+
+def scan_flops(inner: int, groups: int, state_dim: int, length: int, convention: Convention) -> float:
+    if convention == "paper":
+        return ssm_core_flops(inner, state_dim)
+    return ssd_scan_flops(inner, groups, state_dim, length)
+
+
+def conv_flops(inner: int, groups: int, state_dim: int) -> float:
+    """Forward FLOPs per token of the depthwise convolution over x, B and C."""
+    return 2 * CONV_WIDTH * (inner + 2 * groups * state_dim)
+
+
+def scan_tensors(channels: int, heads: int, shared: int) -> list[int]:
+    """Convolution (weight and bias), dt_bias, A_log and D, and the channels that ranks have in common."""
+    common = [shared * CONV_WIDTH, shared] if shared else []
+    return [channels * CONV_WIDTH, channels, heads, heads, heads, *common]
+
+
+def shared_states(groups: int, state_dim: int, tp: int) -> int:
+    """Rows of B and C that are whole on every rank (layers/mamba/module.py): all of fewer groups than ranks."""
+    return 2 * groups * state_dim if groups < tp else 0
+
+
+def scan_saved(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> list[Saved]:
+    """Convolution, scan and gate (``kernels/combined.py``); under context parallelism whole samples of fewer heads."""
+    cp, e = r.layout.cp, r.e
+    t, inner, states = r.tokens * cp, heads * head_dim // cp, max(1, groups // cp) * state
+    lines = [Saved("z x B C dt, samples first", (t, 2 * inner + 2 * states + heads // cp), e)]
+    if not r.cpu and r.settings.mamba_ssm:
+        return [*lines, Saved("scan's output before its gate", (t, inner), e)]
+    chunks = r.layout.micro_batch * ceil(r.whole.seq_length / SSD_CHUNK)
+    return [
+        *lines,
+        Saved("dt with bias, its softplus, dt A, clamped", (4, t, heads // cp), FP32),
+        Saved("x B C after the convolution", (t, inner + 2 * states), e),
+        Saved("state before each chunk", (chunks, inner, state), FP32),
+    ]
+
+
+def scan_cache(inner: int, groups: int, state_dim: int) -> Cache:
+    """A state [head_dim, N] for each head, and the convolution's window of x, B and C.
+
+    All CONV_WIDTH positions of the window are kept, as in the paper and upstream (core/ssm/mamba_mixer.py, conv_state),
+    though the last CONV_WIDTH - 1 would do.
+    """
+    return Cache(conv=CONV_WIDTH * (inner + 2 * groups * state_dim), state=inner * state_dim)
+
+
+def scan_exchanges(
+    m: MicroBatch, inner: int, head_dim: int, groups: int, state_dim: int, *inside: str
+) -> list[Exchange]:
+    """z, x, B, C and dt to the scan, and its result back (core/ssm/mamba_context_parallel.py, ``pre_conv_ssm``).
+
+    Of fewer groups than ranks, each rank gets a copy of its own. The way there is in front of what ``ssm`` repeats.
+    """
+    states = max(groups, m.layout.cp) * state_dim
+    there = by_heads(m, [inner, inner, states, states, inner // head_dim], *inside)
+    return [there, by_heads(m, [inner], *inside, "ssm")]

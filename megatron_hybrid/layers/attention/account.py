@@ -1,0 +1,117 @@
+"""Costs of softmax attention: ``*``, over all tokens before a query, and ``W``, over a window and sinks."""
+
+from megatron_hybrid.accounting.attention import (
+    attention_core_flops,
+    cached_positions,
+    is_masked,
+    keys_and_values,
+    masks,
+    refuse_dropout,
+    rope,
+)
+from megatron_hybrid.accounting.cache import Cache
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved
+from megatron_hybrid.accounting.scan import Convention
+from megatron_hybrid.accounting.sizes import Sizes
+from megatron_hybrid.accounting.tensors import Linear, Tensor, dense, linear, norm, norm_sizes
+from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, projections, scatter
+from megatron_hybrid.layers.account import Account
+
+ROPE_SETTINGS = (
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "softmax_type",
+    "qk_layernorm",
+    "qk_l2_norm",
+)
+"""What every layer with attention stores."""
+LONG_ROPE_SETTINGS = ("rotary_base", "use_rope_scaling", "rope_scaling_factor")
+"""What those over all tokens store beside them."""
+
+
+class AttentionAccount(Account):
+    """``*``."""
+
+    empty_mlp = True
+    recompute = {}
+    stored_settings = ROPE_SETTINGS + LONG_ROPE_SETTINGS
+
+    def window(self, s: Sizes) -> int | None:
+        """Keys that a query sees beside the sinks; None: all before it."""
+        return None
+
+    def linears(self, s: Sizes) -> list[Linear]:
+        q, kv = s.heads * s.head_dim, int(s.query_groups * s.head_dim)
+        return [(s.hidden, q * (1 + s.output_gate) + 2 * kv), (q, s.hidden)]
+
+    def tensors(self, whole: Sizes, s: Sizes, tp: int) -> list[Tensor]:
+        qkv, out = self.linears(s)
+        qk_norms = norm_sizes(s, s.head_dim) * 2 if s.qk_norm else []
+        return dense(norm_sizes(s) + linear(out, s.bias) + linear(qkv, s.bias or s.qkv_bias) + qk_norms)
+
+    def conv_flops(self, s: Sizes) -> float:
+        return 0.0
+
+    def core_flops(self, s: Sizes, convention: Convention) -> float:
+        width, window = s.heads * s.head_dim, self.window(s)
+        return attention_core_flops(width, width, s.seq_length, None if window is None else window + s.sinks)
+
+    def recomputed_flops(self, s: Sizes, modules: frozenset[str]) -> float:
+        return self.between_projections(s) if "core_attn" in modules else 0.0
+
+    def cache(self, s: Sizes, length: int) -> Cache:
+        positions = cached_positions(length, self.window(s), s.sinks)
+        return Cache(key_value=positions * max(1, s.query_groups) * 2 * s.head_dim)
+
+    def saved(self, r: Rank) -> list[Saved]:
+        refuse_dropout(r)
+        s, t, e, cp = r.s, r.tokens, r.e, r.layout.cp
+        seen = self.window(s)
+        te = r.settings.backend == "te" and seen is None and not r.settings.packed
+        q, kv = s.heads * s.head_dim, max(1, s.query_groups) * s.head_dim
+        projected = q + 2 * kv
+        if s.query_groups < 1:  # upstream gathers all ranks' (core/transformer/attention.py:1839)
+            projected = (r.whole.heads + 2 * r.whole.query_groups) * s.head_dim
+        before = [Saved("q k v projection, of which v is a view", (t, projected), e)]
+        # without RoPE q is a copy all the same where key heads interrupt it: its heads are made one dimension
+        rotated = [Saved("q", (t, q), e)] * (r.settings.rope or s.query_groups > 1)
+        rotated += [Saved("k after RoPE", (t, kv), e)] * r.settings.rope
+        out = Saved("output, input of the output projection", (t, q), e)
+        if not r.keeps("core_attn"):
+            return [*rope(r, s.head_dim), *before, *rotated, out]
+        core = [Saved("log-sum-exp", (t, s.heads), FP32), *masks(r, seen)]
+        if not r.cpu and is_masked(r, seen):  # FlexAttention takes contiguous copies
+            q_k_v = [Saved("q", (t, q), e), Saved("k, v", (2, t * cp, kv), e)]
+            core.append(Saved("output before its transposition", (t, q), e))
+        elif cp > 1 and not te:
+            q_k_v = [*(rotated[:1] or before), Saved("k, v of all ranks", (2, t * cp, kv), e)]
+            core.append(Saved("outputs of two chunks", (t, q), e))
+        else:
+            q_k_v = before + rotated
+        return [*rope(r, s.head_dim), *q_k_v, *core, out]
+
+    def exchanges(self, m: MicroBatch) -> list[Exchange]:
+        s, tp = m.sizes, m.layout.tp
+        found = projections(m)
+        if s.query_groups < tp:  # core/transformer/attention.py:1852
+            ((_, projected), _) = self.linears(s)
+            whole = scatter(tp, m.size(projected))
+            found.append(Exchange("tensor", whole, whole))
+        width = max(1, s.query_groups // tp) * s.head_dim
+        return [*found, keys_and_values(m, (width, width))]
+
+    def shared_by_ranks(self, s: Sizes, tp: int) -> int:
+        return 0
+
+    def not_cut(self, s: Sizes) -> int:
+        return norm(s) + s.hidden * s.bias
+
+
+class WindowAccount(AttentionAccount):
+    """``W``: a query sees the last ``s.window`` tokens, itself included, and the first ``s.sinks``."""
+
+    stored_settings = (*ROPE_SETTINGS, "swa_window", "swa_sinks", "swa_rotary_base")
+
+    def window(self, s: Sizes) -> int | None:
+        return s.window

@@ -1,0 +1,30 @@
+"""Upstream's gated delta net."""
+
+import copy
+from typing import Any
+
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_hybrid.layers.build import Build, mixer_layer
+
+
+def spec(symbol: str, build: Build) -> ModuleSpec:
+    """``G``, on upstream's plain torch path when flash-linear-attention is missing."""
+    parts = build.parts
+    installed = common.chunk_gated_delta_rule is not None
+    mixer = ModuleSpec(
+        module=GatedDeltaNet if installed else TorchGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row),
+    )
+    return mixer_layer(parts, "in_proj", mixer)
+
+
+class TorchGatedDeltaNet(GatedDeltaNet):
+    """``deterministic_mode`` selects upstream's torch path, for this layer alone."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        config = copy.copy(config)
+        config.deterministic_mode = True
+        super().__init__(config, *args, **kwargs)
