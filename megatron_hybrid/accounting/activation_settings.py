@@ -88,8 +88,8 @@ class ActivationSettings:
     """Share of a head's channels that RoPE turns."""
     dropout: bool = False
     """Hidden states are dropped."""
-    attention_dropout: bool = False
-    """Attention scores are dropped."""
+    attention_dropout: float = 0.0
+    """Probability with which attention scores are dropped."""
     packed: bool = False
     """Documents are kept apart."""
     fused_activation: bool = True
@@ -117,7 +117,7 @@ class ActivationSettings:
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             rotary_percent=get("rotary_percent", 1.0),
             dropout=get("hidden_dropout", 0.1) > 0,
-            attention_dropout=get("attention_dropout", 0) > 0,
+            attention_dropout=get("attention_dropout", 0.0),
             packed=bool(get("reset_attention_mask", False)),
             # without a gate nothing but the experts' weighted squared ReLU can be fused (core/transformer/mlp.py:280)
             fused_activation=get("bias_swiglu_fusion", True)

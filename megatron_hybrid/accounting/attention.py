@@ -54,7 +54,9 @@ def refuse_dropout(r: Rank) -> None:
         ValueError: It is on.
     """
     if r.cpu and r.settings.attention_dropout:
-        raise ValueError("--attention-dropout on CPU stores the scores, which is not counted: set 0.")
+        raise ValueError(
+            f"--attention-dropout {r.settings.attention_dropout} on CPU stores the scores, which is not counted: set 0."
+        )
 
 
 def keys_and_values(m: MicroBatch, widths: tuple[float, float], *inside: str) -> Exchange:

@@ -174,7 +174,6 @@ def test_a_table_has_each_part_once():
         ({"recompute_granularity": "full"}, "uniform or block"),
         ({"cuda_graph_impl": "local"}, "memory pools"),
         ({"microbatch_group_size_per_vp_stage": 4, "pipeline_model_parallel_size": 2}, "-stage 4: .* stages, 2"),
-        ({"device": "cpu", "attention_dropout": 0.1}, "--attention-dropout 0.1"),
         ({"device": "cpu", "reset_attention_mask": True}, "packed documents"),
         *(({name: True}, f"--{name.replace('_', '-')} means") for name in NOT_COUNTED),
     ],
@@ -184,13 +183,22 @@ def test_what_is_not_counted_is_refused(flags, words):
         ActivationSettings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", **flags))
 
 
+def test_dropout_of_scores_on_cpu_is_refused_by_layers_with_attention():
+    dropped = ActivationSettings.from_args(SimpleNamespace(device="cpu", attention_dropout=0.1))
+    for symbol in "*WP":
+        with pytest.raises(ValueError, match="--attention-dropout 0.1 on CPU"):
+            each(symbol, dropped)
+        each(symbol, replace(dropped, device="cuda"))
+    each("M", dropped)
+
+
 @pytest.mark.parametrize("dispatcher", ["allgather", "flex"])
 def test_dispatchers_other_than_all_to_alls_are_refused_where_there_are_experts(dispatcher):
     for settings in (ActivationSettings, CommunicationSettings):
         with pytest.raises(ValueError, match=f"{dispatcher}: .* Use alltoall"):
-            settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type=dispatcher))
-        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*-", moe_token_dispatcher_type=dispatcher))
-        settings.from_args(SimpleNamespace(hybrid_layer_pattern="*E", moe_token_dispatcher_type="alltoall"))
+            settings.from_args(SimpleNamespace(num_experts=4, moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(num_experts=None, moe_token_dispatcher_type=dispatcher))
+        settings.from_args(SimpleNamespace(num_experts=4, moe_token_dispatcher_type="alltoall"))
 
 
 def test_settings_that_are_off_are_no_reason_to_refuse():
