@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import AXES, PRESETS, design
 
 
@@ -124,3 +125,27 @@ def test_parts_are_read_in_few_pieces():
     assert pieces(intra_preset="diff-transformer") == [("q1", "k1"), ("v",), ("q2", "k2")]
     two = pieces(intra_preset="diff-mamba", intra_value="shared")
     assert two == [("z1",), ("x",), ("B1", "C1", "dt1"), ("z2",), ("B2", "C2", "dt2")]
+
+
+def test_branch_inputs_are_views_in_the_order_of_each_core():
+    """Pure: no Megatron. Attention reads x, which lies between z and B, as its value."""
+    import torch
+
+    inputs = BranchInputs({"q": 2, "k": 1, "z": 3, "x": 4, "B": 1, "gate": 2}, [["q", "k", "x"], ["z", "x", "B"]])
+    projected = torch.arange(13.0).expand(1, 1, 13)
+    (attention, mamba), gate = inputs.split(projected)
+    assert torch.cat(attention, -1).flatten().tolist() == [0, 1, 2, 6, 7, 8, 9]
+    assert torch.cat(mamba, -1).flatten().tolist() == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert gate is not None and gate.flatten().tolist() == [11, 12]
+    assert attention[0].data_ptr() == projected.data_ptr()
+    _, nothing = BranchInputs({"q": 2, "z": 3}, [["q"], ["z"]]).split(torch.zeros(1, 1, 5))
+    assert nothing is None
+
+
+@pytest.mark.parametrize(("axis", "value"), [("fusion", "multiply"), ("scale", "matrix"), ("norm", "batch")])
+def test_an_unknown_choice_is_no_other_one(axis, value):
+    from megatron_hybrid.layers.intra import fusion
+
+    tables = {"fusion": fusion.FUSIONS, "scale": fusion.SCALES, "norm": fusion.NORMS}
+    with pytest.raises(ValueError, match=f"--intra-{axis} {value}: choose one of"):
+        fusion.entry(tables[axis], axis, value)

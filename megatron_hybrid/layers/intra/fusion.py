@@ -57,6 +57,8 @@ SCALES: dict[str, Callable[["IntraFusion"], list[Tensor | None]]] = {
     "interpolate": lambda fusion: [None, None],
 }
 """What multiplies each branch alike for all tokens: a vector [w], a scalar, or None."""
+NORMS = {"none": False, "group": True, "fused": False}
+"""Whether the norm's weights multiply the branches, before they are fused."""
 
 
 def entry(table: Mapping[str, Any], axis: str, value: str) -> Any:
@@ -92,7 +94,7 @@ class IntraFusion(MegatronModule):
         self.design, self.tp_group, self.eps = design, tp_group, config.layernorm_epsilon
         self.fuse = entry(FUSIONS, "fusion", design.fusion if "fused" in design.out_parts else "concat")
         self.scale = entry(SCALES, "scale", design.scale)
-        self.multiplies_norm = entry({"none": False, "group": True, "fused": False}, "norm", design.norm)
+        self.multiplies_norm = entry(NORMS, "norm", design.norm)
         branches = {name: design.width(i) for i, name in enumerate(design.names)}
         self.norms: tuple[SplitVector, ...] = ()
         if design.norm != "none":
