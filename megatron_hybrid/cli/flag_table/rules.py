@@ -94,15 +94,19 @@ def check_schedule(args: Namespace) -> None:
         raise ValueError("The run has no length: give --train-iters N, or --train-samples N, of at least 1.")
     if args.lr is None:
         raise ValueError("--lr is not given: a run without --recipe needs a learning rate, such as 1e-3.")
+    for broken, text in [*_learning_rate(args), *_weight_decay(args)]:
+        if broken:
+            raise ValueError(text)
+
+
+def _learning_rate(args: Namespace) -> Rules:
     unit = "samples" if args.train_samples else "iters"
     decay = getattr(args, f"lr_decay_{unit}")
     decay = (args.train_samples or args.train_iters) if decay is None else decay
     warmup, flag = getattr(args, f"lr_warmup_{unit}"), f"--lr-warmup-{unit} is"
     if args.lr_warmup_fraction is not None:
         warmup, flag = args.lr_warmup_fraction * decay, f"--lr-warmup-fraction {args.lr_warmup_fraction:g} is"
-    start, end = args.start_weight_decay, args.end_weight_decay
-    growing = args.weight_decay_incr_style != "constant"
-    rules: Rules = [
+    return [
         (
             0 < (args.train_samples or 0) < (args.global_batch_size or 0),
             f"--train-samples {args.train_samples} is less than a step of --global-batch-size "
@@ -132,6 +136,13 @@ def check_schedule(args: Namespace) -> None:
             "--override-opt-param-scheduler takes the schedule of the flags, --use-checkpoint-opt-param-scheduler that "
             "of the checkpoint: drop one.",
         ),
+    ]
+
+
+def _weight_decay(args: Namespace) -> Rules:
+    start, end = args.start_weight_decay, args.end_weight_decay
+    growing = args.weight_decay_incr_style != "constant"
+    return [
         (
             growing and not 0 <= (-1 if start is None else start) <= (-1 if end is None else end),
             f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay and "
@@ -143,9 +154,6 @@ def check_schedule(args: Namespace) -> None:
             "one is --weight-decay.",
         ),
     ]
-    for broken, text in rules:
-        if broken:
-            raise ValueError(text)
 
 
 def _layers(args: Namespace, argv: list[str]) -> Rules:

@@ -1,8 +1,6 @@
 """Costs of the mixture of experts: ``E``."""
 
-from megatron_hybrid.accounting.cache import Cache
 from megatron_hybrid.accounting.saved import FP32, Rank, Saved, ffn
-from megatron_hybrid.accounting.scan import Convention
 from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.accounting.tensors import (
     Linear,
@@ -17,8 +15,7 @@ from megatron_hybrid.accounting.tensors import (
     weights,
 )
 from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, projections, scatter
-from megatron_hybrid.layers.account import Account
-from megatron_hybrid.layers.ffn.account import ACTIVATION_SETTINGS
+from megatron_hybrid.layers.ffn.account import ACTIVATION_SETTINGS, FFNAccount
 
 EXPERT_SETTINGS = (
     "num_experts",
@@ -40,10 +37,9 @@ EXPERT_SETTINGS = (
 )
 
 
-class ExpertsAccount(Account):
+class ExpertsAccount(FFNAccount):
     """``E``: a router, routed experts, and a shared expert where ``s.shared_ffn`` is its width."""
 
-    empty_mlp = False
     recompute = {"--recompute-modules": ("moe",)}
     stored_settings = ACTIVATION_SETTINGS + EXPERT_SETTINGS
 
@@ -79,19 +75,10 @@ class ExpertsAccount(Account):
         one = sum(t.size for t in tensors if t.expert) // held
         return Parameters(total, total - (held - s.topk) * one)  # a rank may have fewer than a token meets
 
-    def conv_flops(self, s: Sizes) -> float:
-        return 0.0
-
-    def core_flops(self, s: Sizes, convention: Convention) -> float:
-        return 0.0
-
     def recomputed_flops(self, s: Sizes, modules: frozenset[str]) -> float:
         if "moe" in modules:
             return self.flops(s)
         return 2 * weights(ffn_linears(s, s.shared_ffn)) if "shared_experts" in modules else 0.0
-
-    def cache(self, s: Sizes, length: int) -> Cache:
-        return Cache()
 
     def saved(self, r: Rank) -> list[Saved]:
         """Routed evenly. Names and orders of routing are of core/transformer/moe/{moe_utils,token_dispatcher}.py."""
@@ -130,9 +117,6 @@ class ExpertsAccount(Account):
             Exchange("expert tensor", gathered, gathered, ("moe",)),
         ]
         return found + (projections(m, "moe", "shared_experts") if s.shared_ffn else [])
-
-    def shared_by_ranks(self, s: Sizes, tp: int) -> int:
-        return 0
 
     def not_cut(self, s: Sizes) -> int:
         gate = s.hidden * bool(s.shared_ffn and s.shared_gate)
