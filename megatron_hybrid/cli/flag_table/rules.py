@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_hybrid.cli.flags import value
+from megatron_hybrid.argv import value
 
 SAVE_INTERVAL = 1000
 """Steps between two checkpoints of a run that does not say; there is one at its end, too."""
