@@ -100,11 +100,9 @@ def one_run(what: dict[str, Any], argv: list[str]) -> None:
     write = metrics.write_metrics
     ends: list[float] = []
 
-    def hooked(*args: Any, **kwargs: Any) -> None:
+    def hooked(*args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import training
 
-        if not what["bare"]:
-            write(*args, **kwargs)
         decide = training.checkpoint_and_decide_exit
 
         def decided(*args: Any, **kwargs: Any) -> Any:
@@ -113,6 +111,7 @@ def one_run(what: dict[str, Any], argv: list[str]) -> None:
             return result
 
         training.checkpoint_and_decide_exit = decided
+        return {} if what["bare"] else write(*args, **kwargs)
 
     metrics.write_metrics = hooked
     pretrain_hybrid.main(argv)

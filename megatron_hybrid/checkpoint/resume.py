@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.patches.hooks import Wrapper
 from megatron_hybrid.run_folder.checkpoints import (
     POINTER,
     Checkpoint,
@@ -64,7 +65,6 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
         _check_optimizer(args, decision["folder"])
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
         _see_pointer(decision)
-        skip_second_check(decision["folder"])
     return notes + decision["notes"]
 
 
@@ -148,21 +148,21 @@ def verified(folder: str, unverified: bool = False) -> Path:
     return path
 
 
-def skip_second_check(folder: str) -> None:
-    """Has Megatron load a checkpoint that is verified here without hashing it again on rank 0, in one thread.
+def verify_others(folder: str) -> Wrapper:
+    """A hook: Megatron loads a checkpoint that is verified here without hashing it again on rank 0, in one thread.
 
-    Megatron does so under ``--verify-integrity`` (core/dist_checkpointing/serialization.py:121), and refuses then
-    what has no manifest; other folders are verified as ever.
+    Megatron does so under ``--verify-integrity``, and refuses then what has no manifest; other folders are verified as
+    ever.
     """
-    from megatron.core.dist_checkpointing import serialization
 
-    verify = serialization.verify_integrity_manifest
+    def verifying(verify: Callable) -> Callable:
+        def verify_integrity_manifest(checkpoint_dir: str) -> None:
+            if Path(checkpoint_dir).absolute() != Path(folder).absolute():
+                verify(checkpoint_dir)
 
-    def verify_others(checkpoint_dir: str) -> None:
-        if Path(checkpoint_dir).absolute() != Path(folder).absolute():
-            verify(checkpoint_dir)
+        return verify_integrity_manifest
 
-    serialization.verify_integrity_manifest = verify_others
+    return verifying
 
 
 def _decide(args: Namespace, check: Check, write: bool = True) -> dict[str, Any]:

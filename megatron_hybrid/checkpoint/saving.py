@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.cli.flags import value
+from megatron_hybrid.argv import value
+from megatron_hybrid.patches import child_processes
+from megatron_hybrid.patches.hooks import Wrapper
 from megatron_hybrid.patches.upstream import has_module
 from megatron_hybrid.run_folder.checkpoints import is_sealed, remove, remove_old, seal, sweep
 
@@ -75,27 +77,29 @@ def check(args: Namespace, asked_async: bool) -> None:
         raise ValueError(f"--keep-last needs --ckpt-format {FORMAT}, whose checkpoints have a manifest.")
 
 
-def guard_saves(args: Namespace) -> None:
-    """Puts seal, retention and plain words around upstream's saves; before Megatron is initialised.
+def guard_saves(args: Namespace) -> dict[str, Wrapper]:
+    """Seals checkpoints, removes old ones and explains failures of upstream's saves; before Megatron is initialised.
 
-    Wraps ``save_checkpoint`` and ``maybe_finalize_async_save`` as training/training.py calls them, and
-    ``schedule_async_save`` (training/async_utils.py:109) as training/checkpointing.py does. The manifest of
+    By hooks in ``save_checkpoint`` and ``maybe_finalize_async_save`` as training/training.py calls them, and in
+    ``schedule_async_save`` as training/checkpointing.py does. The manifest of
     ``--verify-integrity`` is ours, to the byte that of core/dist_checkpointing/validation.py:540, hashed on threads and
     brought to disk before the pointer is.
-    """
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.training import checkpointing, training
 
+    Returns:
+        Hooks of the run (:func:`megatron_hybrid.patches.hooks.install_hooks`).
+    """
     guard = _Guard(args)
-    serialization.save_integrity_manifest = lambda folder: seal(Path(folder))
-    training.save_checkpoint = guard.around_a_save(training.save_checkpoint)
-    training.maybe_finalize_async_save = guard.explaining(training.maybe_finalize_async_save)
-    checkpointing.schedule_async_save = guard.removing_old_ones_later(checkpointing.schedule_async_save)
     if args.async_save and args.device == "cpu":
         save_from_a_copy_of_the_process(args)
     elif args.async_save and args.async_strategy == "mcore":
-        spawn_the_worker()
-        notice_a_dead_worker()
+        child_processes.spawn_the_worker()
+        child_processes.notice_a_dead_worker()
+    return {
+        "seal": lambda there: lambda folder: seal(Path(folder)),
+        "guard_save": guard.around_a_save,
+        "explain_failure": guard.explaining,
+        "remove_old_checkpoints": guard.removing_old_ones_later,
+    }
 
 
 def save_from_a_copy_of_the_process(args: Namespace) -> None:
@@ -105,53 +109,6 @@ def save_from_a_copy_of_the_process(args: Namespace) -> None:
     way (core/dist_checkpointing/strategies/async_utils.py, ``TemporalAsyncCaller``) forks, and needs no copy.
     """
     args.use_persistent_ckpt_worker = False
-
-
-def spawn_the_worker() -> None:
-    """Both processes of background saves on GPUs are spawned, as those of other saves are.
-
-    Upstream gets the worker from a fork server (training/initialize.py:74) and forks the one that holds the queue of
-    results (training/async_utils.py:104). ``ending.spare_helpers_the_signal`` reaches spawned ones alone: the two would
-    outlive a rank that is killed, with its memory on the GPU, and the second would die of the signal to save.
-    """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-    from megatron.training import initialize
-
-    start = initialize.init_persistent_async_worker
-
-    def spawned(rank: int, mp_mode: str) -> None:
-        get_write_results_queue("spawn")  # upstream asks for it again, and gets this one
-        start(rank, "spawn")
-
-    initialize.init_persistent_async_worker = spawned
-
-
-def notice_a_dead_worker() -> None:
-    """Ends this rank when the process that saves in the background has died, for lack of memory as a rule.
-
-    Upstream would wait for it for ever at the next save or the end, and save nothing until then
-    (core/dist_checkpointing/strategies/async_utils.py, ``PersistentAsyncCaller.is_current_async_call_done``).
-    """
-    from queue import Empty
-
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    is_done = PersistentAsyncCaller.is_current_async_call_done
-
-    def is_current_async_call_done(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
-        while self.process and self.cur_item is None:
-            try:
-                self.cur_item = self._persistent_comp_q.get(timeout=0.1 if blocking else 0)
-            except Empty:
-                if not self.process.is_alive():
-                    raise RuntimeError(
-                        f"the process that saves checkpoints died (exit code {self.process.exitcode})"
-                    ) from None
-                if not blocking:
-                    break
-        return is_done(self, blocking, no_dist)
-
-    PersistentAsyncCaller.is_current_async_call_done = is_current_async_call_done
 
 
 class _Guard:

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hybrid.checkpoint.pickles import check_pickles
+from megatron_hybrid.checkpoint.resume import verified
+from megatron_hybrid.checkpoint.stored_settings import stored_arguments
+from megatron_hybrid.patches.unpickling import admit_known_classes_only
 from megatron_hybrid.run_folder.checkpoints import is_sealed, seal
 
 
@@ -28,13 +32,9 @@ def open_checkpoint(folder: str, unverified: bool = False) -> tuple[str, Namespa
     """
     from megatron.core import dist_checkpointing
 
-    from megatron_hybrid.checkpoint import unpickling
-    from megatron_hybrid.checkpoint.resume import verified
-    from megatron_hybrid.checkpoint.stored_settings import stored_arguments
-
     where = str(verified(folder, unverified))
-    unpickling.admit_known_classes_only()
-    unpickling.check(Path(where))
+    admit_known_classes_only()
+    check_pickles(Path(where))
     args = stored_arguments(where) if dist_checkpointing.check_is_distributed_checkpoint(where) else None
     if args is None:
         raise ValueError(f"{where} has no arguments of a run: give a checkpoint of the format torch_dist.")

@@ -7,23 +7,20 @@ import io
 import os
 import socket
 import sys
-import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hybrid import costs
-from megatron_hybrid.checkpoint import saving, stored_settings, unpickling
-from megatron_hybrid.checkpoint.resume import takes_weights_alone
+from megatron_hybrid.argv import value, without
+from megatron_hybrid.checkpoint import saving
 from megatron_hybrid.cli import connections
 from megatron_hybrid.cli.config import HybridConfig, IntraConfig
 from megatron_hybrid.cli.flag_table import rules, table
-from megatron_hybrid.cli.flags import Command, value, without
+from megatron_hybrid.cli.flags import Command
+from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.registry import LAYERS
-from megatron_hybrid.patches import optimizer_state
-from megatron_hybrid.patches.upstream import has_module, register_symbols
+from megatron_hybrid.patches.upstream import has_module
 from megatron_hybrid.training import data_checks, validation
 
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
@@ -224,11 +221,9 @@ def import_megatron_quietly() -> None:
         for package in ("Apex", "Transformer Engine", "transformer-engine", "absl"):
             warnings.filterwarnings("ignore", message=f".*{package}")
         import megatron.training.training  # noqa: F401
-    from megatron_hybrid.training.megatron_tokenizer import size_by_largest_id
+    from megatron_hybrid.patches.parsing import before_parsing
 
-    register_symbols()
-    size_by_largest_id()
-    unpickling.admit_known_classes_only()
+    before_parsing()
 
 
 def set_single_process_defaults() -> None:
@@ -241,86 +236,6 @@ def set_single_process_defaults() -> None:
     single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, default in single.items():
         os.environ.setdefault(name, str(default))
-
-
-def check_checkpoint(args: Namespace, print_config: bool = False) -> None:
-    """Refuses to load a checkpoint of another model, or to go on under another schedule; the layout may differ.
-
-    Stage boundaries may differ. Where the run goes on in another layout, its vocabulary stays as it is
-    (:func:`keep_vocabulary`).
-
-    args: ``checkpoint`` is the folder that :func:`megatron_hybrid.checkpoint.resume.choose_checkpoint` has found.
-    print_config: The run ends before it trains: its schedule is not compared.
-
-    Raises:
-        ValueError: With what differs, and both values.
-    """
-    from megatron.core import dist_checkpointing
-
-    folder = args.checkpoint
-    if folder is not None and args.rank == 0:
-        unpickling.check(Path(folder))
-    if folder is None or not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        return
-    common = stored_settings.stored_common(folder)
-    stored = common.get("args")
-    saved = getattr(stored, "hybrid_layer_pattern", None)
-    if stored is None or saved is None:
-        return
-    if saved.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
-        raise ValueError(
-            f"The checkpoint in {folder} has the layer pattern\n  {saved}\nbut this run asks for\n"
-            f"  {args.hybrid_layer_pattern}\nOnly stage boundaries (|) may differ. Change the pattern or the "
-            "recipe, or give another --load."
-        )
-    args.notes += stored_settings.check_model(stored, args, folder)
-    if args.ckpt_format == "torch":
-        raise ValueError(f"--ckpt-format torch, and the checkpoint in {folder} is of torch_dist: drop the flag.")
-    goes_on = not args.skip_train and not takes_weights_alone(args, folder)
-    if goes_on:
-        optimizer_state.check_optimizer_state(args, stored, folder)
-    keep_vocabulary(args, stored)
-    if goes_on and not print_config:
-        args.notes += stored_settings.check_schedule(common, args, folder)
-        args.notes += stored_settings.data_notes(stored, args)
-
-
-def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
-    """Pads the vocabulary as the checkpoint does, so that a run that goes on with other tensor parallelism is the same.
-
-    Upstream pads it to a multiple of ranks (core/tokenizers/utils/build_tokenizer.py:140), and fills what a checkpoint
-    lacks with random rows: each loss would be another. A note says so where that has to be.
-
-    Args:
-        args: Megatron's; ``padded_vocab_size`` is known but for ``--print-config``.
-        stored: Those in the checkpoint.
-    """
-    from megatron.training import global_vars
-
-    size, padded = getattr(stored, "padded_vocab_size", None), args.padded_vocab_size
-    if None in (size, padded) or size == padded:
-        return
-    if global_vars.get_tokenizer().vocab_size <= size and size % args.tensor_model_parallel_size == 0:
-        args.padded_vocab_size = size
-        args.notes.append(f"the vocabulary stays padded to {size}, as in the checkpoint")
-    else:
-        args.notes.append(f"the vocabulary is padded to {padded} and in the checkpoint to {size}: new rows are random")
-
-
-@contextlib.contextmanager
-def upstream_errors_as_value_errors() -> Iterator[None]:
-    """Upstream checks arguments with asserts: their text is for the user, their trace is not.
-
-    What else it ends by, while it does nothing but read flags, is a mistake in these, too.
-    """
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = str(error) or place.line  # an assert without a message still has a source line
-        if not isinstance(error, (AssertionError, RuntimeError, ValueError, NotImplementedError)):
-            text = f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
-        raise ValueError(f"Megatron refuses these flags: {text}") from error
 
 
 def check_configs(args: Namespace, config: Any) -> None:

@@ -26,7 +26,8 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from megatron_hybrid.launch import die_with_parent, events, rank
+from megatron_hybrid import die_with_parent
+from megatron_hybrid.launch import events, rank
 from megatron_hybrid.launch.requeue import FINAL_CODES
 from megatron_hybrid.launch.tail import Tail
 

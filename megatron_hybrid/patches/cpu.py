@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_hybrid.patches import table
+from megatron_hybrid.patches.table import Patch, Table, Value
+
+NAME = "CPU engine"
 _CPU = torch.device("cpu")
-_active = False
 
 # Megatron seeds the host's and the device's random streams apart, and forks, saves and restores them apart.
 # Every random operation here runs on torch's default CPU generator, which therefore plays the device's. The
@@ -228,9 +231,12 @@ REPLACED: list[tuple[Any, str, Any, str]] = [
 ]
 
 
+TABLE = Table(NAME, tuple(Patch(owner, name, Value(new), reason) for owner, name, new, reason in REPLACED))
+
+
 def is_active() -> bool:
     """Whether :func:`install` has run in this process."""
-    return _active
+    return table.is_installed(NAME)
 
 
 def install() -> None:
@@ -241,8 +247,7 @@ def install() -> None:
     Raises:
         RuntimeError: CUDA is initialised in this process, so tensors may be on a GPU already.
     """
-    global _active
-    if _active:
+    if is_active():
         return
     if torch.cuda.is_initialized():
         raise RuntimeError(
@@ -252,9 +257,7 @@ def install() -> None:
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # training/arguments.py insists on it under TP and CP
     # torch.compile decorates Megatron's small fusions; compiling them on a CPU costs minutes and gains nothing.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    for owner, name, replacement, _ in REPLACED:
-        setattr(owner, name, replacement)
+    table.install(TABLE)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _CudaToCpu().__enter__()
-    _active = True

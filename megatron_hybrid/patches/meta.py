@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_hybrid.patches.table import Value, replaced
+
 
 @contextmanager
 def meta_device() -> Iterator[None]:
@@ -14,10 +16,6 @@ def meta_device() -> Iterator[None]:
     (for example core/tensor_parallel/layers.py, core/ssm/mamba_mixer.py), which overrides
     ``torch.device("meta")``: the call itself must answer "meta".
     """
-    current_device = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("meta")
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.cuda.current_device = current_device
+    answer = Value(lambda: torch.device("meta"))
+    with replaced(torch.cuda, "current_device", answer), torch.device("meta"):
+        yield

@@ -1,68 +1,17 @@
-"""The optimizer's state in checkpoints: saved in place, loaded in other layouts, and refused where that cannot be."""
+"""Patches of the optimizer's state in checkpoints: saved in place, and loaded in other layouts."""
 
-from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_hybrid.patches.table import Patch, Table
 
 MAIN = "fp32_from_fp16_params"
 """Main parameters of 16-bit ones, without the distributed optimizer: a list for each parameter group."""
 
 
-def check_optimizer_state(args: Namespace, stored: Namespace, folder: str) -> None:
-    """Refuses a checkpoint whose optimizer state this run's optimizer does not take, or not in this layout.
-
-    Args:
-        args: Megatron's, validated.
-        stored: Those in the checkpoint.
-        folder: The checkpoint's, for the message.
-
-    Raises:
-        ValueError: With what differs, and the ways on.
-    """
-    if not hasattr(stored, "dist_ckpt_optim_fully_reshardable"):  # of an older Megatron: left to it
-        return
-    fresh = "give --no-load-optim to go on from the weights, with fresh moments and the schedule from its start"
-    if stored.no_save_optim:
-        raise ValueError(f"{folder} was saved with --no-save-optim and has no optimizer state: {fresh}.")
-    saved, asked = _kind(stored), _kind(args)
-    if saved != asked:
-        raise ValueError(
-            f"The optimizer's state in {folder} was saved {saved}, and this run is {asked}: the state of one does not "
-            f"load into the other. Give the flags of the checkpoint, or {fresh}."
-        )
-    differ = _other_buckets(args, stored)
-    if stored.use_distributed_optimizer and not stored.dist_ckpt_optim_fully_reshardable and differ:
-        raise ValueError(
-            f"The optimizer's state in {folder} has the format dp_reshardable, which loads in the layout that saved it "
-            f"and in no other, and this run has {'; '.join(differ)}. Go on in that layout for one save, which has the "
-            f"format for any layout (--dist-ckpt-optim-fully-reshardable, the default here), or {fresh}."
-        )
-
-
-def _kind(args: Namespace) -> str:
-    """The flags that say which tensors an optimizer has; the distributed one has the same in every precision."""
-    if args.use_distributed_optimizer:
-        return f"by --optimizer {args.optimizer} with --use-distributed-optimizer"
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    return f"by --optimizer {args.optimizer} in {precision} without --use-distributed-optimizer"
-
-
-def _other_buckets(args: Namespace, stored: Namespace) -> list[str]:
-    """What cuts the distributed optimizer's buffers, where it differs: core/distributed/param_and_grad_buffer.py."""
-    layout = ["tensor_model", "pipeline_model", "expert_model", "expert_tensor"]
-    names = [f"{kind}_parallel_size" for kind in layout] + ["hybrid_layer_pattern", "overlap_grad_reduce"]
-    names += ["bf16", "fp16", "num_distributed_optimizer_instances", "ddp_pad_buckets_for_high_nccl_busbw"]
-    if args.overlap_grad_reduce:  # else there is one bucket
-        names += ["ddp_bucket_size", "ddp_num_buckets", "data_parallel_size", "context_parallel_size"]
-    return [
-        f"--{name.replace('_', '-')} {getattr(args, name, None)}, not {getattr(stored, name, None)}"
-        for name in names
-        if getattr(args, name, None) != getattr(stored, name, None)
-    ]
-
-
-def load_optimizers_of_other_expert_layouts() -> None:
+def load_optimizers_of_other_expert_layouts(load: Callable) -> Callable:
     """Loads optimizer state that was saved with another number of chained optimizers.
 
     Experts have an optimizer of their own only where expert parallelism is used
@@ -71,11 +20,6 @@ def load_optimizers_of_other_expert_layouts() -> None:
     flag ``is_expert_parallel`` (core/optimizer/optimizer.py:1573). And a stage without experts has an optimizer of no
     parameters, whose empty state upstream does not find. States that upstream can load are left to it.
     """
-    from megatron.core.optimizer import optimizer
-
-    load = optimizer.ChainedOptimizer.load_state_dict
-    if hasattr(load, "wrapped"):
-        return
 
     def load_state_dict(self: Any, state_dict: dict) -> None:
         several = len(self.chained_optimizers) > 1
@@ -93,8 +37,7 @@ def load_optimizers_of_other_expert_layouts() -> None:
         if several:
             self._synchronize_steps()
 
-    load_state_dict.wrapped = load  # type: ignore[attr-defined]
-    optimizer.ChainedOptimizer.load_state_dict = load_state_dict
+    return load_state_dict
 
 
 def _is_whole(part: dict) -> bool:
@@ -138,21 +81,14 @@ LR_FIELDS = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
 """What of a parameter group follows from flags of the optimizer and its schedule."""
 
 
-def load_optimizers_of_other_schedules() -> None:
-    """Loads optimizer state under other learning rates (core/optimizer/distrib_optimizer.py:937, optimizer.py:595).
+def load_optimizers_of_other_schedules(load: Callable) -> Callable:
+    """Loads the distributed optimizer's state under other learning rates.
 
     Upstream finds the saved group of each parameter group by its fields, the learning rates among them: with
     ``--override-opt-param-scheduler`` and another ``--lr``, or ``--use-checkpoint-opt_param-scheduler`` without the
     checkpoint's, there is none (KeyError). Here both get the rates that the flag says before they are compared. The
     same goes for Adam's betas and epsilon, which upstream takes from the checkpoint whatever the flags.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
-    load = DistributedOptimizer.load_state_dict
-    if hasattr(load, "wrapped"):
-        return
-    pair = MegatronOptimizer._filter_and_reorder_param_groups
 
     def load_state_dict(self: Any, state_dict: dict) -> None:
         saved = state_dict.get("optimizer", {}).get("param_groups") if hasattr(self, "optimizer") else None
@@ -160,13 +96,17 @@ def load_optimizers_of_other_schedules() -> None:
             agree_on_schedule(self.optimizer.param_groups, saved)
         load(self, state_dict)
 
+    return load_state_dict
+
+
+def pair_groups_of_other_schedules(pair: Callable) -> Any:
+    """The same of the other optimizers."""
+
     def filter_and_reorder(current_groups: list, state_dict_groups: list) -> list:
         agree_on_schedule(current_groups, state_dict_groups)
         return pair(current_groups, state_dict_groups)
 
-    load_state_dict.wrapped = load  # type: ignore[attr-defined]
-    DistributedOptimizer.load_state_dict = load_state_dict
-    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(filter_and_reorder)
+    return staticmethod(filter_and_reorder)
 
 
 def agree_on_schedule(current: list[dict], saved: list[dict]) -> None:
@@ -201,17 +141,12 @@ def agree_on_schedule(current: list[dict], saved: list[dict]) -> None:
                 group.update({key: source[0][key] for key in LR_FIELDS if key in source[0]})
 
 
-def save_no_empty_lists_of_main_parameters() -> None:
+def save_no_empty_lists_of_main_parameters(shard: Callable) -> Callable:
     """Lets bf16 and fp16 runs without the distributed optimizer go on where a stage has no experts.
 
     Under expert parallelism such a stage has an optimizer of no parameters (core/optimizer/optimizer.py:1158), and of
     what is not sharded a checkpoint has the first rank's: empty lists there do not fit those of the other stages.
     """
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-
-    shard = Float16OptimizerWithFloat16Params.sharded_state_dict
-    if hasattr(shard, "wrapped"):
-        return
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict:
         state: dict = shard(self, *args, **kwargs)
@@ -219,20 +154,14 @@ def save_no_empty_lists_of_main_parameters() -> None:
             del state[MAIN]
         return state
 
-    sharded_state_dict.wrapped = shard  # type: ignore[attr-defined]
-    Float16OptimizerWithFloat16Params.sharded_state_dict = sharded_state_dict
+    return sharded_state_dict
 
 
-def load_momentum_of_sgd() -> None:
-    """Lets runs of ``--optimizer sgd`` go on (core/optimizer/optimizer.py:214).
+def load_momentum_of_sgd(start: Callable) -> Callable:
+    """Lets runs of ``--optimizer sgd`` go on.
 
     A checkpoint is loaded into state that is there, which upstream has a function for with Adam and None with SGD.
     """
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
-    start = MegatronOptimizer.__init__
-    if hasattr(start, "wrapped"):
-        return
 
     def momentum(optimizer: Any, config: Any = None) -> None:
         for group in optimizer.param_groups if optimizer else ():
@@ -242,25 +171,20 @@ def load_momentum_of_sgd() -> None:
     def __init__(self: Any, optimizer: Any, config: Any, init_state_fn: Any = None) -> None:
         start(self, optimizer, config, init_state_fn or momentum)
 
-    __init__.wrapped = start  # type: ignore[attr-defined]
-    MegatronOptimizer.__init__ = __init__
+    return __init__
 
 
-def load_sharded_buckets_of_leaves() -> None:
-    """Loads upstream's ``dp_reshardable`` format in fp32 (core/optimizer/distrib_optimizer.py:1225).
+def load_sharded_buckets_of_leaves(load: Callable) -> Callable:
+    """Loads upstream's ``dp_reshardable`` format in fp32.
 
     The shards of main parameters are views of the model's there, and upstream writes into them with gradients on, which
     autograd refuses. The loaders of its other formats switch them off.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
-    if not hasattr(load, "__wrapped__"):
-        DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)
+    return torch.no_grad()(load)
 
 
-def save_optimizer_buckets_in_place() -> None:
-    """Saves optimizer state from where it stands in the buffer (core/optimizer/distrib_optimizer.py:1262, :1690).
+def save_optimizer_buckets_in_place(cut: Callable) -> Callable:
+    """Saves optimizer state from where it stands in the buffer.
 
     The fully reshardable format cuts each parameter's state out of a buffer by its position in the padded buffer,
     but is given one without the padding between buckets. Behind a bucket whose length is not a multiple of its
@@ -269,11 +193,6 @@ def save_optimizer_buckets_in_place() -> None:
     padding is put back before the cutting. Moments that are not there before the first step are zero, which upstream
     looks for in vain.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    cut = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if hasattr(cut, "wrapped"):
-        return
 
     def sharded_param_state_fully_reshardable(self: Any, *args: Any, **kwargs: Any) -> Any:
         gather = self.get_parameter_state_dp_zero
@@ -293,8 +212,7 @@ def save_optimizer_buckets_in_place() -> None:
         finally:
             del self.get_parameter_state_dp_zero
 
-    sharded_param_state_fully_reshardable.wrapped = cut  # type: ignore[attr-defined]
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_param_state_fully_reshardable
+    return sharded_param_state_fully_reshardable
 
 
 def pad_buckets(tensors: dict[str, Any], buckets: list[Any]) -> None:
@@ -305,3 +223,62 @@ def pad_buckets(tensors: dict[str, Any], buckets: list[Any]) -> None:
         if torch.is_tensor(tensor):
             parts = zip(tensor.split(unpadded), padding, strict=True)
             tensors[name] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
+
+
+_BASE = "megatron.core.optimizer.optimizer"
+_SHARDED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+TABLE = Table(
+    "optimizer state",
+    (
+        Patch(
+            f"{_BASE}:ChainedOptimizer",
+            "load_state_dict",
+            load_optimizers_of_other_expert_layouts,
+            "the number of chained optimizers depends on expert parallelism, and other numbers do not load",
+            "core/optimizer/optimizer.py:1573",
+        ),
+        Patch(
+            f"{_BASE}:Float16OptimizerWithFloat16Params",
+            "sharded_state_dict",
+            save_no_empty_lists_of_main_parameters,
+            "empty lists of a stage without experts do not fit those of the other stages",
+            "core/optimizer/optimizer.py:1138",
+        ),
+        Patch(
+            _SHARDED,
+            "sharded_param_state_fully_reshardable",
+            save_optimizer_buckets_in_place,
+            "behind a padded bucket all state is written shifted",
+            "core/optimizer/distrib_optimizer.py:1690",
+        ),
+        Patch(
+            _SHARDED,
+            "load_parameter_state_from_dp_reshardable",
+            load_sharded_buckets_of_leaves,
+            "it writes into leaves with gradients on",
+            "core/optimizer/distrib_optimizer.py:1225",
+        ),
+        Patch(
+            f"{_BASE}:MegatronOptimizer",
+            "__init__",
+            load_momentum_of_sgd,
+            "state of SGD is not made before it is loaded",
+            "core/optimizer/optimizer.py:214",
+        ),
+        Patch(
+            _SHARDED,
+            "load_state_dict",
+            load_optimizers_of_other_schedules,
+            "groups are found by their learning rates",
+            "core/optimizer/distrib_optimizer.py:937",
+        ),
+        Patch(
+            f"{_BASE}:MegatronOptimizer",
+            "_filter_and_reorder_param_groups",
+            pair_groups_of_other_schedules,
+            "groups are found by their learning rates",
+            "core/optimizer/optimizer.py:595",
+            contract="load_optimizers_of_other_schedules",
+        ),
+    ),
+)

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_hybrid.patches.hooks import Wrapper, wrap_restore, wrap_update
 from megatron_hybrid.run_folder.metrics_file import Appender
 
 FILE = "bad_batches.jsonl"
@@ -18,11 +19,11 @@ REPEATED, STOPPED = 16, 17
 """Exit codes: a second try of the step gave the same; it gave something else, or there was none."""
 
 
-def watch_steps(run: Path | None, args: Namespace, datasets: Callable) -> Callable:
+def watch_steps(run: Path | None, args: Namespace, datasets: Callable) -> tuple[Callable, dict[str, Wrapper]]:
     """Stops at bad steps or skips them (``--on-bad-step``), and notes their samples; before Megatron is initialised.
 
-    Wraps ``train_step`` (training/training.py:2336) and what it calls: the forward step, whose losses upstream leaves
-    to the training script to check, and ``step_with_ready_grads`` of the optimizer (core/optimizer/optimizer.py:1738),
+    By a hook in ``train_step`` and in what it calls: the forward step, whose losses upstream leaves to the training
+    script to check, and ``step_with_ready_grads`` of the optimizer (core/optimizer/optimizer.py:1738),
     which is called when the gradient norm is known. Its result says whether there was an update: without one upstream
     counts the iteration as skipped and leaves the schedule of the learning rate where it is.
 
@@ -40,17 +41,14 @@ def watch_steps(run: Path | None, args: Namespace, datasets: Callable) -> Callab
         datasets: Provider of (training, validation, test) sets.
 
     Returns:
-        The provider, whose training set is remembered, to look up documents.
+        The provider, whose training set is remembered, to look up documents; and hooks of the run.
     """
-    from megatron.training import training
-
     watch = _Watch(run, args)
     if args.on_bad_step == "skip":
         args.rerun_mode = "disabled"
     if args.rerun_mode == "disabled":
         args.check_for_nan_in_loss_and_grad = False
-    training.train_step = watch.watching(training.train_step)
-    return watch.remembering(datasets)
+    return watch.remembering(datasets), {"watch_step": watch.watching}
 
 
 def sample_indices(consumed: int, micro_batch: int, size: int, rank: int, ranks: int) -> list[int]:
@@ -174,24 +172,27 @@ class _Watch:
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
         ]
-        machine = get_rerun_state_machine()
-        norm, update, restore = optimizer.get_grad_norm, optimizer.step_with_ready_grads, machine.state_restore_func
+        if not self._args.optimizer_cuda_graph:  # nothing in a captured step can wait for a value
+            wrap_update(optimizer, self._noting_the_norm, self._updating_if_good)
+        wrap_restore(get_rerun_state_machine(), self._restoring_buffers)
 
+    def _noting_the_norm(self, norm: Callable) -> Callable:
         def get_grad_norm() -> Any:
             self._norm = norm()
             return self._norm
 
-        def step_with_ready_grads() -> bool:
-            return False if self._is_bad() else update()
+        return get_grad_norm
 
+    def _updating_if_good(self, update: Callable) -> Callable:
+        return lambda: False if self._is_bad() else update()
+
+    def _restoring_buffers(self, restore: Callable) -> Callable:
         def restored(state: dict[str, Any]) -> None:
             # with the first try's bias tokens go to other experts, and upstream would take the hardware to be faulty
             self._restore_buffers()
             restore(state)
 
-        if not self._args.optimizer_cuda_graph:  # nothing in a captured step can wait for a value
-            optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
-        machine.state_restore_func = restored
+        return restored
 
     def _restore_buffers(self) -> None:
         for buffer, kept in zip(self._persistent or (), self._kept, strict=True):

@@ -4,11 +4,12 @@ import contextlib
 import io
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from megatron_hybrid.checkpoint import stored_settings
+from megatron_hybrid.checkpoint.resume import takes_weights_alone
+from megatron_hybrid.data import provenance
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
-from megatron_hybrid.training import datasets
+from megatron_hybrid.data.tokenizers import TokenizerSpec, load_tokenizer
+from megatron_hybrid.training import data_order, datasets, megatron_tokenizer
 
 
 def check_data(args: Namespace) -> None:
@@ -17,7 +18,8 @@ def check_data(args: Namespace) -> None:
     Raises:
         ValueError: With the file and how to make it.
     """
-    listed = datasets.prefixes(args)
+    named = datasets.blends(args)
+    listed = list(dict.fromkeys(prefix for blend in named.all() for prefix in blend.prefixes))
     if args.mock_data:
         return
     if not listed:
@@ -33,7 +35,7 @@ def check_data(args: Namespace) -> None:
                 "without the ending; tools/preprocess_data.py makes one from text."
             )
     if not (args.data_path or args.data_args_path):
-        if args.eval_iters and not args.full_validation and not datasets.has_validation(args):
+        if args.eval_iters and not args.full_validation and not (named.per_split and named.per_split[1]):
             raise ValueError(
                 f"--eval-iters is {args.eval_iters}, and there is no validation data: add --valid-data-path (or valid "
                 "in the file of --per-split-data-args-path), or give --eval-iters 0."
@@ -77,8 +79,6 @@ def check_provenance(args: Namespace) -> list[str]:
     Raises:
         ValueError: With the data set and both tokenizers.
     """
-    from megatron_hybrid.data import provenance
-
     if args.mock_data:
         return []
     spec = _tokenizer_spec(args)
@@ -94,9 +94,6 @@ def compare_tokenizer(args: Namespace) -> None:
     """
     from megatron.training import global_vars
 
-    from megatron_hybrid.data import provenance
-    from megatron_hybrid.training import megatron_tokenizer
-
     spec = _tokenizer_spec(args)
     if args.mock_data or provenance.unknown(spec):
         return
@@ -105,10 +102,8 @@ def compare_tokenizer(args: Namespace) -> None:
         megatron_tokenizer.compare(prefix, spec, global_vars.get_tokenizer())
 
 
-def _tokenizer_spec(args: Namespace) -> Any:
-    """The run's tokenizer as preprocessing knows it (:class:`megatron_hybrid.data.tokenizers.TokenizerSpec`)."""
-    from megatron_hybrid.data.tokenizers import TokenizerSpec
-
+def _tokenizer_spec(args: Namespace) -> TokenizerSpec:
+    """The run's tokenizer as preprocessing knows it."""
     return TokenizerSpec(
         args.tokenizer_type,
         Path(args.tokenizer_model) if args.tokenizer_model else None,
@@ -123,44 +118,47 @@ def vocabulary(args: Namespace) -> int | None:
 
     A SentencePiece or Hugging Face tokenizer has a size of its own, whatever --vocab-size says.
     """
-    from megatron_hybrid.data.provenance import unknown
-    from megatron_hybrid.data.tokenizers import load_tokenizer
-
     spec = _tokenizer_spec(args)
-    if spec.model is None or not spec.model.exists() or spec.kind == "TikTokenizer" or unknown(spec):
+    if spec.model is None or not spec.model.exists() or spec.kind == "TikTokenizer" or provenance.unknown(spec):
         return args.vocab_size
     return load_tokenizer(spec).vocab_size
 
 
-def check_data_content(args: Namespace) -> list[str]:
+def check_data_content(args: Namespace, stored: Namespace | None = None) -> list[str]:
     """Refuses data that are damaged or do not fit the model (:func:`.datasets.check_content`).
 
-    Returns:
-        Notes for the user, also on data that are others than those that the checkpoint was trained on.
-    """
-    from megatron.core import dist_checkpointing
+    Args:
+        args: Megatron's, validated.
+        stored: The arguments in the checkpoint that is loaded; None if there are none.
 
-    notes = datasets.check_content(args)
-    folder = args.checkpoint
-    if folder is None or args.skip_train or not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        return notes
-    before = getattr(stored_settings.stored_arguments(folder), "data_contents", {})
+    Returns:
+        Notes for the user, also on data and an order of samples that are others than the checkpoint's.
+    """
+    trains = stored is not None and not args.skip_train
+    notes = []
+    if stored is not None and trains and not takes_weights_alone(args, args.checkpoint):
+        notes += data_order.order_notes(stored, args)
+    notes += datasets.check_content(args)
+    before = getattr(stored, "data_contents", {}) if trains else {}
     for prefix, content in args.data_contents.items():
         if before.get(prefix, content) != content:
             notes.append(
-                f"{prefix} has another content than when {folder} was saved: the order of its documents is a new one"
+                f"{prefix} has another content than when {args.checkpoint} was saved: the order of its documents is a "
+                "new one"
             )
     return notes
 
 
 def check_end_of_document(args: Namespace) -> None:
-    """Refuses to keep packed documents apart without a token that ends them.
+    """Refuses to keep packed documents apart (``--reset-attention-mask``) without a token that ends them.
 
     Raises:
         ValueError: With the tokenizer.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+    if not args.reset_attention_mask:
+        return
     with contextlib.redirect_stdout(io.StringIO()):  # it is built again with the data, and says so then
         eod = getattr(build_tokenizer(args), "eod", None)
     if eod is None or eod < 0:

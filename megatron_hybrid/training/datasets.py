@@ -24,15 +24,27 @@ _SAY_EVERY_S = 30.0
 Ask = Callable[[Path], list[str]]
 
 
-class Parts(NamedTuple):
-    """The data sets that one of Megatron's blends draws from."""
+class Blend(NamedTuple):
+    """The data sets that are drawn from, as Megatron has them."""
 
     prefixes: list[str]
     weights: list[float] | None
 
 
-def blends(args: Namespace) -> list[Parts]:
-    """The blends that the flags name: one of all parts of --split, or one for each of train, valid and test.
+class Blends(NamedTuple):
+    """The blends that the flags name; both None for mock data."""
+
+    whole: Blend | None = None
+    """Of all parts of --split."""
+    per_split: list[Blend | None] | None = None
+    """In its place one for each of train, valid and test, None for a part that is not there."""
+
+    def all(self) -> list[Blend]:
+        return [one for one in self.per_split or [self.whole] if one is not None]
+
+
+def blends(args: Namespace) -> Blends:
+    """The blends that the flags name. Nothing else asks Megatron for them.
 
     Raises:
         ValueError: Flags that exclude each other, files that are not there or not such lists, weights that are none.
@@ -45,7 +57,7 @@ def blends(args: Namespace) -> list[Parts]:
     if len(flags) > 1:
         raise ValueError(f"{' and '.join(flags)} each name the data, and Megatron would read one of them: drop one.")
     if args.mock_data or not given:
-        return []
+        return Blends()
     file = args.data_args_path or args.per_split_data_args_path
     if file and not Path(file).is_file():
         raise ValueError(f"There is no file {file}, which is given as the list of data.")
@@ -57,14 +69,17 @@ def blends(args: Namespace) -> list[Parts]:
     if args.per_split_data_args_path:
         _check_per_split_file(args.per_split_data_args_path)
     try:
-        blend, blend_per_split = get_blend_and_blend_per_split(args)
+        blend, per_split_blends = get_blend_and_blend_per_split(args)
     except (AssertionError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"{flags[0]} is no list of data ({type(error).__name__}: {error}): give PREFIX, several of them, or WEIGHT "
             "PREFIX pairs."
         ) from None
-    found = [Parts(*one) for one in (blend_per_split or [blend]) if one is not None]
-    for one in found:
+    found = Blends(
+        Blend(*blend) if blend else None,
+        [Blend(*one) if one else None for one in per_split_blends] if per_split_blends else None,
+    )
+    for one in found.all():
         _check_weights(flags[0], one)
     return found
 
@@ -82,7 +97,7 @@ def _check_per_split_file(file: str) -> None:
         )
 
 
-def _check_weights(flag: str, blend: Parts) -> None:
+def _check_weights(flag: str, blend: Blend) -> None:
     wrong = [weight for weight in blend.weights or () if not 0 < weight < float("inf")]
     if wrong:
         raise ValueError(
@@ -95,21 +110,13 @@ def _check_weights(flag: str, blend: Parts) -> None:
             raise ValueError(f"{flag} has {word} where a data set stands: give WEIGHT PREFIX pairs, or prefixes alone.")
 
 
-def has_validation(args: Namespace) -> bool:
-    """Whether data that are cut already have a validation part."""
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    _, per_split = get_blend_and_blend_per_split(args)
-    return bool(per_split and per_split[1])
-
-
 def prefixes(args: Namespace) -> list[str]:
     """Each data set that the flags name, or the files that they name do, once.
 
     Raises:
         ValueError: As :func:`blends`.
     """
-    return list(dict.fromkeys(prefix for blend in blends(args) for prefix in blend.prefixes))
+    return list(dict.fromkeys(prefix for blend in blends(args).all() for prefix in blend.prefixes))
 
 
 def check_content(args: Namespace) -> list[str]:
@@ -129,7 +136,7 @@ def check_content(args: Namespace) -> list[str]:
         ValueError: On all ranks alike, with the data set and the remedy.
         Unreachable: Files or ranks do not answer.
     """
-    from megatron_hybrid.checkpoint.agreement import among_ranks
+    from megatron_hybrid.checkpoint.agreement import among_ranks  # with torch, which a look at the flags does without
 
     names = prefixes(args)
     if not names:

@@ -1,17 +1,13 @@
-"""How a run ends, for who starts it again: Megatron leaves with exit code 0 when it is finished and when it is not."""
+"""How a run ends: Megatron exits with code 0 whether it is finished or not, so state.json says which."""
 
 import multiprocessing
-import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import util
 from pathlib import Path
-from typing import Any
 
-from megatron_hybrid.launch import die_with_parent
 from megatron_hybrid.run_folder.state import State, Status, write_state
 
 
@@ -54,10 +50,11 @@ def state_of_the_run(run: Path | None, args: Namespace) -> Iterator[None]:
 def end_helpers() -> None:
     """Kills the processes that this one has started, before it ends; all that they had to do is done or given up.
 
-    Python would wait for them for ever, and the other ranks with it: it asks them by SIGTERM, to which workers of data
-    loaders are made deaf (training/datasets/data_samplers.py:94) and the worker of background saves by
-    :func:`spare_helpers_the_signal`. Upstream's own word reaches that one only behind a save
-    (core/dist_checkpointing/strategies/async_utils.py, ``AsyncCallsQueue.close``), and waits for ever for a dead one.
+    Python would wait for them for ever, and the other ranks with it: it sends them SIGTERM, which workers of data
+    loaders ignore (training/datasets/data_samplers.py:94) and which is blocked in the worker of background saves
+    (:func:`megatron_hybrid.patches.child_processes.block_sigterm_in_children`). Upstream closes that one only after a
+    save (core/dist_checkpointing/strategies/async_utils.py, ``AsyncCallsQueue.close``), and waits for ever for a dead
+    one.
     """
     upstream = sys.modules.get("megatron.core.dist_checkpointing.strategies.async_utils")
     if upstream and upstream.AsyncCallsQueue._persistent_caller:
@@ -82,26 +79,3 @@ def signal_received(args: Namespace) -> bool:
     from megatron.training.global_vars import get_signal_handler
 
     return bool(args.exit_signal_handler) and any(get_signal_handler().signals_received())
-
-
-def spare_helpers_the_signal() -> None:
-    """Helper processes that this one will spawn never get SIGTERM, and end when it dies.
-
-    SLURM signals every process of a step. A rank takes it as the word to save, and saves through a queue that lives in
-    a process of its own (core/dist_checkpointing/strategies/filesystem_async.py:53), or by a worker
-    (core/dist_checkpointing/strategies/async_utils.py:367): without them every save on a signal would fail. They are
-    born with it blocked. The queue's process would also outlive a rank that is killed, for ever.
-    """
-    launch = util.spawnv_passfds
-
-    def launched(path: Any, args: list, passfds: Any) -> int:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # Python's tracker of shared memory cleans up behind a process that was killed, and then ends by itself
-        if not any("resource_tracker" in str(arg) for arg in args):
-            args = [path, "-I", die_with_parent.__file__, str(os.getpid()), *args]
-        try:
-            return launch(path, args, passfds)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    util.spawnv_passfds = launched  # type: ignore[assignment]

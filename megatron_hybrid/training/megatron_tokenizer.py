@@ -10,29 +10,6 @@ _SAMPLE = 3000
 """Tokens of the vocabulary of which texts are made for the comparison."""
 
 
-def size_by_largest_id() -> None:
-    """Lets a vocabulary reach to its largest id (core/tokenizers/text/libraries/huggingface_tokenizer.py:307).
-
-    Upstream counts the tokens, and pads the embedding to that number: where ids have gaps, the largest lie outside.
-    """
-    from megatron.core.tokenizers.text.libraries import huggingface_tokenizer
-
-    kind = huggingface_tokenizer.HuggingFaceTokenizer
-    if hasattr(kind.vocab_size.fget, "wrapped"):
-        return
-    count = kind.vocab_size.fget
-
-    def vocab_size(self: Any) -> int:
-        tokens = count(self)
-        known: tuple[int, int] = self.__dict__.get("_largest", (0, 0))
-        if known[0] != tokens:  # none were added since
-            known = self.__dict__["_largest"] = tokens, max(self.tokenizer.get_vocab().values(), default=-1)
-        return max(tokens, known[1] + 1)
-
-    vocab_size.wrapped = count  # type: ignore[attr-defined]
-    kind.vocab_size = property(vocab_size)
-
-
 def compare(prefix: str, spec: TokenizerSpec, theirs: Any) -> None:
     """Refuses a run whose tokenizer gives other ids than the one that wrote its data.
 

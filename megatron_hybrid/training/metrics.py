@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.patches.router_losses import number_routers_of_heads
+from megatron_hybrid.patches.hooks import Wrapper, wrap_evaluate
+from megatron_hybrid.patches.routers import number_routers_of_heads
 from megatron_hybrid.run_folder.metrics_file import Appender, balance
 from megatron_hybrid.training.expert_loads import count_tokens_of_experts, expert_loads
 from megatron_hybrid.training.throughput import MEMORY, Peak, Work, peak_memory, short
@@ -16,12 +17,12 @@ Measure = Callable[[list], dict[str, dict[str, float]]]
 
 def write_metrics(
     path: Path | None, flops: Callable[[int], float], peak: Peak | None, measure: Measure | None = None
-) -> None:
+) -> dict[str, Wrapper]:
     """Appends a JSON line for each start, training step and validation to ``path``; says the throughput in the log.
 
-    Wraps ``training_log`` (training/training.py:2568), which every rank calls at each step with that step's
-    reduced values, and ``evaluate_and_print_results`` (:4342). The last rank writes, as upstream's own loggers
-    do. :mod:`megatron_hybrid.run_folder.metrics_file` reads the file: after a resume an iteration may stand twice.
+    By hooks in ``training_log``, which every rank calls at each step with that step's reduced values, and in
+    ``evaluate_and_print_results``. The last rank writes, as upstream's own loggers do.
+    :mod:`megatron_hybrid.run_folder.metrics_file` reads the file: after a resume an iteration may stand twice.
 
     Records, each with the time (seconds since 1970). Of a start: resume (the iteration that it goes on from), samples,
     tokens, checkpoint (None for fresh weights), processes, layout (sizes of tp, cp, ep, pp, dp), device, backend.
@@ -45,15 +46,17 @@ def write_metrics(
         peak: Of one GPU.
         measure: Called by every rank at each ``--log-interval`` with the model's chunks on this rank. What it returns
             joins the record and is printed.
-    """
-    from megatron.training import training
 
+    Returns:
+        Hooks of the run (:func:`megatron_hybrid.patches.hooks.install_hooks`).
+    """
     metrics = _Metrics(path, flops, peak, measure)
-    training.train = metrics.keeping_the_model(training.train)
-    training.training_log = metrics.recording_steps(training.training_log)
-    for name in ("save_checkpoint_and_time", "dummy_train_step"):  # no step; nor is one of --iterations-to-skip
-        setattr(training, name, metrics.stopping_the_clock(getattr(training, name)))
-    training.evaluate_and_print_results = metrics.recording_validations(training.evaluate_and_print_results)
+    return {
+        "keep_model": metrics.keeping_the_model,
+        "record_step": metrics.recording_steps,
+        "stop_clock": metrics.stopping_the_clock,
+        "record_validation": metrics.recording_validations,
+    }
 
 
 class _Metrics:
@@ -104,26 +107,24 @@ class _Metrics:
         return stopped
 
     def recording_validations(self, evaluate_and_print: Callable) -> Callable:
-        from megatron.training import training
-
         def recorded(prefix: str, step: Any, data: Any, model: Any, iteration: int, *args: Any, **kwargs: Any) -> None:
-            evaluate, found = training.evaluate, 0
+            found = 0
 
-            def one_set(*eval_args: Any, **eval_kwargs: Any) -> Any:
-                nonlocal found
-                losses, other, timelimit = evaluate(*eval_args, **eval_kwargs)
-                if not timelimit and losses:
-                    value = _number(losses.get("lm loss"))
-                    name = _validation(prefix, found)
-                    self._append({"iteration": iteration, "validation_loss": value, "validation": name})
-                found += 1
-                return losses, other, timelimit
+            def recording_sets(evaluate: Callable) -> Callable:
+                def one_set(*eval_args: Any, **eval_kwargs: Any) -> Any:
+                    nonlocal found
+                    losses, other, timelimit = evaluate(*eval_args, **eval_kwargs)
+                    if not timelimit and losses:
+                        value = _number(losses.get("lm loss"))
+                        name = _validation(prefix, found)
+                        self._append({"iteration": iteration, "validation_loss": value, "validation": name})
+                    found += 1
+                    return losses, other, timelimit
 
-            training.evaluate = one_set
-            try:
+                return one_set
+
+            with wrap_evaluate(recording_sets):
                 evaluate_and_print(prefix, step, data, model, iteration, *args, **kwargs)
-            finally:
-                training.evaluate = evaluate
             self._last = None  # the next step's time would contain the validation
 
         return recorded

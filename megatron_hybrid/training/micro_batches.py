@@ -1,40 +1,43 @@
-"""Hooks in Megatron's training loop: the FLOPs counter, batches, and the run's own file."""
+"""Micro-batches: what each rank gets of one, those that are skipped, and the FLOPs of a step."""
 
-import json
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.patches.hooks import Wrapper
 
-def count_flops_with(flops: Callable[[int], float]) -> None:
-    """Replaces Megatron's FLOPs counter (training/training.py:390), which counts P and W as nothing.
+NAMES = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def count_flops(flops: Callable[[int], float]) -> Wrapper:
+    """A hook in place of Megatron's FLOPs counter, which counts layers of ours as nothing.
 
     Args:
         flops: Batch size in samples to the training FLOPs of one step.
     """
-    from megatron.training import training
 
-    def num_floating_point_operations(
-        args: Namespace,
-        batch_size: int,
-        seqlen_squared_sum_in_batch: float | None = None,
-        total_real_tokens_in_batch: float | None = None,
-    ) -> float:
-        return flops(batch_size)
+    def counting(there: Callable) -> Callable:
+        def num_floating_point_operations(
+            args: Namespace,
+            batch_size: int,
+            seqlen_squared_sum_in_batch: float | None = None,
+            total_real_tokens_in_batch: float | None = None,
+        ) -> float:
+            return flops(batch_size)
 
-    training.num_floating_point_operations = num_floating_point_operations
+        return num_floating_point_operations
+
+    return counting
 
 
-def draw_batches_that_are_skipped() -> None:
-    """Replaces what ``--iterations-to-skip`` does with a batch (training/training.py:2289): it is drawn, and no more.
+def draw_skipped_batch(there: Callable) -> Callable:
+    """A hook in place of what ``--iterations-to-skip`` does with a batch: it is drawn, and no more.
 
     Upstream broadcasts it, too, with an attention mask that the data sets do not make (ranks would wait for ever), and
     draws from stages that read nothing and from lists of iterators (TypeError).
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import training
 
     def dummy_train_step(data_iterator: Any) -> None:
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
@@ -43,7 +46,7 @@ def draw_batches_that_are_skipped() -> None:
                 for _ in range(get_num_microbatches()):
                     next(iterator)
 
-    training.dummy_train_step = dummy_train_step
+    return dummy_train_step
 
 
 def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
@@ -63,39 +66,54 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
     """
     import torch
     from megatron.core import mpu
-    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-    from megatron.core.utils import (
-        get_attr_wrapped_model,
-        get_batch_on_this_cp_rank,
-        get_batch_on_this_tp_rank,
-    )
-    from megatron.training.global_vars import get_args, get_tokenizer
+    from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+    from megatron.training.global_vars import get_args
 
     args = get_args()
     samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    names = ("tokens", "labels", "loss_mask", "position_ids")
     if not (first or last or args.reset_attention_mask):
-        return dict.fromkeys((*names, "documents"))
+        return dict.fromkeys((*NAMES, "documents"))
     batch: dict[str, Any] = {}
-    device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        batch = {name: sample[name].to(device, non_blocking=True) for name in names}
+        device = torch.cuda.current_device()
+        batch = {name: sample[name].to(device, non_blocking=True) for name in NAMES}
         batch["attention_mask"] = batch["cu_seqlens"] = None
-    documents = None
-    if args.reset_attention_mask:
-        if batch:
-            documents = document_ids(batch["tokens"], get_tokenizer().eod)
-        else:
-            documents = torch.empty(samples, args.seq_length, dtype=torch.int32, device=device)
-        group = mpu.get_tensor_model_parallel_group()
-        torch.distributed.broadcast(documents, mpu.get_tensor_model_parallel_src_rank(), group)
+    documents = _broadcast_documents(batch, samples) if args.reset_attention_mask else None
     if not (first or last):
-        return {**dict.fromkeys(names), "documents": documents}
-    batch = get_batch_on_this_tp_rank(
+        return {**dict.fromkeys(NAMES), "documents": documents}
+    batch = _broadcast(batch, samples, first, last, vp_stage)
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return {**{name: batch[name] for name in NAMES}, "documents": documents}
+
+
+def _broadcast_documents(batch: dict[str, Any], samples: int) -> Any:
+    """:func:`document_ids` [b, s] of the first tensor-parallel rank's batch, on all ranks of its group."""
+    import torch
+    from megatron.core import mpu
+    from megatron.training.global_vars import get_args, get_tokenizer
+
+    if batch:
+        documents = document_ids(batch["tokens"], get_tokenizer().eod)
+    else:
+        documents = torch.empty(samples, get_args().seq_length, dtype=torch.int32, device=torch.cuda.current_device())
+    group = mpu.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(documents, mpu.get_tensor_model_parallel_src_rank(), group)
+    return documents
+
+
+def _broadcast(batch: dict[str, Any], samples: int, first: bool, last: bool, vp_stage: int | None) -> dict[str, Any]:
+    """The first tensor-parallel rank's batch on all ranks of its group, whole sequences."""
+    from megatron.core import mpu
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+    from megatron.core.utils import get_batch_on_this_tp_rank
+    from megatron.training.global_vars import get_args
+
+    args = get_args()
+    return get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,
         is_hybrid_cp=False,
@@ -112,8 +130,6 @@ def next_batch(data_iterator: Any, model: Any) -> dict[str, Any]:
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-    return {**{name: batch[name] for name in names}, "documents": documents}
 
 
 def document_ids(tokens: Any, eod: int) -> Any:
@@ -130,20 +146,3 @@ def document_ids(tokens: Any, eod: int) -> Any:
     """
     ends = (tokens == eod).int()
     return (ends.cumsum(1) - ends).int()
-
-
-def write_run(path: Path, args: Namespace, counted: dict[str, Any]) -> None:
-    """Writes what the run is, for people and tools: by rank 0, to a temporary name first.
-
-    Args:
-        path: The JSON file.
-        args: Validated arguments; all that JSON can hold are stored.
-        counted: Derived figures (parameters, FLOPs ...), stored beside them.
-    """
-    if args.rank != 0:
-        return
-    flags = {k: v for k, v in sorted(vars(args).items()) if isinstance(v, (str, int, float, bool, list, type(None)))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**counted, "args": flags}, indent=1, default=str) + "\n")
-    temporary.replace(path)

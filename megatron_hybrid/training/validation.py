@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from megatron_hybrid.patches.hooks import Wrapper
+
 ROUNDS = 1 << 20
 """How often the sets can be read: more often than any run validates."""
 
@@ -85,7 +87,7 @@ def check(args: Namespace) -> None:
         )
 
 
-def validate_on_whole_sets(args: Namespace, build: Callable) -> Callable:
+def validate_on_whole_sets(args: Namespace, build: Callable) -> tuple[Callable, dict[str, Wrapper]]:
     """Makes validations and the test read their whole sets; before Megatron is initialised.
 
     Upstream's own code for it is switched off. Its plain evaluation runs with the number of steps of each set, which
@@ -97,13 +99,11 @@ def validate_on_whole_sets(args: Namespace, build: Callable) -> Callable:
             two are all samples of their sets, and the second a list of sets where several are evaluated apart.
 
     Returns:
-        The provider of data sets for ``pretrain``.
+        The provider of data sets for ``pretrain``, and hooks of the run.
     """
-    from megatron.training import training
-
     if args.mock_data:  # these have no end: --eval-iters says how many there are
         args.full_validation = False
-        return build
+        return build, {}
     several = args.multiple_validation_sets
     steps: dict[str, list[int]] = {}
     """Split to evaluation steps of each of its sets."""
@@ -120,20 +120,20 @@ def validate_on_whole_sets(args: Namespace, build: Callable) -> Callable:
             args.consumed_valid_samples = 0
         return train, *wrapped
 
-    evaluate_and_print = training.evaluate_and_print_results
+    def with_steps_of_the_sets(evaluate_and_print: Callable) -> Callable:
+        def evaluated(prefix: str, step: Any, data: Any, *rest: Any, **kwargs: Any) -> None:
+            sets = steps["test" if "test set" in prefix else "validation"]
+            args.multiple_validation_sets = several and "test set" not in prefix
+            args.eval_iters = sets if args.multiple_validation_sets else sum(sets)
+            data = [data] * len(sets) if args.multiple_validation_sets else data
+            try:
+                evaluate_and_print(prefix, step, data, *rest, **kwargs)
+            finally:
+                args.multiple_validation_sets, args.eval_iters = False, sum(sets)
 
-    def evaluated(prefix: str, step: Any, data: Any, *rest: Any, **kwargs: Any) -> None:
-        sets = steps["test" if "test set" in prefix else "validation"]
-        args.multiple_validation_sets = several and "test set" not in prefix
-        args.eval_iters = sets if args.multiple_validation_sets else sum(sets)
-        data = [data] * len(sets) if args.multiple_validation_sets else data
-        try:
-            evaluate_and_print(prefix, step, data, *rest, **kwargs)
-        finally:
-            args.multiple_validation_sets, args.eval_iters = False, sum(sets)
+        return evaluated
 
-    training.evaluate_and_print_results = evaluated
-    return provided
+    return provided, {"validate_whole_sets": with_steps_of_the_sets}
 
 
 def split_config(config: Any) -> tuple[Any, Any]:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.patches.engine_cases import program
-from tests.support.program import end
+from tests.support.program import end, program
 from tests.support.training import SIZES, Run
 from tests.training.test_validation import write
 
@@ -179,18 +178,18 @@ def test_every_setting_that_is_compared_is_an_argument(ranks):
 
 def orders(path: str, counts: list[int]) -> list[list[list[int]]]:
     """Tokens of the first samples of training sets for so many samples."""
-    import pretrain_hybrid
+    from megatron_hybrid.training.provider import datasets
 
     args = Run("M-").args
     args.mock_data, args.data_path, args.split = False, [path], "80,20,0"
     args.data_cache_path = str(Path(path).parent / "cache")
-    sets = [pretrain_hybrid.datasets([count, 0, 0])[0] for count in counts]
+    sets = [datasets([count, 0, 0])[0] for count in counts]
     return [[sample["tokens"].tolist() for sample in (found[i] for i in range(6))] for found in sets]
 
 
 def test_the_order_of_samples_changes_where_we_say_so(ranks, data):
     """The key that two lengths of a run are compared by, against the data sets that Megatron makes."""
-    from megatron_hybrid.checkpoint.stored_settings import _order, _part_tokens
+    from megatron_hybrid.training.data_order import _order, _part_tokens
 
     counts = [8, 10, 16, 24, 28, 32, 40]
     path = data.split()[1]

@@ -6,8 +6,8 @@ import pytest
 
 from tests.checkpoint.test_reshard import same
 from tests.model.test_layouts import DP, EP2, PP2
-from tests.patches import engine_cases as cases
-from tests.support.training import Run, continued, folder, resumed, trained
+from tests.support.program import program
+from tests.support.training import MOE, Run, continued, folder, resumed, trained
 
 HEADS = "ME*E-M/*-"
 LAYOUTS = {
@@ -76,11 +76,11 @@ def test_upstreams_format_loads_in_fp32_and_is_refused_in_another_layout(ranks, 
         assert found["steps"] == expected["steps"][1:]
         assert same(found["end_parameters"], expected["end_parameters"]) == []
         assert same(found["end_optimizer"], expected["end_optimizer"]) == []
-    line = f"{cases.MOE} --hybrid-layer-pattern ME- --print-config --load {tmp_path}"
+    line = f"{MOE} --hybrid-layer-pattern ME- --print-config --load {tmp_path}"
     layout = "--tensor-model-parallel-size 2 --sequence-parallel"
-    [(code, _, errors)] = ranks(1).run(cases.program, line=f"{line} {DP} {layout}".replace("\n", " "))
+    [(code, _, errors)] = ranks(1).run(program, line=f"{line} {DP} {layout}".replace("\n", " "))
     assert code == 2
     assert "dp_reshardable" in errors and "--tensor-model-parallel-size 2, not 1" in errors
-    [(code, _, errors)] = ranks(1).run(cases.program, line=line.replace("\n", " "))
+    [(code, _, errors)] = ranks(1).run(program, line=line.replace("\n", " "))
     assert code == 2
     assert "with --use-distributed-optimizer, and this run is by --optimizer adam in fp32 without" in errors

@@ -14,15 +14,14 @@ from tests.launch.test_agent import alive
 ROOT = Path(__file__).parents[2]
 CODE = """if True:
     import os, signal, time
-    from megatron_hybrid.checkpoint import saving
-    from megatron_hybrid.patches import cpu
+    from megatron_hybrid.patches import child_processes, cpu
     cpu.install()
     import torch
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
-    saving.notice_a_dead_worker()
+    child_processes.notice_a_dead_worker()
     AsyncCallsQueue.warmup_persistent_caller(0, mp_mode="fork", cpu_priority=-1)
     queue, done = AsyncCallsQueue(persistent=True), []
     queue.schedule_async_request(AsyncRequest(time.sleep, (0.5,), [lambda: done.append("saved")]))
@@ -86,16 +85,14 @@ def worker(*ignored):  # in place of upstream's, which wants a GPU
     time.sleep(60)
 
 if __name__ == "__main__":
-    from megatron_hybrid.checkpoint import saving
-    from megatron_hybrid.patches import cpu
-    from megatron_hybrid.training import ending
+    from megatron_hybrid.patches import child_processes, cpu
     cpu.install()
     from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
     from megatron.training import global_vars, initialize
 
     async_utils.PersistentAsyncCaller.async_loop = staticmethod(worker)
-    ending.spare_helpers_the_signal()
-    saving.spawn_the_worker()
+    child_processes.block_sigterm_in_children()
+    child_processes.spawn_the_worker()
     global_vars.set_args(Namespace(async_strategy="mcore", async_ckpt_cpu_priority=10, async_ckpt_io_priority=None))
     initialize.init_persistent_async_worker(0, "forkserver")
     queue, worker = filesystem_async._results_queue, async_utils.PersistentAsyncCaller._persistent_process
@@ -114,7 +111,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("spawned", [True, False])
 def test_the_processes_of_background_saves_live_through_the_signal_to_save_and_end_with_their_rank(spawned, tmp_path):
     program, output = tmp_path / "program.py", tmp_path / "output"  # what is spawned imports the program
-    program.write_text(LEAVING if spawned else LEAVING.replace("saving.spawn_the_worker()", "pass"))
+    program.write_text(LEAVING if spawned else LEAVING.replace("child_processes.spawn_the_worker()", "pass"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", program]
     with output.open("wb") as stream:  # a pipe would be held open by what is left

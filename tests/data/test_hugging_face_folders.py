@@ -230,19 +230,17 @@ def test_an_added_token_that_would_take_the_id_of_another_is_refused(originals, 
         load_tokenizer(spec)
 
 
-def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(originals, tmp_path, monkeypatch):
-    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer as Theirs
-
-    from megatron_hybrid.training.megatron_tokenizer import size_by_largest_id
+def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(originals, tmp_path):
+    from megatron_hybrid.patches.parsing import VOCABULARY
+    from megatron_hybrid.patches.table import install, uninstall
 
     config = json.loads(originals["GPT-2"].to_str())
     config["model"]["vocab"] = {w: i if i < 300 else i + 1000 for w, i in config["model"]["vocab"].items()}
     spec = folder(tmp_path, Tokenizer.from_str(json.dumps(config)), {"tokenizer_class": "PreTrainedTokenizerFast"})
     ours, theirs = load_tokenizer(spec), megatrons(spec)
-    upstream = getattr(Theirs.vocab_size.fget, "wrapped", Theirs.vocab_size.fget)
-    monkeypatch.setattr(Theirs, "vocab_size", property(upstream))
+    uninstall(VOCABULARY.name)
     assert (theirs.vocab_size, ours.vocab_size) == (700, 1700), "upstream counts"
-    size_by_largest_id()
+    install(VOCABULARY)
     assert theirs.vocab_size == ours.vocab_size and compared(spec, theirs) == ""
     theirs.add_special_tokens({"mask_token": "<m>"})
     largest = max(theirs._tokenizer.tokenizer.get_vocab().values())

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tests.support.training import forget
+from tests.support.training import SIZES, STEPS, forget
 
 
 def train(argv: list[str], out: io.StringIO | None = None) -> str:
@@ -38,20 +38,52 @@ def end(argv: list[str]) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def hooks_removed_after() -> Iterator[None]:
-    """Puts back the names of Megatron's modules that a run has replaced: the next one in this process hooks its own."""
-    from megatron.core.dist_checkpointing import serialization
+    """Takes back what a run has hooked into Megatron: the next one in this process hooks its own."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import async_utils, checkpointing, training
+    from megatron.training import async_utils
 
-    modules = (training, checkpointing, serialization)
-    kept, words = [dict(vars(module)) for module in modules], sys.argv
+    from megatron_hybrid.patches.table import uninstall_run
+
+    words = sys.argv
     async_utils._async_calls_queue = None  # a process makes it once, by its own flags
     try:
         yield
     finally:
         filesystem_async._results_queue = None  # a run ends its helpers, the queue's process among them
         sys.argv = words
-        for module, names in zip(modules, kept, strict=True):
-            for name, thing in names.items():
-                if callable(thing) and vars(module)[name] is not thing:
-                    setattr(module, name, thing)
+        uninstall_run()
+
+
+def program(line: str, sizes: bool = True, mock: bool = True) -> tuple[int, str, str]:
+    """Runs the program's main() in this rank, with flags that end it before the training.
+
+    Args:
+        line: The flags.
+        sizes: Behind those of tests/support/training.py.
+        mock: With ``--mock-data``, when behind those.
+
+    Returns:
+        Exit code, output and errors.
+    """
+    import pretrain_hybrid
+
+    forget()
+    pretrain_hybrid.PATIENCE_S = 0.0
+    before = f"{SIZES} {STEPS}" if mock else f"{SIZES} {STEPS}".replace("--mock-data", "")
+    argv, kept = f"{before if sizes else ''} {line}".split(), sys.argv
+    out, errors = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            pretrain_hybrid.main(argv)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.argv = kept
+    return code, out.getvalue(), errors.getvalue()
+
+
+def is_one_paragraph(code: int, out: str, errors: str) -> bool:
+    """Whether a program has refused its flags as it should: what :func:`program` gives."""
+    out = "" if "Megatron refuses" in errors else out  # upstream prints its layout before it checks
+    return code == 2 and not out and errors.startswith("error: ") and "\n\n" not in errors and len(errors) < 900

@@ -32,10 +32,10 @@ class Run:
         from megatron.training.initialize import initialize_megatron
         from megatron.training.training import setup_model_and_optimizer
 
-        import pretrain_hybrid
         from megatron_hybrid.cli import arguments
         from megatron_hybrid.cli import flags as command_line
         from megatron_hybrid.model.build import model_config
+        from megatron_hybrid.training.loss import forward_step
 
         forget()
         moe = MOE if "E" in pattern else ""
@@ -43,7 +43,7 @@ class Run:
         argv = f"{sizes} {moe} {STEPS} {flags}".split() + ["--hybrid-layer-pattern", pattern]
         self.args = arguments.parse(command_line.resolve(argv).argv, "cpu")
         initialize_megatron()
-        self.forward_step = pretrain_hybrid.forward_step
+        self.forward_step = forward_step
         container = pretrain_cfg_container_from_args(self.args, model_config(self.args))
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

@@ -38,9 +38,9 @@ def train_set(flags: str) -> dict[str, Any]:
     """After the same checks: how many documents the order has that this rank draws by; None where it draws nothing."""
     from megatron.training.initialize import initialize_megatron
 
-    import pretrain_hybrid
+    from megatron_hybrid.training.provider import datasets
 
     found = checked(flags)
     initialize_megatron()
-    data = pretrain_hybrid.datasets([80, 0, 0])[0]
+    data = datasets([80, 0, 0])[0]
     return {**found, "documents": None if data is None else len(set(data.document_index.tolist()))}

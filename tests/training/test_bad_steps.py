@@ -55,7 +55,7 @@ def case(argv: list[str], fault: str = "", times: int = 10**6) -> dict[str, Any]
     from megatron.core.utils import unwrap_model
     from megatron.training import training
 
-    import pretrain_hybrid
+    from megatron_hybrid.training.provider import datasets
 
     upstreams, held, left = training.train, {}, [times]
 
@@ -82,7 +82,7 @@ def case(argv: list[str], fault: str = "", times: int = 10**6) -> dict[str, Any]
         for j, p in enumerate(p for group in part.optimizer.param_groups for p in group["params"]):
             state |= {f"optimizer.{i}.{j}.{name}": t for name, t in {"main": p, **part.optimizer.state[p]}.items()}
     samples = number(argv, "--train-iters") * number(argv, "--global-batch-size")
-    drawn = pretrain_hybrid.datasets([samples, 0, 0])[0]
+    drawn = datasets([samples, 0, 0])[0]
     return {
         "code": code,
         "said": said.getvalue(),

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """if True:
     import multiprocessing, os, signal
-    from megatron_hybrid.training import ending
+    from megatron_hybrid.patches import child_processes
 
     if __name__ == "__main__":
-        ending.spare_helpers_the_signal()
+        child_processes.block_sigterm_in_children()
         got = []
         signal.signal(signal.SIGTERM, lambda *_: got.append(1))
         queue = multiprocessing.get_context("spawn").Manager().Queue()
@@ -24,14 +24,14 @@ CODE = """if True:
 """
 
 
-@pytest.mark.parametrize("spared", [True, False])
-def test_a_signal_to_all_processes_leaves_the_helpers_that_a_save_needs(spared):
-    code = CODE if spared else CODE.replace("ending.spare_helpers_the_signal()", "pass")
+@pytest.mark.parametrize("blocked", [True, False])
+def test_a_signal_to_all_processes_leaves_the_helpers_that_a_save_needs(blocked):
+    code = CODE if blocked else CODE.replace("child_processes.block_sigterm_in_children()", "pass")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, process_group=0
     )
-    if spared:
+    if blocked:
         assert (done.stdout, done.stderr, done.returncode) == ("1 saved set()\n", "", 0)
     else:  # Python's own way, which is why there is another
         assert (done.stdout, done.returncode) == ("", 1)
@@ -44,10 +44,10 @@ FAILING = """if True:
     from megatron.training.dist_signal_handler import DistributedSignalHandler
     from megatron_hybrid.training import ending
 
-    def deaf(worker):
+    def ignore_sigterm(worker):
         DistributedSignalHandler(signal.SIGTERM).__enter__()
 
-    batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=deaf))
+    batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=ignore_sigterm))
     args = Namespace(rank=1)
     with ending.state_of_the_run(None, args):
         next(batches)
@@ -56,7 +56,7 @@ FAILING = """if True:
 """
 
 
-def test_a_rank_that_fails_does_not_wait_for_helpers_that_are_deaf_to_its_signal():
+def test_a_rank_that_fails_does_not_wait_for_children_that_ignore_sigterm():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", FAILING]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, process_group=0)
@@ -67,13 +67,14 @@ def test_a_rank_that_fails_does_not_wait_for_helpers_that_are_deaf_to_its_signal
 FINISHED = """if True:
     import multiprocessing, signal, sys, time
     from argparse import Namespace
+    from megatron_hybrid.patches import child_processes
     from megatron_hybrid.training import ending
 
     def wait():
         time.sleep(300)
 
     if __name__ == "__main__":
-        ending.spare_helpers_the_signal()
+        child_processes.block_sigterm_in_children()
         worker = multiprocessing.get_context("fork").Process(target=wait, daemon=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         worker.start()
@@ -85,7 +86,7 @@ FINISHED = """if True:
 
 @pytest.mark.parametrize("how", ["finished", "stopped"])
 def test_a_rank_that_ends_in_order_does_not_wait_for_a_worker_that_was_never_used(how):
-    """As that of background saves of a run that has nothing to save: it is deaf, and upstream does not tell it."""
+    """As that of background saves of a run that has nothing to save: it ignores SIGTERM, and upstream leaves it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", FINISHED, how], env=environment, timeout=60)
     assert done.returncode == 0
@@ -93,10 +94,10 @@ def test_a_rank_that_ends_in_order_does_not_wait_for_a_worker_that_was_never_use
 
 ORPHAN = """if True:
     import multiprocessing, os, signal
-    from megatron_hybrid.training import ending
+    from megatron_hybrid.patches import child_processes
 
     if __name__ == "__main__":
-        ending.spare_helpers_the_signal()
+        child_processes.block_sigterm_in_children()
         manager = multiprocessing.get_context("spawn").Manager()
         print(manager._process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ def logged(pattern: str, flags: str, load: str = "") -> dict[str, Any]:
     """This rank's ``steps`` (losses and gradient norms), and what it would log of the routers at each, by name."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    from megatron_hybrid.patches.router_losses import number_routers_of_heads
+    from megatron_hybrid.patches.routers import number_routers_of_heads
 
     class Writer(dict):
         def add_scalar(self, name: str, value: Any, iteration: int) -> None:

@@ -25,7 +25,7 @@ class FFNAccount(Account):
 
     empty_mlp = False
     recompute = {"--recompute-modules": ("mlp",)}
-    stored_settings = ACTIVATION_SETTINGS
+    stored_settings: tuple[str, ...] = ACTIVATION_SETTINGS
 
     def linears(self, s: Sizes) -> list[Linear]:
         return ffn_linears(s, s.ffn)

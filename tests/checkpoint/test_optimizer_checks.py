@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_hybrid.patches.optimizer_state import check_optimizer_state
+from megatron_hybrid.checkpoint.optimizer_checks import check_optimizer_state
 
 SAVED = {
     "optimizer": "adam",

@@ -1,6 +1,6 @@
-"""Stands in front of a process: it ends when the one that started it does. Run by path, on the standard library.
+"""Stands in front of a process, which then ends when the process that started it ends. Run by path; standard library.
 
-python leash.py STARTER_PID PROGRAM ARGUMENTS becomes `PROGRAM ARGUMENTS`.
+python die_with_parent.py STARTER_PID PROGRAM ARGUMENTS becomes `PROGRAM ARGUMENTS`.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Everything that a run or a tool unpickles, and the classes that are admitted there: nothing else is made or called.
+"""Unpickling by admitted classes alone, wherever Megatron, torch or a tool of ours reads a pickle.
 
 A checkpoint of the format torch_dist holds pickles in three places, a run's index cache in a fourth:
 
@@ -11,15 +11,15 @@ A checkpoint of the format torch_dist holds pickles in three places, a run's ind
 A pickle that names anything else ends in :class:`Refused`, before it is made.
 """
 
-import contextlib
 import io
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_hybrid.patches.table import Patch, Table, Value, install
 
 METADATA = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -66,79 +66,6 @@ Megatron registers them with torch (core/safe_globals.py:31); a test fails if it
 
 class Refused(ValueError):
     """A pickle names something that no checkpoint has."""
-
-
-def admit_known_classes_only() -> None:
-    """Unpickles nothing but what the lists above name, wherever Megatron, torch or a tool of ours reads a pickle.
-
-    - ``FileSystemReader.read_metadata`` unpickles without limits (torch/distributed/checkpoint/filesystem.py:924);
-    - ``DefaultLoadPlanner.load_bytes`` asks for ``weights_only=False`` (default_planner.py:362);
-    - ``load_common`` leaves the choice to an environment variable (core/dist_checkpointing/strategies/common.py:48);
-    - ``SafeUnpickler`` admits ``torch.storage._load_from_bytes``, which unpickles its argument without limits
-      (core/safe_globals.py:104);
-    - index caches are read by ``safe_numpy_load`` with that unpickler (core/datasets/gpt_dataset.py:638).
-    """
-    from megatron.core.datasets import blended_dataset, gpt_dataset, masked_dataset
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.safe_globals import SafeUnpickler
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-
-    if getattr(FileSystemReader.read_metadata, "admits", None):
-        return
-
-    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from torch.distributed.checkpoint.metadata import StorageMeta
-
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as stream:
-            metadata = _load(_MetadataUnpickler(stream), path)
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
-        stored = (self.metadata.storage_data or {}).get(read_item.storage_index)
-        where = f"{getattr(stored, 'relative_path', 'a file')}, entry {read_item.dest_index.fqn}"
-        thing = load_object(value, where, device=None)
-        given = self.original_state_dict if self.flatten_state_dict else self.state_dict
-        if self.flatten_state_dict:
-            from torch.distributed.checkpoint._nested_dict import set_element
-
-            set_element(given, self.mappings[read_item.dest_index.fqn], thing)
-        else:
-            given[read_item.dest_index.fqn] = thing
-
-    def load_common(checkpoint_dir: Any) -> Any:
-        path = Path(checkpoint_dir) / serialization.COMMON_STATE_FNAME
-        with path.open("rb") as stream:
-            return load_object(stream, path)
-
-    read_metadata.admits = True  # type: ignore[attr-defined]
-    FileSystemReader.read_metadata = read_metadata
-    DefaultLoadPlanner.load_bytes = load_bytes
-    serialization.load_common = load_common
-    SafeUnpickler.find_class = _find_class_of_states
-    for module in (blended_dataset, gpt_dataset, masked_dataset):
-        module.safe_numpy_load = load_index
-
-
-def check(folder: Path) -> None:
-    """Reads all pickles of a checkpoint, of the format torch_dist or torch, and keeps nothing.
-
-    Raises:
-        Refused: With the file and the class.
-    """
-    for path in sorted(folder.glob("mp_rank_*/*.pt")):
-        with path.open("rb") as stream:
-            load_object(stream, path, "meta")
-    common = folder / "common.pt"
-    if common.is_file():
-        with common.open("rb") as stream:
-            load_object(stream, common)
-    if (folder / ".metadata").is_file():
-        for where, entry in _entries(folder):
-            _check_state(load_object(io.BytesIO(entry), where), where)
 
 
 def load_object(stream: Any, where: Any, device: str | None = "cpu") -> Any:
@@ -195,38 +122,18 @@ def _find_class_of_states(self: Any, module: str, name: str) -> Any:
     return pickle.Unpickler.find_class(self, module, name)
 
 
-def _load(unpickler: pickle.Unpickler, where: Any) -> Any:
+def load_pickle(unpickler: pickle.Unpickler, where: Any) -> Any:
+    """What an unpickler reads.
+
+    Raises:
+        Refused: It names something else than it admits, or is broken.
+    """
     try:
         return unpickler.load()
     except ImportError:
         raise
     except Exception as error:  # what a broken pickle raises is not said
         raise _refused(where, error) from None
-
-
-def _check_state(thing: Any, where: str) -> None:
-    """Reads the state of Transformer Engine that an entry may hold: bytes in a tensor [n], uint8, or a list of them."""
-    from megatron.core.safe_globals import SafeUnpickler
-
-    parts = thing if isinstance(thing, list | tuple) else [thing]
-    for part in parts if "_extra_state" in where else ():
-        if torch.is_tensor(part) and part.dtype == torch.uint8 and part.numel():
-            with contextlib.suppress(ImportError):  # of a recipe, without Transformer Engine: nothing will read it
-                _load(SafeUnpickler(io.BytesIO(part.numpy().tobytes())), where)
-
-
-def _entries(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each object entry of a checkpoint of the format torch_dist."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-
-    metadata = FileSystemReader(folder).read_metadata()
-    for index, place in sorted((metadata.storage_data or {}).items(), key=lambda pair: pair[1].relative_path):
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            path = folder / place.relative_path
-            with path.open("rb") as stream:
-                stream.seek(place.offset)
-                yield f"{path}, entry {index.fqn}", stream.read(place.length)
 
 
 def _refused(where: Any, error: Exception) -> Refused:
@@ -241,3 +148,92 @@ def _refused(where: Any, error: Exception) -> Refused:
         f"{where} is refused: it names {name[1]}. No checkpoint of Megatron's holds that, and unpickling it could run "
         "a program. Nothing of it was run. Load checkpoints from folders that only people whom you trust can write."
     )
+
+
+def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    path = self._get_metadata_path(kwargs.get("rank"))
+    with self.fs.create_stream(path, "rb") as stream:
+        metadata = load_pickle(_MetadataUnpickler(stream), path)
+    if getattr(metadata, "storage_meta", None) is None:
+        metadata.storage_meta = StorageMeta()
+    metadata.storage_meta.load_id = self.load_id
+    return metadata
+
+
+def _load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
+    stored = (self.metadata.storage_data or {}).get(read_item.storage_index)
+    where = f"{getattr(stored, 'relative_path', 'a file')}, entry {read_item.dest_index.fqn}"
+    thing = load_object(value, where, device=None)
+    given = self.original_state_dict if self.flatten_state_dict else self.state_dict
+    if self.flatten_state_dict:
+        from torch.distributed.checkpoint._nested_dict import set_element
+
+        set_element(given, self.mappings[read_item.dest_index.fqn], thing)
+    else:
+        given[read_item.dest_index.fqn] = thing
+
+
+def _load_common(checkpoint_dir: Any) -> Any:
+    from megatron.core.dist_checkpointing.serialization import COMMON_STATE_FNAME
+
+    path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+    with path.open("rb") as stream:
+        return load_object(stream, path)
+
+
+_CONTRACT = "admit_known_classes_only"
+TABLE = Table(
+    "unpickling",
+    (
+        Patch(
+            "torch.distributed.checkpoint:FileSystemReader",
+            "read_metadata",
+            Value(_read_metadata),
+            "it unpickles without limits",
+            "../torch/distributed/checkpoint/filesystem.py:931",
+            contract=_CONTRACT,
+        ),
+        Patch(
+            "torch.distributed.checkpoint:DefaultLoadPlanner",
+            "load_bytes",
+            Value(_load_bytes),
+            "it asks for weights_only=False",
+            "../torch/distributed/checkpoint/default_planner.py:362",
+            contract=_CONTRACT,
+        ),
+        Patch(
+            "megatron.core.dist_checkpointing.serialization",
+            "load_common",
+            Value(_load_common),
+            "it leaves the choice to an environment variable",
+            "core/dist_checkpointing/strategies/common.py:48",
+            contract=_CONTRACT,
+        ),
+        Patch(
+            "megatron.core.safe_globals:SafeUnpickler",
+            "find_class",
+            Value(_find_class_of_states),
+            "it admits torch.storage._load_from_bytes, which unpickles its argument without limits",
+            "core/safe_globals.py:104",
+            contract=_CONTRACT,
+        ),
+        *(
+            Patch(
+                f"megatron.core.datasets.{name}_dataset",
+                "safe_numpy_load",
+                Value(load_index),
+                "it unpickles arrays of objects, by SafeUnpickler",
+                f"core/datasets/{name}_dataset.py:{line}",
+                contract=_CONTRACT,
+            )
+            for name, line in (("gpt", 638), ("blended", 227), ("masked", 242))
+        ),
+    ),
+)
+
+
+def admit_known_classes_only() -> None:
+    """Unpickles nothing but what the lists above name, in this process from now on. A second call does nothing."""
+    install(TABLE)
