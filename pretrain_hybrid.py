@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hybrid.cli import flags, report
+from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.run_folder.checkpoints import Unreachable
 
 PATIENCE_S = 30.0
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         peak = throughput.peak(args)
         from megatron_hybrid.model.build import model_config
 
-        with arguments.upstream_errors_as_value_errors():
+        with upstream_errors_as_value_errors():
             config = None if command.print_config else model_config(args)
             arguments.check_configs(args, config)
     except ValueError as error:

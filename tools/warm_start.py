@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid import pattern
 from megatron_hybrid.cli import flags, tool
+from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 
 # One process holds the whole model; the checkpoint loads in any layout. Batches and data play no part.
@@ -318,13 +319,12 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
 def build(args: Any, device: str) -> Any:
     """The new model, freshly initialised."""
     from megatron_hybrid.checkpoint import weights
-    from megatron_hybrid.cli import arguments
     from megatron_hybrid.model.build import model_config
     from megatron_hybrid.model.stack import HybridLayerStack
     from megatron_hybrid.patches import upstream
 
     upstream.prepare(device, HybridLayerStack)
-    with arguments.upstream_errors_as_value_errors():
+    with upstream_errors_as_value_errors():
         config = model_config(args)
     return weights.build_on_one_process(config)
 

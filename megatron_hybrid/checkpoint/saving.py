@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.cli.flags import value
+from megatron_hybrid.argv import value
 from megatron_hybrid.patches.upstream import has_module
 from megatron_hybrid.run_folder.checkpoints import is_sealed, remove, remove_old, seal, sweep
 

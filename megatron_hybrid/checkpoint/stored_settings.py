@@ -17,6 +17,7 @@ import numpy as np
 from megatron_hybrid.checkpoint import unpickling
 from megatron_hybrid.data.blend import split_fractions
 from megatron_hybrid.data.indexed import read_index
+from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.registry import LAYERS, layers_of
 
 SHAPES = (
@@ -152,8 +153,6 @@ def schedule(args: Namespace) -> dict[str, Any]:
         ValueError: Upstream refuses it, with its reason.
     """
     from megatron.training.training import get_optimizer_param_scheduler
-
-    from megatron_hybrid.cli.arguments import upstream_errors_as_value_errors
 
     # it fills these in on the way, and would take a run of samples for one of iterations the next time
     names = ("train_iters", "lr_decay_iters", "lr_decay_samples")

@@ -7,20 +7,20 @@ import io
 import os
 import socket
 import sys
-import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_hybrid import costs
+from megatron_hybrid.argv import value, without
 from megatron_hybrid.checkpoint import saving, stored_settings, unpickling
 from megatron_hybrid.checkpoint.resume import takes_weights_alone
 from megatron_hybrid.cli import connections
 from megatron_hybrid.cli.config import HybridConfig, IntraConfig
 from megatron_hybrid.cli.flag_table import rules, table
-from megatron_hybrid.cli.flags import Command, value, without
+from megatron_hybrid.cli.flags import Command
+from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.patches import optimizer_state
 from megatron_hybrid.patches.upstream import has_module, register_symbols
@@ -305,22 +305,6 @@ def keep_vocabulary(args: Namespace, stored: Namespace) -> None:
         args.notes.append(f"the vocabulary stays padded to {size}, as in the checkpoint")
     else:
         args.notes.append(f"the vocabulary is padded to {padded} and in the checkpoint to {size}: new rows are random")
-
-
-@contextlib.contextmanager
-def upstream_errors_as_value_errors() -> Iterator[None]:
-    """Upstream checks arguments with asserts: their text is for the user, their trace is not.
-
-    What else it ends by, while it does nothing but read flags, is a mistake in these, too.
-    """
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = str(error) or place.line  # an assert without a message still has a source line
-        if not isinstance(error, (AssertionError, RuntimeError, ValueError, NotImplementedError)):
-            text = f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
-        raise ValueError(f"Megatron refuses these flags: {text}") from error
 
 
 def check_configs(args: Namespace, config: Any) -> None:

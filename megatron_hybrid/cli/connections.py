@@ -3,7 +3,7 @@
 import os
 from collections.abc import MutableMapping, Sequence
 
-from megatron_hybrid.cli.flags import value
+from megatron_hybrid.argv import value
 
 NAME = "CUDA_DEVICE_MAX_CONNECTIONS"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_hybrid import pattern, placement
+from megatron_hybrid.argv import without
 from megatron_hybrid.cli import recipes
 from megatron_hybrid.cli.config import HybridConfig
 from megatron_hybrid.data import blend
@@ -162,19 +163,6 @@ def _without_ours(argv: list[str]) -> list[str]:
     return [arg for arg in without(argv, "--recipe") if arg != "--print-config"]
 
 
-def without(argv: list[str], flag: str) -> list[str]:
-    """``argv`` without a flag that takes one value, in both of argparse's spellings."""
-    kept, skip = [], False
-    for arg in argv:
-        if skip:
-            skip = False
-        elif arg == flag:
-            skip = True
-        elif not arg.startswith(flag + "="):
-            kept.append(arg)
-    return kept
-
-
 def with_mock_data(argv: list[str]) -> list[str]:
     """``argv`` with random tokens in place of the data that it names, for programs that read none."""
     kept, skip = [], False
@@ -184,14 +172,3 @@ def with_mock_data(argv: list[str]) -> list[str]:
         if not skip:
             kept.append(arg)
     return [*kept, "--mock-data"]
-
-
-def value(argv: list[str], flag: str, default: str = "") -> str:
-    """The last value that a flag is given, in either of argparse's spellings."""
-    found = default
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            found = argv[i + 1]
-        elif arg.startswith(flag + "="):
-            found = arg.split("=", 1)[1]
-    return found

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_hybrid.cli import flags
+from megatron_hybrid.argv import value
 from megatron_hybrid.files import atomic_write
 from megatron_hybrid.launch import allocation as allocations
 from megatron_hybrid.launch import environment, events, preflight, requeue, summary
@@ -37,7 +37,7 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
     Returns:
         An exit code: 0 if the run is finished or queued again.
     """
-    device = flags.value(argv, "--device", "auto")
+    device = value(argv, "--device", "auto")
     allocation = allocations.from_slurm(os.environ, args.nproc, device)
     job = _Job(args, argv, allocation)
     address = args.master_addr or allocations.meeting_address(allocation.nodes[0])
@@ -91,7 +91,7 @@ def _requeue(job: str, still: Callable[[], bool]) -> int:
 
 def local(args: argparse.Namespace, argv: list[str]) -> int:
     """One machine: the agent runs in this process."""
-    device = flags.value(argv, "--device", "auto")
+    device = value(argv, "--device", "auto")
     allocation = allocations.on_this_machine(
         time.strftime("%Y%m%d-%H%M%S"), args.nproc or 1, len(os.sched_getaffinity(0))
     )
@@ -105,7 +105,7 @@ def local(args: argparse.Namespace, argv: list[str]) -> int:
 
 def node(args: argparse.Namespace, argv: list[str], device: str | None = None) -> int:
     """One node: sets the environment and runs torchrun's agent."""
-    device = device or flags.value(argv, "--device", "auto")
+    device = device or value(argv, "--device", "auto")
     os.environ.update(environment.defaults(os.environ, args.master_addr, args.nproc, args.cpus, device))
     from megatron_hybrid.launch import agent
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hybrid.argv import value
 from megatron_hybrid.cli import flags
 from megatron_hybrid.launch.allocation import Allocation
 
@@ -54,16 +55,16 @@ def check(argv: list[str], allocation: Allocation) -> Plan:
     _once_only(command.argv, save)
     layout = _layout(command, allocation.world)
     added = ["--exit-signal-handler"] if "--exit-signal-handler" not in command.argv else []
-    if not flags.value(command.argv, "--load"):
+    if not value(command.argv, "--load"):
         added += ["--load", str(save)]
     return Plan(command, [*argv, *added], layout, save, _placement(layout, allocation))
 
 
 def _save(argv: list[str]) -> Path:
-    value = flags.value(argv, "--save")
-    if not value:
+    folder = value(argv, "--save")
+    if not folder:
         raise ValueError("--save is not given: the run's folder has its checkpoints, logs and state; give one.")
-    save = Path(value)
+    save = Path(folder)
     if not save.is_dir() and not save.absolute().parent.is_dir():
         raise ValueError(
             f"--save {save}: {save.absolute().parent} does not exist. Make it, if the file system of the runs is "
@@ -74,7 +75,7 @@ def _save(argv: list[str]) -> Path:
 
 def _once_only(argv: list[str], save: Path) -> None:
     """Refuses what is meant for one start, and would be done again by each."""
-    load = flags.value(argv, "--load") or str(save)
+    load = value(argv, "--load") or str(save)
     if os.path.realpath(load) != os.path.realpath(save):
         return  # then it is for the first start: the others go on from the run's own checkpoints
     given = {word.partition("=")[0] for word in argv}
@@ -89,10 +90,10 @@ def _once_only(argv: list[str], save: Path) -> None:
 
 def _layout(command: flags.Command, world: int) -> Layout:
     def size(flag: str, default: int = 1) -> int:
-        value = flags.value(command.argv, flag, str(default))
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"{flag} is {value}; it is a number of ranks, at least 1.")
-        return int(value)
+        given = value(command.argv, flag, str(default))
+        if not given.isdigit() or int(given) < 1:
+            raise ValueError(f"{flag} is {given}; it is a number of ranks, at least 1.")
+        return int(given)
 
     tensor, context = size("--tensor-model-parallel-size"), size("--context-parallel-size")
     pipeline = size("--pipeline-model-parallel-size")

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_hybrid import costs, pattern, placement
+from megatron_hybrid.argv import without
 from megatron_hybrid.cli import recipes
-from megatron_hybrid.cli.flags import without
 from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures, figures

@@ -16,8 +16,9 @@ from itertools import product
 from megatron_hybrid import costs
 from megatron_hybrid.accounting.activation_settings import ActivationSettings
 from megatron_hybrid.accounting.storage import Storage
+from megatron_hybrid.argv import value
 from megatron_hybrid.cli.checks import check
-from megatron_hybrid.cli.flags import resolve, value
+from megatron_hybrid.cli.flags import resolve
 from megatron_hybrid.costs.activations import stage_activation_bytes
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.layers.registry import has_experts, layers_of

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_hybrid import pattern
+from megatron_hybrid.argv import value, without
 from megatron_hybrid.cli import flags
 from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
 from megatron_hybrid.pattern import Pattern
@@ -66,11 +67,11 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
     words = list(argv)
-    backend = "te" if flags.value(words, "--backend") == "te" else None
+    backend = "te" if value(words, "--backend") == "te" else None
     if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
-        words = flags.without(words, "--backend")
+        words = without(words, "--backend")
         for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
-            if flags.value(words, flag):
+            if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
     command = flags.resolve(words)
     from megatron_hybrid.cli import arguments

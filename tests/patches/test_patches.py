@@ -29,7 +29,7 @@ FILES = [
         for p in PACKAGE.glob(f"{room}/*.py")
         if p.stem != "warm_start"
     ),
-    *(PACKAGE / name for name in ("cli/arguments.py", "cli/connections.py", "launch/agent.py")),
+    *(PACKAGE / name for name in ("cli/arguments.py", "cli/connections.py", "errors.py", "launch/agent.py")),
 ]
 """Where upstream is read or patched."""
 

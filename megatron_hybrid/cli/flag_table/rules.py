@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_hybrid.cli.flags import value
+from megatron_hybrid.argv import value
 from megatron_hybrid.layers.registry import has_experts
 
 SAVE_INTERVAL = 1000
