@@ -11,7 +11,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
 		while IFS='|' read -r target text; do printf '%-20s %s\n' "$$target" "$$text"; done
 
-setup: ## find Python 3.12 or 3.13, make .venv, install requirements.txt
+setup: ## find Python 3.12 or 3.13, make .venv, install requirements.txt and this package
 	@tools/setup_env.sh
 
 setup-dev: ## the same, with the test and lint tools

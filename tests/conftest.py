@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,9 +13,14 @@ from megatron_hybrid.cli.config import HybridConfig, IntraConfig
 from tests.support.ranks import Ranks
 from tests.support.training import folder, initial_checkpoint, losses
 
+ROOT = Path(__file__).resolve().parents[1]
+
 # an example that takes longer on a busy machine is no failure
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# what tests start as programs is this checkout, also where .venv has another one installed
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 # a shell gives programs in its background no Ctrl-C, and they would give none to those that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

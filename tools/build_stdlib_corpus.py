@@ -7,11 +7,8 @@ writes DIR/corpus.jsonl, one {"text": ...} a line, the same on every run of one 
 
 import argparse
 import json
-import sys
 import sysconfig
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.cli import tool
 from megatron_hybrid.data.stdlib_corpus import documents

@@ -13,8 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from megatron_hybrid.cli import tool
 
 

@@ -8,9 +8,6 @@ docs/cluster.md has more; --help lists the launcher's flags.
 
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.cli import tool
 from megatron_hybrid.launch import jobs

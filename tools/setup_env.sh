@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv with the pinned requirements; does nothing when they are installed already.
+# Makes .venv with the pinned requirements and this package; does nothing when they are installed already.
 #
 #   tools/setup_env.sh [--dev]         --dev adds the test and lint tools
 #   tools/setup_env.sh --find-python   prints the Python that would be used, and stops
@@ -126,6 +126,18 @@ install() {
     echo "setup: $2 installed in $(($(date +%s) - began)) s"
 }
 
+# The package itself, editable: programs find it from any working directory. Its build backend, setuptools, is among
+# the requirements, so nothing is downloaded. Done again when pyproject.toml or the folder's place has changed.
+install_package() {
+    stamp="$VENV/.installed-package"
+    sum="$(cksum <pyproject.toml) $PWD"
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ] && return 0
+    rm -f "$stamp"
+    (pip_install "$VENV/pip-package.log" --no-build-isolation -e .) || install_failed "$VENV/pip-package.log"
+    echo "$sum" >"$stamp"
+    echo "setup: this package installed from $PWD"
+}
+
 # One line every 15 s while the given one or two processes run, so that a slow download is seen to move.
 show_progress() {
     ticks=0
@@ -159,4 +171,5 @@ case "${1:-}" in
 esac
 make_venv
 install runtime requirements.txt
+install_package
 [ "${1:-}" != --dev ] || install dev requirements-dev.txt

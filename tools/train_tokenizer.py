@@ -7,14 +7,9 @@ SentencePiece's is a file, Hugging Face's a folder. The last line says how tools
 """
 
 import argparse
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_hybrid.cli import tool
 
@@ -89,7 +84,7 @@ def main() -> None:
     drawn = f"{sample.size:,} bytes of text, {len(sample.texts):,} of {sample.documents:,} documents"
     print(f"training on {drawn}", flush=True)
     began = time.perf_counter()
-    with default_signals():
+    with tool.default_signals():
         files = train(settings, sample, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - began
     write(files, args.output, args.library, args.overwrite)
@@ -98,20 +93,6 @@ def main() -> None:
         f"{args.output}: {args.vocab_size:,} ids, trained on {drawn}, in {seconds:.1f} s; preprocess_data and training "
         f"take it as --tokenizer-type {kind} --tokenizer-model {args.output}"
     )
-
-
-@contextmanager
-def default_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the program at once: Python's own handlers would wait until training is done."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number, handler in handlers.items():
-            if callable(handler):  # else it is ignored, as in a background job of a shell
-                signal.signal(number, signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import socket
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from megatron_hybrid import costs
@@ -23,6 +24,8 @@ from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.patches.upstream import has_module
 from megatron_hybrid.training import data_checks, validation
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+"""What torchrun sets and Megatron's parser reads."""
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
     "--transformer-impl=local",
@@ -119,14 +122,39 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def help_text() -> str:
     """All flags, Megatron's and ours, ours last."""
-    import_megatron_quietly()
+    import_megatron_quietly(tokenizers=False)
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     return add_hybrid_flags(add_megatron_arguments(parser)).format_help()
 
 
-def parse(argv: list[str], device: str, print_config: bool = False, world: int | None = None) -> Namespace:
+@contextlib.contextmanager
+def command_line(flags: Sequence[str], launched: bool = True) -> Iterator[None]:
+    """``flags`` in ``sys.argv``, where Megatron's parser reads them; afterwards that is as it was.
+
+    launched: This process is a rank of the run that the flags describe. Otherwise the launcher's variables are hidden
+        from the parser, connections are set as the run would set them, and the environment is as it was afterwards.
+    """
+    words, environment = sys.argv, dict(os.environ)
+    sys.argv = [words[0], *flags]
+    try:
+        if not launched:
+            for name in LAUNCHER:
+                os.environ.pop(name, None)
+            connections.set_connections(flags)
+        set_single_process_defaults()
+        yield
+    finally:
+        sys.argv = words
+        if not launched:
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+def parse(
+    argv: list[str], device: str, print_config: bool = False, world: int | None = None, launched: bool = True
+) -> Namespace:
     """Megatron's arguments, checked by us and by upstream, and set as its globals.
 
     Args:
@@ -134,6 +162,7 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
         device: ``cpu`` or ``cuda``, as :func:`choose_device` says.
         print_config: The run ends before it reads data, so none need be given.
         world: With ``print_config``: the number of processes; default the fewest that the layout fits.
+        launched: As for :func:`command_line`.
 
     Returns:
         With ``backend`` and ``device`` as chosen, and ``notes`` for the user.
@@ -141,15 +170,18 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     Raises:
         ValueError: Flags that cannot work, with the reason and the remedy.
     """
-    set_single_process_defaults()
-    connections.set_connections(argv)
-    import_megatron_quietly()
-    from megatron.training import arguments
-
     table.refuse(argv)
     implied = "torch" if value(argv, "--transformer-impl") == "local" else "auto"
     backend = choose_backend(value(argv, "--backend", implied), device)
-    sys.argv = [sys.argv[0], *_engine_flags(argv, device, backend)]
+    with command_line(_engine_flags(argv, device, backend), launched):
+        return _parse(argv, device, backend, print_config, world)
+
+
+def _parse(argv: list[str], device: str, backend: str, print_config: bool, world: int | None) -> Namespace:
+    """:func:`parse`, with flags and environment as Megatron's parser reads them."""
+    import_megatron_quietly(tokenizers=not print_config)
+    from megatron.training import arguments
+
     args = arguments.parse_args(add_hybrid_flags)
     args.backend, args.device = backend, device
     rules.read_old_names(args)
@@ -182,8 +214,10 @@ def parse(argv: list[str], device: str, print_config: bool = False, world: int |
     return args
 
 
-def balance(command: Command, device: str) -> Command:
+def balance(command: Command, device: str, launched: bool = True) -> Command:
     """The command with its layers cut into ``command.balance`` pipeline segments of equal work.
+
+    launched: As for :func:`command_line`.
 
     Raises:
         ValueError: More segments than layers, segments that do not divide over the stages, or no --vocab-size: the
@@ -191,11 +225,11 @@ def balance(command: Command, device: str) -> Command:
     """
     if command.balance is None:
         return command
-    import_megatron_quietly()
-    from megatron.training import arguments
+    with command_line(_engine_flags(command.argv, device, "torch"), launched):
+        import_megatron_quietly(tokenizers=False)
+        from megatron.training import arguments
 
-    sys.argv = [sys.argv[0], *_engine_flags(command.argv, device, "torch")]
-    args = arguments.parse_args(add_hybrid_flags)
+        args = arguments.parse_args(add_hybrid_flags)
     args.vocab_size = data_checks.vocabulary(args)
     if args.vocab_size is None:
         raise ValueError(
@@ -211,8 +245,10 @@ def balance(command: Command, device: str) -> Command:
     return command.with_pattern(cut, pp)
 
 
-def import_megatron_quietly() -> None:
+def import_megatron_quietly(tokenizers: bool = True) -> None:
     """Imports Megatron without its warnings about packages that are missing by choice; registers our symbols.
+
+    tokenizers: Also Megatron's tokenizers, with transformers: 1.5 s that flags alone do without.
 
     What is missing and matters is said by :func:`megatron_hybrid.patches.upstream.prepare`.
     """
@@ -223,7 +259,7 @@ def import_megatron_quietly() -> None:
         import megatron.training.training  # noqa: F401
     from megatron_hybrid.patches.parsing import before_parsing
 
-    before_parsing()
+    before_parsing(tokenizers)
 
 
 def set_single_process_defaults() -> None:

@@ -122,7 +122,7 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tens
     d, dv = q.shape[-1], v.shape[-1]
     if d != dv:
         # torch's fused kernels want equal head sizes, and without them stores the scores: zeros change no score, and
-        # are cut off (tools/benchmark_attention.py compares the ways)
+        # are cut off (tools/benchmarks/attention.py compares the ways)
         width = max(d, dv)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
         if dv < width:

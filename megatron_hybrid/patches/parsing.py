@@ -67,8 +67,13 @@ class _Added(Value):
         return there | {self.value}
 
 
-def before_parsing() -> None:
-    """What Megatron's parser and everything behind it need. A second call does nothing."""
+def before_parsing(tokenizers: bool = True) -> None:
+    """What Megatron's parser and everything behind it need. A second call does nothing more.
+
+    Args:
+        tokenizers: Also what Megatron's tokenizers need; their import takes 1.5 s.
+    """
     register_symbols()
-    install(VOCABULARY)
+    if tokenizers:
+        install(VOCABULARY)
     admit_known_classes_only()

@@ -10,5 +10,6 @@ In the order of its flow; each file imports those above it only:
 ``fit``          layouts that fit, ranked
 ``tables``       figures as text
 ``plots``        figures as a picture
+``request``      from the options of the tool to its figures
 ===============  ===================================================================================
 """

@@ -189,3 +189,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as stream:
         figure.savefig(stream, dpi=120, format=path.suffix.lstrip("."))
+
+
+PLOT = {"run": plot, "comparison": plot_comparison, "fit": plot_fit}
+"""By what a plan is about (:data:`megatron_hybrid.plan.request.Kind`)."""

@@ -1,7 +1,5 @@
 """What a plan is about: a command line, checked as the run itself would check it."""
 
-import os
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,10 +10,8 @@ from megatron_hybrid import pattern
 from megatron_hybrid.argv import value, without
 from megatron_hybrid.cli import flags
 from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
+from megatron_hybrid.patches import light_import
 from megatron_hybrid.pattern import Pattern
-
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-"""What torchrun sets: the plan's processes are not this program's."""
 
 
 @dataclass(frozen=True)
@@ -73,34 +69,8 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
             if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
-    command = flags.resolve(words)
-    from megatron_hybrid.cli import arguments
-
-    arguments.choose_device("auto")
-    # which Megatron's parser reads, and ours replaces
-    own, environment = sys.argv, dict(os.environ)
-    for name in LAUNCHER:
-        os.environ.pop(name, None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
-            command = arguments.balance(command, device)
-            args = arguments.parse(command.argv, device, print_config=True, world=gpus)
-    finally:
-        sys.argv = own
-        os.environ.clear()
-        os.environ.update(environment)
+    command, args = _checked(flags.resolve(words), gpus, device)
     args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
-    if not (args.padded_vocab_size or args.vocab_size):
-        raise ValueError(
-            "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "
-            "A rounded number will do."
-        )
-    if args.moe_expert_capacity_factor is not None:
-        raise ValueError(
-            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}: costs are those of experts that take all "
-            "their tokens. Drop it from the plan."
-        )
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):
         layers = equal_count(layers, layout.pp)
@@ -112,3 +82,26 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         sizes=sizes_of(args),
         layout=layout,
     )
+
+
+def _checked(command: flags.Command, gpus: int | None, device: str) -> tuple[flags.Command, Namespace]:
+    """The command with its layers cut, and its arguments, as Megatron and the costs take them."""
+    light_import.postpone("wandb")
+    from megatron_hybrid.cli import arguments
+
+    arguments.choose_device("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
+        command = arguments.balance(command, device, launched=False)
+        args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
+    if not (args.padded_vocab_size or args.vocab_size):
+        raise ValueError(
+            "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "
+            "A rounded number will do."
+        )
+    if args.moe_expert_capacity_factor is not None:
+        raise ValueError(
+            f"--moe-expert-capacity-factor {args.moe_expert_capacity_factor}: costs are those of experts that take all "
+            "their tokens. Drop it from the plan."
+        )
+    return command, args

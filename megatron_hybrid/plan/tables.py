@@ -347,3 +347,7 @@ def mib(value: float) -> str:
 def gib(value: float) -> str:
     """Bytes as GiB."""
     return f"{value / 2**30:,.2f}"
+
+
+SHOW = {"run": show, "comparison": show_comparison, "fit": show_fit}
+"""By what a plan is about (:data:`megatron_hybrid.plan.request.Kind`)."""

@@ -4,5 +4,9 @@
 |---|---|
 | ``checkpoints.py`` | which checkpoints there are, which are whole, which to load, which to remove |
 | ``state.py`` | ``state.json``: whether the run is under way, finished, stopped or failed |
-| ``metrics.py`` | ``metrics.jsonl``: the records, the last of each iteration |
+| ``metrics_file.py`` | ``metrics.jsonl``: the records, the last of each iteration |
+| ``progress.py`` | how far a run is and how fast it goes |
+| ``training_summary.py``, ``compare_runs.py`` | a run, or several, in a table and a picture |
+| ``watch.py``, ``watch_plots.py`` | runs as they go, in a terminal and as PNG |
+| ``verify_checkpoints.py`` | checkpoints checked by hand |
 """

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import warm_start as tool
 
-from megatron_hybrid.checkpoint import warm_start
+from megatron_hybrid.checkpoint import warm_start, warm_start_sources
+from megatron_hybrid.checkpoint.warm_start_sources import Source
 from megatron_hybrid.layers.intra.design import design
 from tests.model.test_layouts import RTOL, SP, TP2
 from tests.support.single import build
 from tests.support.training import MOE, SIZES, STEPS, continued, folder, forget, trained
+from tools import warm_start as tool
 
 # The branches as wide as the stock layers of the tests' sizes
 WIDE = "--intra-qk-dim 32 --intra-ssm-dim 64"
@@ -256,19 +257,22 @@ def test_what_is_there_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("3:attention=3,mamba=1", {3: {"attention": tool.Source(0, 3), "mamba": tool.Source(0, 1)}}),
-        ("12:mamba2=2.7", {12: {"mamba2": tool.Source(1, 7)}}),
-        ("5=7", {5: tool.Source(0, 7)}),
+        (
+            "3:attention=3,mamba=1",
+            {3: {"attention": Source(0, 3), "mamba": Source(0, 1)}},
+        ),
+        ("12:mamba2=2.7", {12: {"mamba2": Source(1, 7)}}),
+        ("5=7", {5: Source(0, 7)}),
     ],
 )
 def test_layers_as_written(text, found):
-    assert tool.parse_layers([text]) == found
+    assert warm_start_sources.parse_layers([text]) == found
 
 
 @pytest.mark.parametrize("texts", [["3"], ["3:gdn=1"], ["3:mamba=1,mamba=2"], ["3=1", "3=2"], ["a=1"], ["3:=1"]])
 def test_layers_that_cannot_be_read_are_refused(texts):
     with pytest.raises(ValueError, match=f"--layers {texts[-1]}: "):
-        tool.parse_layers(texts)
+        warm_start_sources.parse_layers(texts)
 
 
 @pytest.mark.parametrize(
@@ -283,16 +287,16 @@ def test_layers_that_cannot_be_read_are_refused(texts):
     ],
 )
 def test_layers_that_are_not_there_are_refused(texts, word):
-    old = tool.Old("old", STOCK, {}, "M-*-", ("", 0))
+    old = warm_start_sources.Old("old", STOCK, {}, "M-*-", ("", 0))
     with pytest.raises(ValueError, match=word):
-        tool.complete(tool.parse_layers(texts), "M-P-", [old], intra())
+        warm_start_sources.complete(warm_start_sources.parse_layers(texts), "M-P-", [old], intra())
 
 
 def test_two_lengths_of_one_padded_vocabulary_are_taken_for_it_and_others_are_not():
     def check(old: int, new: int) -> None:
         args = Namespace(make_vocab_size_divisible_by=16, tensor_model_parallel_size=2)
         piece = Namespace(key="embedding", global_shape=(new, 8), allow_shape_mismatch=True)
-        tool.check_shapes({"embedding": torch.empty(old, 8)}, [piece], args, args)
+        warm_start_sources.check_shapes({"embedding": torch.empty(old, 8)}, [piece], args, args)
 
     check(64, 96 - 16)
     check(96 - 16, 64)

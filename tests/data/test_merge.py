@@ -374,8 +374,7 @@ KILLED_AT = """
 import os, signal, sys
 from pathlib import Path
 
-root, dedup, out, wanted, *inputs = sys.argv[1:]
-sys.path.insert(0, root)
+dedup, out, wanted, *inputs = sys.argv[1:]
 from megatron_hybrid.data.indexed import IndexedWriter
 from megatron_hybrid.data.merge import Merge, MergeJob
 
@@ -431,7 +430,7 @@ def test_a_killed_merge_leaves_nothing_half(tmp_path, dedup):
     inputs = [data_set(tmp_path / name, [200] * 7, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
     merge(inputs, tmp_path / "wanted", dedup=dedup)
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_AT, ROOT, dedup, out, tmp_path / "wanted", *inputs]
+    command = [sys.executable, "-c", KILLED_AT, dedup, out, tmp_path / "wanted", *inputs]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     *killed, last = done.stdout.splitlines()

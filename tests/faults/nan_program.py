@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import pretrain_hybrid
 from megatron_hybrid.training.loss import forward_step
 

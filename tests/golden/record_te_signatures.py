@@ -4,7 +4,7 @@ Run it after a change of the Transformer Engine or Megatron-Core version, from t
 
     pip install --no-deps --target /tmp/te transformer-engine==VERSION \
         onnx onnx_ir onnxscript ml_dtypes nvdlfw-inspect pydantic pydantic_core annotated_types typing_inspection
-    python tests/golden/record_te_signatures.py /tmp/te
+    python -m tests.golden.record_te_signatures /tmp/te
 
 No GPU and no compiled part is needed: constructors and parameters are Python.
 """
@@ -208,7 +208,6 @@ def record() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     from megatron_hybrid.patches import cpu
 
     cpu.install()

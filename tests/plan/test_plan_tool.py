@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import plan
 import pytest
 
 from megatron_hybrid.cli import tool
+from tools import plan
 
 ROOT = Path(__file__).parents[2]
 PAPER = [f"paper-1b-{name}" for name in ("llama", "swa", "mamba", "inter", "intra")]
@@ -34,9 +34,7 @@ def test_help_answers_at_once():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "--compare" in done.stdout and done.stderr == ""
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
-    code = (
-        "import sys; sys.argv.append('--help'); sys.path.insert(0, '.')\ntry:\n    from tools import plan; plan.main()"
-    )
+    code = "import sys; sys.argv.append('--help');\ntry:\n    from tools import plan; plan.main()"
     code += "\nexcept SystemExit:\n    print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "megatron_hybrid.cli.tool" in loaded

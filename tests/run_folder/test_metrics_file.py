@@ -106,18 +106,17 @@ def test_a_record_behind_half_a_line_has_its_own(tmp_path):
     assert all(abs(r["time"] - os.path.getmtime(path)) < 60 for r in read_metrics(path).train.values())
 
 
-FULL = f"""
+FULL = """
 import json, resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from megatron_hybrid.run_folder.metrics_file import Appender
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 appender = Appender(Path(sys.argv[1]))
-said = [appender.append({{"iteration": i, "loss": 1.0}}) for i in (1, 2)]
+said = [appender.append({"iteration": i, "loss": 1.0}) for i in (1, 2)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (Path(sys.argv[1]).stat().st_size + 20, resource.RLIM_INFINITY))
-said += [appender.append({{"iteration": i, "loss": 1.0}}) for i in (3, 4, 5)]
+said += [appender.append({"iteration": i, "loss": 1.0}) for i in (3, 4, 5)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-said += [appender.append({{"iteration": i, "loss": 1.0}}) for i in (6, 7)]
+said += [appender.append({"iteration": i, "loss": 1.0}) for i in (6, 7)]
 print(json.dumps(said))
 """
 

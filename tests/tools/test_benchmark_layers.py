@@ -1,4 +1,4 @@
-"""tools/benchmark_layers.py, run as a user runs it, at sizes that take no time."""
+"""tools/benchmarks/layers.py, run as a user runs it, at sizes that take no time."""
 
 import json
 import os
@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_layers
 import pytest
+
+from tools.benchmarks import layers
 
 ROOT = Path(__file__).resolve().parents[2]
 # Wide enough for the FLOPs of the products to outweigh the rest; a branch of 128 beside one of 64.
@@ -19,7 +20,7 @@ TINY = """--hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --mamba-
 def run(tmp_path_factory):
     """A run in which hymba does not fit the widths: what it printed and what it wrote."""
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, "tools/benchmark_layers.py", *TINY.split(), "--layers=*MP"]
+    command = [sys.executable, "tools/benchmarks/layers.py", *TINY.split(), "--layers=*MP"]
     command += ["--presets=paper,diff-mamba,hymba", f"--json={folder}/out.json", f"--plot={folder}/out.png"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -97,5 +98,5 @@ def test_least_traffic(run):
 )
 def test_mistakes(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark_layers.parse_options(arguments)
+        layers.parse_options(arguments)
     assert message in capsys.readouterr().err

@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import benchmark_preprocess as benchmark
 import pytest
+
+from tools.benchmarks import preprocess as benchmark
 
 SOURCES = str(Path(asyncio.__file__).parent)
 

@@ -2,11 +2,11 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -89,20 +89,43 @@ def test_the_probe_refuses_what_has_no_wheels():
     assert "without its module ensurepip" in says("sys.modules['ensurepip'] = None")
 
 
-def write_wheel(directory: Path) -> None:
-    """A package `tiny` 1.0 as a wheel."""
-    info = "tiny-1.0.dist-info"
-    with zipfile.ZipFile(directory / "tiny-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny.py", "ANSWER = 42\n")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+WHEEL = """
+import zipfile
+
+
+def write(path, name, file, text):
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(file, text)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\\nName: {name}\\nVersion: 1.0\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/RECORD", f"{file},,\\n{info}/METADATA,,\\n{info}/WHEEL,,\\n{info}/RECORD,,\\n")
+
+
+def build_editable(directory, config_settings=None, metadata_directory=None):
+    import os
+
+    name = "this-1.0-py3-none-any.whl"
+    write(os.path.join(directory, name), "this", "this_one.pth", os.getcwd() + "\\n")
+    return name
+"""
+"""A module that writes wheels, and is a build backend of which nothing has to be downloaded."""
+
+
+def write_project(directory: Path) -> None:
+    """A package `tiny` 1.0 as a wheel, and a project of its own with one module."""
+    (directory / "backend.py").write_text(WHEEL)
+    backend = runpy.run_path(str(directory / "backend.py"))
+    backend["write"](directory / "tiny-1.0-py3-none-any.whl", "tiny", "tiny.py", "ANSWER = 42\n")
+    build = 'requires = ["absent"]\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (directory / "pyproject.toml").write_text(f"[build-system]\n{build}")
+    (directory / "own.py").write_text("ANSWER = 43\n")
 
 
 def test_install_is_skipped_when_done_and_says_why_it_failed(tmp_path):
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/setup_env.sh", tmp_path / "tools")
-    write_wheel(tmp_path)
+    write_project(tmp_path)
     requirements, stamp = tmp_path / "requirements.txt", tmp_path / ".venv/.installed-runtime"
 
     def setup(text):
@@ -121,15 +144,28 @@ def test_install_is_skipped_when_done_and_says_why_it_failed(tmp_path):
     assert done.returncode == 0 and "installed in" in done.stdout and stamp.exists()
     answer = run([str(tmp_path / ".venv/bin/python"), "-c", "import tiny; print(tiny.ANSWER)"])
     assert answer.stdout == "42\n"
+    answer = run([str(tmp_path / ".venv/bin/python"), "-c", "import own; print(own.ANSWER)"], cwd="/")
+    assert answer.stdout == "43\n" and f"this package installed from {tmp_path}" in done.stdout, done.stdout
 
     again = setup("tiny==1.0\n")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+    with (tmp_path / "pyproject.toml").open("a") as file:
+        file.write("# another\n")
+    assert setup("tiny==1.0\n").stdout == f"setup: this package installed from {tmp_path}\n"
 
     failed = setup("tiny==1.0\nnvidia-absent==1.0\n")
     assert failed.returncode == 1 and not stamp.exists()
     assert "No matching distribution found for nvidia-absent" in failed.stderr
     assert "the same command goes on from there" in failed.stderr
     assert ".venv from" not in failed.stdout, "the environment is kept"
+
+
+@pytest.mark.parametrize("program", ["tools/launch.py", "tools/plan.py", "tools/preprocess_data.py"])
+def test_the_package_is_found_from_any_directory(tmp_path, program):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = run([sys.executable, str(ROOT / program), "--help"], cwd=tmp_path, **environment)
+    assert done.returncode == 0 and "usage: " in done.stdout, f"{done.stderr}: `make setup` installs it"
 
 
 def test_unknown_argument():

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import quickstart
-import summarize_run
+
+from megatron_hybrid.cli import quickstart
+from megatron_hybrid.run_folder import training_summary
+from megatron_hybrid.run_folder.metrics_file import Metrics, read_metrics
+from megatron_hybrid.run_folder.run_info import read_run_info
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,8 +140,8 @@ def test_summary_of_throughput_and_memory():
     records[3]["peak_memory_bytes"] = 61.25 * 2**30
 
     def rows(records, device):
-        metrics = summarize_run.Metrics({i: r for i, r in enumerate(records)}, {})
-        text = summarize_run.summary(Path("run"), metrics, {"device": device, "processes": 8})
+        metrics = Metrics({i: r for i, r in enumerate(records)}, {})
+        text = training_summary.summary(Path("run"), metrics, {"device": device, "processes": 8})
         return {line[2:20].strip(): line[20:].strip() for line in text.splitlines()}
 
     found = rows(records, "cuda")
@@ -152,8 +155,8 @@ def test_summary_of_throughput_and_memory():
 
 def test_summary_without_run_json_or_validation(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\nnoise\n[1]\n{"loss": 1}\n')
-    metrics = summarize_run.read_metrics(tmp_path / "metrics.jsonl")
-    text = summarize_run.summary(tmp_path, metrics, summarize_run.read_run_info(tmp_path))
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    text = training_summary.summary(tmp_path, metrics, read_run_info(tmp_path))
     assert [line.split()[0] for line in text.splitlines()] == ["iterations", "train"]
 
 
@@ -197,7 +200,7 @@ def test_runs_with_one_value_of_a_flag_are_one_row(tmp_path):
 
 @pytest.fixture
 def steps(tmp_path):
-    return quickstart.Quickstart(tmp_path / "work", None)
+    return quickstart.Quickstart(tmp_path / "work", None, ROOT)
 
 
 def stand_in(steps, code=TRAINING):
@@ -260,10 +263,10 @@ open({str(child)!r} + ".tmp", "w").write(str(rank.pid)); os.rename({str(child)!r
 time.sleep(60)
 """
     program = (
-        "import sys; sys.path.insert(0, 'tools'); import quickstart, signal; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path; from megatron_hybrid.cli import quickstart\n"
         # a test run in the background inherits an ignored SIGINT
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"steps = quickstart.Quickstart(Path({str(steps.run_dir.parent)!r}), None)\n"
+        f"steps = quickstart.Quickstart(Path({str(steps.run_dir.parent)!r}), None, Path())\n"
         f"steps.pretrain([sys.executable, '-c', {code!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -280,7 +283,7 @@ time.sleep(60)
 
 
 def test_training_command_is_what_the_user_is_told(steps):
-    command = quickstart.Quickstart(steps.run_dir.parent, 7).pretrain_command()
+    command = quickstart.Quickstart(steps.run_dir.parent, 7, ROOT).pretrain_command()
     pairs = dict(zip(command, command[1:], strict=False))
     assert pairs["--save"] == pairs["--load"] == str(steps.run_dir)
     assert pairs["--nproc_per_node"] == "2" and pairs["--recipe"] == "demo" and pairs["--device"] == "cpu"

@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
-import watch_plots
-import watch_run
 from PIL import Image
 
+from megatron_hybrid.run_folder import watch, watch_plots
 from megatron_hybrid.run_folder.progress import Progress
 from megatron_hybrid.run_folder.state import State, write_state
 
@@ -49,7 +48,7 @@ def write_run(run, steps=60, status="finished", loads=EVEN):
 
 
 def watched(*runs):
-    found = [Progress(run, name) for run, name in zip(runs, watch_run.names(list(runs)), strict=True)]
+    found = [Progress(run, name) for run, name in zip(runs, watch.names(list(runs)), strict=True)]
     for run in found:
         run.update()
     return found
@@ -81,9 +80,9 @@ def test_help_imports_nothing_heavy():
     command = [sys.executable, "-X", "importtime", *TOOL[1:], "--help"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--every SECONDS" in done.stdout
-    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "watch_plots" in loaded and "xxhash" in loaded
-    assert not loaded & {"torch", "megatron", "numpy", "matplotlib", "plotext", "rich"}
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert {"megatron_hybrid.run_folder.watch_plots", "xxhash"} <= loaded
+    assert not {name.split(".")[0] for name in loaded} & {"torch", "megatron", "numpy", "matplotlib", "plotext", "rich"}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
 
 def test_runs_are_named_by_what_tells_them_apart():
     def named(*paths):
-        return watch_run.names([Path(path) for path in paths])
+        return watch.names([Path(path) for path in paths])
 
     assert named("/x/a/run") == ["run"]
     assert named("/x/a/run", "/x/b/run") == ["a/run", "b/run"]
@@ -220,7 +219,7 @@ def test_ticks_are_round_and_told_apart(axis, labels):
 @pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize(("width", "height"), [(24, 30), (40, 24), (79, 24), (80, 50), (100, 40), (140, 60), (300, 80)])
 def test_a_screen_fits_the_terminal(tmp_path, runs, width, height):
-    text = watch_run.screen(watched(*[write_run(tmp_path / str(i)) for i in range(runs)]), None, width, height, False)
+    text = watch.screen(watched(*[write_run(tmp_path / str(i)) for i in range(runs)]), None, width, height, False)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width and len(lines) <= height
     assert "\x1b" not in text
@@ -286,7 +285,7 @@ def test_runs_are_told_apart_without_colours_by_letters(tmp_path):
 
 def test_runs_are_told_apart_by_colours_on_a_terminal(tmp_path):
     runs = watched(*[write_run(tmp_path / name) for name in ("one", "two")])
-    text = watch_run.screen(runs, None, 100, 50, True)
+    text = watch.screen(runs, None, 100, 50, True)
     lines = text.splitlines()
     assert lines[0].startswith("\x1b[38;5;12m━━\x1b[0m one: ") and lines[1].startswith("\x1b[38;5;3m━━\x1b[0m two: ")
     assert "\x1b[38;5;3mx" in text, "the validation of the second"
@@ -297,10 +296,10 @@ def test_runs_are_told_apart_by_colours_on_a_terminal(tmp_path):
 
 def test_a_header_of_several_runs_is_whole_facts_in_one_line(tmp_path):
     (run,) = watched(write_run(tmp_path / "run"))
-    whole = watch_run.header(run, 500, watch_run.BRIEF)
+    whole = watch.header(run, 500, watch.BRIEF)
     assert len(whole) == 1 and "speed" in whole[0]
     for width in range(25, 100):
-        (line,) = watch_run.header(run, width, watch_run.BRIEF)
+        (line,) = watch.header(run, width, watch.BRIEF)
         assert len(line) <= width and set(line.split(" | ")) <= set(whole[0].split(" | "))
 
 
@@ -340,19 +339,18 @@ def test_the_png_has_a_plot_for_all_there_is(tmp_path):
 
 def test_the_png_is_replaced_as_a_whole_when_there_is_news(tmp_path):
     run, path, old = write_run(tmp_path / "run", 20, "running"), tmp_path / "run.png", tmp_path / "old.png"
-    options = watch_run.parser().parse_args([str(run), "--png", str(path)])
     runs = [Progress(run)]
-    watch_run.update(runs, options)
+    watch.update(runs, None, path)
     os.link(path, old)
     before = old.read_bytes()
-    watch_run.update(runs, options)
+    watch.update(runs, None, path)
     assert path.samefile(old), "nothing is new"
     add(run, *(step(i) for i in range(21, 60)))
-    watch_run.update(runs, options)
+    watch.update(runs, None, path)
     assert not path.samefile(old) and path.read_bytes() != before == old.read_bytes()
     write_state(run, State(status="finished", iteration=60, train_iters=60))
     second = path.read_bytes()
-    watch_run.update(runs, options)
+    watch.update(runs, None, path)
     assert path.read_bytes() != second, "the title says that it is finished"
 
 

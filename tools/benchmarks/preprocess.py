@@ -1,7 +1,7 @@
 """Speed of tools/preprocess_data.py beside Megatron's own way and the bare tokenizer, on one corpus.
 
-    python tools/benchmark_preprocess.py [--library huggingface|sentencepiece] [--megabytes 100] [--workers 2]
-    python tools/benchmark_preprocess.py --memory      # peak memory on words that hardly repeat, 100 MB and 1 GB
+    python tools/benchmarks/preprocess.py [--library huggingface|sentencepiece] [--megabytes 100] [--workers 2]
+    python tools/benchmarks/preprocess.py --memory      # peak memory on words that hardly repeat, 100 MB and 1 GB
 
 Each contestant is a process of its own, so all caches of words are cold; the corpus is dropped from the page cache
 before each. "Megatron's way" is that of its preprocessing script: a pool of processes tokenizes one document at a time
@@ -29,11 +29,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from megatron_hybrid.cli import tool
 
-TOOLS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 32000
 
 

@@ -1,4 +1,4 @@
-"""Builds single layers of a model's command line in one process and measures them: for benchmark_layers.py."""
+"""Builds single layers of a model's command line in one process and measures them: for tools/benchmarks/layers.py."""
 
 import argparse
 import contextlib
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from benchmark_kernels import peak_memory
 from torch import Tensor, nn
 
 from megatron_hybrid import costs
+from megatron_hybrid.benchmarks.timing import peak_memory
 from megatron_hybrid.cli import flags, recipes
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 
@@ -38,8 +38,8 @@ class Case:
     pattern: str
     flags: list[str] = field(default_factory=list)
     preset: str = ""
-    alone: bool = False
-    """P in the pattern stands for the attention branch alone."""
+    alone: str = ""
+    """Symbol of an intra-layer hybrid that stands for its attention branch alone in this pattern."""
 
 
 class AttentionAlone(nn.Module):
@@ -100,7 +100,7 @@ class Bench:
     """Builds and measures layers in this process, which is one rank of one.
 
     Args:
-        options: Those of benchmark_layers.py.
+        options: Those of tools/benchmarks/layers.py.
         rest: Flags for the model's command line.
 
     Raises:
@@ -163,8 +163,8 @@ class Bench:
 
         args = self.parse(case, length)
         config = model_config(args)
-        if case.alone and "P" in case.pattern:
-            layer = config.hybrid_stack_spec.submodules.layers["P"].submodules
+        if case.alone and case.alone in case.pattern:
+            layer = config.hybrid_stack_spec.submodules.layers[case.alone].submodules
             intra = layer.self_attention
             params = {name: intra.params[name] for name in ("design", "rope")}
             layer.self_attention = ModuleSpec(AttentionAlone, params=params, submodules=intra.submodules)
@@ -231,11 +231,11 @@ class Bench:
         torch.distributed.destroy_process_group()
 
 
-def forward_flops(symbol: str, sizes: costs.Sizes, alone: bool) -> float:
+def forward_flops(symbol: str, sizes: costs.Sizes, alone: str) -> float:
     """Forward FLOPs per token of a layer, or of P's attention branch alone."""
-    if symbol != "P" or not alone:
+    if symbol != alone:
         return costs.layer_flops_per_token(symbol, sizes)
-    d = sizes.of("P")
+    d = sizes.of(symbol)
     seen = None if d.window is None else d.window + d.sinks
     core = costs.attention_core_flops(d.qk_dim, d.value_dim, sizes.seq_length, seen)
     return 2 * sizes.hidden * (attention_rows(d) + d.value_dim) + core

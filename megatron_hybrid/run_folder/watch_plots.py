@@ -1,4 +1,4 @@
-"""What watch_run.py draws: curves and expert loads of runs, in a terminal and as PNG."""
+"""What is drawn of runs that are watched: curves and expert loads of runs, in a terminal and as PNG."""
 
 import math
 import statistics

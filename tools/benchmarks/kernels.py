@@ -1,6 +1,6 @@
 """Time and memory of the plain-PyTorch SSD scan beside other implementations of it.
 
-    python tools/benchmark_kernels.py [--compile] [--json out.json]
+    python tools/benchmarks/kernels.py [--compile] [--json out.json]
 
 Each implementation is first checked against the float64 recurrence, outputs and gradients; one
 that is wrong gets no time. Repeats are interleaved, so that a busy machine slows all rows alike;
@@ -10,14 +10,11 @@ mamba_ssm's Triton kernel on CUDA when installed (shown, but not part of the rat
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from megatron_hybrid.kernels import ssm_backend, ssm_kernels  # noqa: E402
-from megatron_hybrid.kernels.ssd import ssd_chunk_scan, ssd_recurrence  # noqa: E402
+from megatron_hybrid.benchmarks.timing import peak_memory, seconds_of, versions
+from megatron_hybrid.kernels import ssm_backend, ssm_kernels
+from megatron_hybrid.kernels.ssd import ssd_chunk_scan, ssd_recurrence
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
 # Relative to the largest entry: fp32 rounding over a chunk; bf16 rounds inputs of each product.
@@ -120,41 +116,6 @@ def errors_of(rows: dict[str, Callable], chunk: int, args, device, dtype) -> dic
     return errors
 
 
-def peak_memory(run: Callable, device: torch.device) -> int:
-    """Bytes allocated at the worst moment of ``run``, beyond what was allocated before it.
-
-    On a CPU the allocator's own events are replayed: unlike the resident size of the process,
-    they do not depend on what ran before nor on when memory goes back to the system.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    events = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, size in events:
-        held += size
-        peak = max(peak, held)
-    return peak
-
-
-def seconds_of(run: Callable, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """One row for each implementation and chunk size, those that fail the check without a time."""
     rows, baselines = implementations(device, args.compile)
@@ -207,18 +168,6 @@ def print_table(results: list[dict], title: str) -> None:
             f" {row['peak_mib']:9.1f} {ratios[1]:6.2f}  {row['error']:.1e}"
         )
     print("ratio: to the fastest (leanest) of the baselines at its best chunk size; below 1 is better")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.processor()}
-    for name in ("torch", "transformers", "mamba_ssm", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What metrics and checkpoints cost: time per iteration with them, as a ratio to a run that has none.
 
-    python tools/benchmark_safety.py
-    python tools/benchmark_safety.py --every 50 --processes 8 --device cuda -- --recipe paper-1b-intra --train-iters 160
+    python tools/benchmarks/safety.py
+    python tools/benchmarks/safety.py --every 50 --processes 8 --device cuda -- \\
+        --recipe paper-1b-intra --train-iters 160
 
 trains the same model in turns: bare, with metrics.jsonl, with sealed checkpoints beside it that training waits for,
 and with such that are written in the background. Time is that of the clock from the end of the warm-up to the end of
@@ -20,10 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from short_runs import WARM_UP, environment, launch
-
+from megatron_hybrid.benchmarks.short_runs import WARM_UP, environment, launch
 from megatron_hybrid.cli import tool
 
 SMALL = """--recipe demo --expert-model-parallel-size 1 --vocab-size 4096 --micro-batch-size 2 --global-batch-size 8

@@ -1,6 +1,6 @@
 """Ways to run causal attention whose values are wider than its queries, beside each other.
 
-    python tools/benchmark_attention.py [--length 8192] [--qk-dim 72] [--value-dim 128] [--json out.json]
+    python tools/benchmarks/attention.py [--length 8192] [--qk-dim 72] [--value-dim 128] [--json out.json]
 
 P layers have such heads (72 and 128 channels in the paper's at 1B). Each way is first compared with the formula at a
 short length, output and gradients; one that is wrong, or that torch refuses on this device, gets no time. Forward and
@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_kernels import peak_memory, seconds_of, versions
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from megatron_hybrid.kernels.attention import _compiled_flex_attention, attention, attention_reference  # noqa: E402
+from megatron_hybrid.benchmarks.timing import peak_memory, seconds_of, versions
+from megatron_hybrid.kernels.attention import _compiled_flex_attention, attention, attention_reference
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Of the largest entry: fp32 sums in another order; bf16 rounds the weights and each product's inputs."""

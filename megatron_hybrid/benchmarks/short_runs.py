@@ -1,19 +1,17 @@
-"""Short runs of pretrain_hybrid.py on made-up data, for the benchmarks that time whole steps."""
+"""Short runs of pretrain_hybrid.py on mock data, for the benchmarks that time whole steps."""
 
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quickstart import stop
-
+from megatron_hybrid.cli.processes import run_ranks
 from megatron_hybrid.run_folder.metrics_file import Record, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0
 --save-interval 100000 --no-save-optim --no-save-rng --ckpt-format torch_dist"""
 WARM_UP = 4
@@ -42,19 +40,8 @@ def launch(program: list[str], processes: int, folder: Path) -> None:
         ValueError: It fails, with what it says.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     log = folder / "log.txt"
-    with log.open("wb") as stream:
-        # A session of its own: where this program is ended, so are all ranks.
-        process = subprocess.Popen(
-            [*command, *program], stdout=stream, stderr=stream, env=os.environ | threads, start_new_session=True
-        )
-        try:
-            process.wait()
-        except BaseException:
-            stop(process)
-            raise
-    if process.returncode:
+    if run_ranks([*command, *program], processes, log):
         lines = log.read_text(errors="replace").splitlines()
         said = [line for line in lines if line.startswith("error: ")] or [n for n in lines if "Error" in n]
         raise ValueError(f"the run failed: {said[0] if said else chr(10).join(lines[-30:])}")

@@ -1,7 +1,7 @@
 """Forward and backward time, peak memory and tokens/s of single layers, and of P against two separate mixers.
 
-    python tools/benchmark_layers.py --length 8192,32768 --json out.json --plot out.png
-    python tools/benchmark_layers.py --recipe paper-350m-intra --presets hymba --layers P --backend torch
+    python tools/benchmarks/layers.py --length 8192,32768 --json out.json --plot out.png
+    python tools/benchmarks/layers.py --recipe paper-350m-intra --presets hymba --layers P --backend torch
 
 On CUDA at the sizes of ``--recipe``, else on the CPU engine at small ones. Flags that are not this program's go to
 the model's command line and win over the recipe. A layer that is refused or fails prints its error and the exit code
@@ -25,18 +25,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from layer_bench import BUDGET_MS, FEWEST, MOST, WARM_UP, Bench, Case, measure_peaks  # noqa: E402
-
-from megatron_hybrid.layers.intra.design import PRESETS, IntraDesign  # noqa: E402
+from megatron_hybrid.benchmarks.single_layers import BUDGET_MS, FEWEST, MOST, WARM_UP, Bench, Case, measure_peaks
+from megatron_hybrid.layers.intra.design import PRESETS, IntraDesign
 
 LEGEND = """
 One layer with its input norm and residual: forward, then gradients of input and weights; no optimizer, one process.
 ms: median (and range) of the repeats, which go round the rows of one block so that a busy machine slows all alike.
 peak MiB: the worst moment beyond weights, input and output gradient: activations and gradients of the weights.
 bound ms: the larger of FLOPs (costs/flops.py, forward x 3) at the speed of a large square product, and least
-  memory traffic (see `traffic` in tools/layer_bench.py) at the speed of a large copy, both measured in this run.
+  memory traffic (benchmarks/single_layers.py, `traffic`) at the speed of a large copy, both measured in this run.
 roofline: bound / median. The scan counts as the chunked products that its mask leaves.
 P overlapped: both branches on two CUDA streams. P in order: --no-intra-overlap.
 attention alone: P's attention branch (its heads, narrow Q and K, wide V) between an input and an output projection of
@@ -58,8 +55,8 @@ def intra_cases(preset: str, d: IntraDesign, cuda: bool) -> list[Case]:
     return [
         *([Case("P overlapped", "P", chosen, preset)] if cuda else []),
         Case("P in order", "P", [*chosen, "--no-intra-overlap"], preset),
-        *(Case(f"{kind} alone", symbols[kind], separate, preset, True) for kind in dict.fromkeys(d.branches)),
-        Case("one after the other", "".join(symbols[kind] for kind in d.branches), separate, preset, True),
+        *(Case(f"{kind} alone", symbols[kind], separate, preset, "P") for kind in dict.fromkeys(d.branches)),
+        Case("one after the other", "".join(symbols[kind] for kind in d.branches), separate, preset, "P"),
     ]
 
 
@@ -221,7 +218,7 @@ def run(bench: Bench, options: argparse.Namespace, peaks: dict[str, float]) -> d
 
 def main(argv: list[str]) -> int:
     options, rest = parse_options(argv)
-    command = shlex.join(["python", *sys.argv])  # Megatron's parser reads sys.argv, which is replaced below
+    command = shlex.join(["python", *sys.argv])
     found = environment(options.device)
     try:
         bench = Bench(options, rest)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What a plan says of a run against the run itself: memory, step time, and the efficiency that explains it.
 
-    python tools/benchmark_plan.py --recipe paper-100m-intra --global-batch-size 16 --train-iters 12
-    python tools/benchmark_plan.py --processes 2 --recipe paper-1b-intra --tensor-model-parallel-size 2 \\
+    python tools/benchmarks/plan.py --recipe paper-100m-intra --global-batch-size 16 --train-iters 12
+    python tools/benchmarks/plan.py --processes 2 --recipe paper-1b-intra --tensor-model-parallel-size 2 \\
         --sequence-parallel --global-batch-size 8 --train-iters 12
 
-trains a few steps on made-up data on this machine's GPUs, in the processes that a real run would have, and prints the
+trains a few steps on mock data on this machine's GPUs, in the processes that a real run would have, and prints the
 plan's figures beside the measured ones. The efficiency that it ends with is the one to give tools/plan.py.
 """
 
@@ -17,10 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from short_runs import environment, timed, train
-
+from megatron_hybrid.benchmarks.short_runs import environment, timed, train
 from megatron_hybrid.cli import tool
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Step time of a run whose pipeline stages have equal work against equal numbers of layers.
 
-    python tools/benchmark_pipeline.py
-    python tools/benchmark_pipeline.py --recipe paper-1b-intra --train-iters 30 --stages 4
+    python tools/benchmarks/pipeline.py
+    python tools/benchmarks/pipeline.py --recipe paper-1b-intra --train-iters 30 --stages 4
 
 trains the same model from the same command line, but for the pipeline's boundaries, as separate runs of Megatron's own
 loop: one with as many layers on each stage, one with --balance-pipeline. The runs take turns. Without flags for a model
@@ -17,10 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from short_runs import environment, timed, train
-
+from megatron_hybrid.benchmarks.short_runs import environment, timed, train
 from megatron_hybrid.cli import tool
 
 SMALL = """--hybrid-layer-pattern MM**---- --hidden-size 192 --ffn-hidden-size 4096 --num-attention-heads 6
