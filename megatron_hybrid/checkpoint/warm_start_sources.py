@@ -7,7 +7,9 @@ from typing import Any
 from megatron_hybrid import pattern
 from megatron_hybrid.checkpoint import warm_start, weights
 from megatron_hybrid.errors import upstream_errors_as_value_errors
+from megatron_hybrid.layers.intra.account import IntraAccount
 from megatron_hybrid.layers.intra.design import IntraDesign
+from megatron_hybrid.layers.registry import LAYERS
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def complete(plan: Plan, new: str, olds: list[Old], intra: IntraDesign | None) -
                     f"{_symbol(source, olds)}; only a layer of the same kind can be copied as it is."
                 )
             continue
-        if symbol != "P" or intra is None:
+        if intra is None or not isinstance(LAYERS[symbol].account, IntraAccount):
             raise ValueError(f"--layers {number}:...: layer {number} is {symbol}, and only P layers have branches.")
         for name in source:
             if name not in intra.names:
@@ -216,7 +218,7 @@ def _intra(sources: dict[str, Source], olds: list[Old], intra: IntraDesign) -> d
     mixers = {}
     for name, source in sources.items():
         layer = _layer(olds[source.checkpoint], source.layer)
-        attention = _symbol(source, olds) != "M"
+        attention = LAYERS[_symbol(source, olds)].branch == "attention"
         sizes = (intra.num_attention_heads, intra.num_query_groups)
         made = warm_start.attention_mixer(layer, *sizes) if attention else warm_start.mamba_mixer(layer)
         mixers[intra.names.index(name)] = made

@@ -169,5 +169,7 @@ class Progress:
 def failure_lines(log: Path, count: int = 30) -> str:
     """Return the last lines of a log before the launcher's own report, which never holds the cause."""
     lines = log.read_text("utf-8", errors="replace").splitlines()
-    launcher = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line and line[:1] in "EW"]
+    launcher = [
+        i for i, line in enumerate(lines) if "torch/distributed/elastic" in line and line.startswith(("E", "W"))
+    ]
     return "\n".join(lines[: launcher[0] if launcher else None][-count:])

@@ -272,7 +272,8 @@ def test_a_job_near_its_limit_saves_and_is_queued_again(reason, environment, tmp
             os.kill(int((tmp_path / "step").read_text()), signal.SIGKILL)
     assert job.returncode == 0, said
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists(), said
-    assert (tmp_path / "scancel").read_text().split() == ["--signal=TERM", job_id]
+    told = (tmp_path / "scancel").read_text().split()  # again and again, where the step takes its time
+    assert told and told == ["--signal=TERM", job_id] * (len(told) // 2)
     requeued = (tmp_path / "scontrol").exists() and f"requeue {job_id}" in (tmp_path / "scontrol").read_text()
     assert requeued == (reason == "signal"), said
     assert ("queued again" in said) == requeued and "SIGTERM on " in said
