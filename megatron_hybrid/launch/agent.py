@@ -102,7 +102,7 @@ def run_node(node: Node, command: list[str]) -> int:
         return 128 + signal.SIGTERM
     finally:
         spec.rdzv_handler.shutdown()
-        # SIGTERM is repeated until this process has ended, and Python puts its own handlers away before that: the signal
+        # SIGTERM is repeated until this process has ended, and Python drops its own handlers before that: the signal
         # would turn the exit code of an orderly stop into 143
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
