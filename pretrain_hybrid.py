@@ -79,12 +79,14 @@ def main(argv: list[str]) -> None:
 
 
 def refuse(error: Exception, code: int) -> NoReturn:
-    """Ends this process with what is wrong, which one rank says for all of them.
+    """Ends this process with an error message, which rank 0 prints for all ranks.
 
-    code: 2 for a mistake, 1 for what may be well at the next start.
+    Args:
+        error: What is wrong.
+        code: 2 for a user's mistake, 1 for what may succeed at the next start.
 
-    The others give way: torchrun ends all ranks when one has gone, and the first may still be importing. A rank
-    that is still there afterwards made a mistake of its own, such as a file that its node lacks.
+    The others wait first: torchrun ends all ranks when one has exited, and rank 0 may still be importing. A rank that
+    is still there afterwards has an error of its own, such as a file that its node lacks.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

@@ -16,7 +16,7 @@ from megatron_hybrid.run_folder.checkpoints import Unreachable, passing, size
 SLOWEST = 20e6
 """Bytes a second at which the slowest rank is taken to read its share; beyond that it is taken to hang."""
 
-Judge = Callable[[Path, int, int], list[str]]
+CheckShare = Callable[[Path, int, int], list[str]]
 """A checkpoint's folder (or what else is read), this rank and the number of ranks, to what is wrong with this rank's
 share of it (or what else it has found)."""
 Decide = Callable[[Callable[[Path], list[str]]], dict[str, Any]]
@@ -27,7 +27,7 @@ CHECKPOINT = "the checkpoint to load"
 def among_ranks(
     args: Namespace,
     decide: Decide,
-    judge: Judge,
+    check_share: CheckShare,
     about: str = CHECKPOINT,
     bytes_of: Callable[[Path], int] = size,
     alone: bool = False,
@@ -35,7 +35,7 @@ def among_ranks(
     """:func:`agree` with the ranks of a run, by Megatron's arguments; a single one, or ``alone``, decides by itself."""
     if alone or args.world_size == 1:
         try:
-            return decide(lambda folder: judge(folder, 0, 1))
+            return decide(lambda folder: check_share(folder, 0, 1))
         except OSError as error:
             text = f"{about[0].upper()}{about[1:]} was not found out: {error}"
             raise (Unreachable if passing(error) else ValueError)(text) from None
@@ -47,7 +47,7 @@ def among_ranks(
             f"Rank {args.rank} of {args.world_size} does not reach the store of the run's ranks ({error}). Start all "
             "ranks by torchrun, or check MASTER_ADDR and MASTER_PORT."
         ) from None
-    return agree(_kept[-1], args.rank, args.world_size, decide, judge, patience_s, about, bytes_of)
+    return agree(_kept[-1], args.rank, args.world_size, decide, check_share, patience_s, about, bytes_of)
 
 
 _kept: list[Any] = []
@@ -70,7 +70,7 @@ def agree(
     rank: int,
     ranks: int,
     decide: Decide,
-    judge: Judge,
+    check_share: CheckShare,
     patience_s: float,
     about: str = CHECKPOINT,
     bytes_of: Callable[[Path], int] = size,
@@ -82,30 +82,30 @@ def agree(
         rank: This one.
         ranks: Number of ranks.
         decide: Called on rank 0. A ValueError or OSError of it is every rank's.
-        judge: Called on every rank for each folder that ``decide`` asks about.
+        check_share: Called on every rank for each folder that ``decide`` asks about.
         patience_s: How long to wait for another rank's start, and for its answer beside the time that reading takes.
         about: What is agreed on, for errors.
         bytes_of: How much all ranks together read of a folder.
 
     Raises:
         ValueError: ``decide`` says so.
-        Unreachable: It or ``judge`` failed by another error on some rank, or a rank has not answered in time.
+        Unreachable: It or ``check_share`` failed by another error on some rank, or a rank has not answered in time.
     """
     try:
         if rank == 0:
             session = PrefixStore(_invite(store, ranks, patience_s, about), store)
-            return _lead(session, ranks, decide, judge, patience_s, about, bytes_of)
+            return _lead(session, ranks, decide, check_share, patience_s, about, bytes_of)
         session = PrefixStore(_join(store, rank, patience_s), store)
-        return _follow(session, rank, ranks, judge, patience_s)
+        return _follow(session, rank, ranks, check_share, patience_s)
     except DistError as error:
         raise Unreachable(
-            f"Rank {rank} of {ranks} lost the others while they agreed on {about} ({error}). See what the rank that "
-            f"ended first has said; that the nodes see each other, and {about}."
+            f"Rank {rank} of {ranks} lost the others while they agreed on {about} ({error}). See the log of the "
+            f"rank that failed first; check that the nodes see each other, and {about}."
         ) from None
 
 
 def _invite(store: Store, ranks: int, patience_s: float, about: str) -> str:
-    """Rank 0: opens a session, whose name only ranks of this start of the run get to know.
+    """Rank 0: opens a session, whose name only ranks of this start of the run get.
 
     A restarted run finds the keys of the one before in torchrun's store. A rank is invited by a token of its own.
     """
@@ -140,7 +140,7 @@ def _lead(
     store: Store,
     ranks: int,
     decide: Decide,
-    judge: Judge,
+    check_share: CheckShare,
     patience_s: float,
     about: str,
     bytes_of: Callable[[Path], int],
@@ -164,7 +164,7 @@ def _lead(
     def check(folder: Path) -> list[str]:
         seconds = patience_s + bytes_of(folder) / ranks / SLOWEST
         tell({"folder": str(folder), "seconds": seconds})
-        found = [_judged(judge, folder, 0, ranks)]
+        found = [_checked(check_share, folder, 0, ranks)]
         found += [json.loads(text) for text in answers(f"found/{asked}", seconds)]
         for answer in found:
             if "unreachable" in answer:
@@ -182,7 +182,7 @@ def _lead(
     return decision
 
 
-def _follow(store: Store, rank: int, ranks: int, judge: Judge, patience_s: float) -> dict[str, Any]:
+def _follow(store: Store, rank: int, ranks: int, check_share: CheckShare, patience_s: float) -> dict[str, Any]:
     told, seconds = 0, patience_s
     while True:
         store.wait([f"told/{told}"], timedelta(seconds=seconds + patience_s))
@@ -190,7 +190,7 @@ def _follow(store: Store, rank: int, ranks: int, judge: Judge, patience_s: float
         told += 1
         if "folder" in message:
             seconds = message["seconds"]  # rank 0 waits that long for the slowest
-            store.set(f"found/{told}/{rank}", json.dumps(_judged(judge, Path(message["folder"]), rank, ranks)))
+            store.set(f"found/{told}/{rank}", json.dumps(_checked(check_share, Path(message["folder"]), rank, ranks)))
             continue
         store.set(f"heard/{rank}", "")
         if "error" in message:
@@ -198,9 +198,9 @@ def _follow(store: Store, rank: int, ranks: int, judge: Judge, patience_s: float
         return message["decision"]
 
 
-def _judged(judge: Judge, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
+def _checked(check_share: CheckShare, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     try:
-        return {"wrong": judge(folder, rank, ranks)}
+        return {"wrong": check_share(folder, rank, ranks)}
     except Exception as error:  # whatever it is, the other ranks wait for an answer
         return {"unreachable": f"{folder} could not be checked on rank {rank} ({type(error).__name__}: {error})"}
 
@@ -209,5 +209,5 @@ def _late(ranks: set[int], seconds: float, about: str) -> Unreachable:
     few = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
     return Unreachable(
         f"{'Ranks' if len(ranks) > 1 else 'Rank'} {few} did not answer in {seconds:.0f} s while the ranks agreed on "
-        f"{about}. See what they have said; --distributed-timeout-minutes sets how long the others wait."
+        f"{about}. See their logs; --distributed-timeout-minutes sets how long the others wait."
     )

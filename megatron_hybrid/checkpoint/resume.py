@@ -25,7 +25,7 @@ Check = Callable[[Path], list[str]]
 
 
 def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
-    """Finds a whole checkpoint and makes Megatron load that one, or nothing if there are none.
+    """Finds the latest valid checkpoint and makes Megatron load that one, or nothing if there are none.
 
     Megatron itself ends with exit code 0 where the pointer is garbled (training/checkpointing.py:353), starts from
     random weights where it is missing (:1687), and loads flipped bytes. Here all ranks hash their shares of the files
@@ -55,12 +55,14 @@ def choose_checkpoint(args: Namespace, alone: bool = False) -> list[str]:
             "would be loaded without a check. Drop it, or give --load-unverified."
         )
 
-    def judge(folder: Path, part: int, parts: int) -> list[str]:
+    def check_share(folder: Path, part: int, parts: int) -> list[str]:
         if args.load_unverified and not is_sealed(folder):
             return _unfinished(folder)
         return problems(folder, part, parts)
 
-    decision = agreement.among_ranks(args, lambda check: _decide(args, check, write=not alone), judge, alone=alone)
+    decision = agreement.among_ranks(
+        args, lambda check: _decide(args, check, write=not alone), check_share, alone=alone
+    )
     if decision["folder"] is not None:
         _check_optimizer(args, decision["folder"])
         args.checkpoint, args.ckpt_step = decision["folder"], decision["step"]
@@ -116,7 +118,7 @@ def _go_on_from_own(args: Namespace) -> list[str]:
 
 
 def verified(folder: str, unverified: bool = False) -> Path:
-    """The folder of the checkpoint that a tool is to open: the newest whole one of a run, or the given one by itself.
+    """The folder of the checkpoint that a tool is to open: the latest valid one of a run, or the given one.
 
     Args:
         folder: A run's folder, or a checkpoint's own.

@@ -1,6 +1,6 @@
-"""Checkpoints as a run saves them: sealed with a manifest, in the background if asked for, old ones removed.
+"""Saving checkpoints: with a manifest, in the background if asked for, and without the old ones that are not kept.
 
-Upstream writes and finalises them (training/checkpointing.py:552); what is added here stands around that.
+Upstream writes and finalises them (training/checkpointing.py:552); the hooks here wrap that.
 """
 
 import shutil
@@ -134,7 +134,7 @@ class _Guard:
                 return None
             self._clear()
             self._last = iteration
-            self._begun = [*self._torn(), self._folder]
+            self._begun = [*self._incomplete(), self._folder]
             result = self.explaining(save_checkpoint)(iteration, *rest, **kwargs)
             if not self._args.async_save:
                 self._remove_old(self._folder)
@@ -151,7 +151,7 @@ class _Guard:
         return scheduled
 
     def explaining(self, action: Callable) -> Callable:
-        """The same, with plain words in front of the trace if it fails."""
+        """The same, with one line in front of the traceback if it fails: what was not saved, and why."""
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
@@ -159,9 +159,9 @@ class _Guard:
             try:
                 return action(*args, **kwargs)
             except (OSError, RuntimeError, AssertionError, CheckpointException, CheckpointingException) as error:
-                names = ", ".join(str(folder) for folder in self._torn()) or self._args.save
+                names = ", ".join(str(folder) for folder in self._incomplete()) or self._args.save
                 _say(f"error: rank {self._args.rank}: {names}: not saved: {_reason(error)}. {self._room()}")
-                self._remove_what_is_torn()
+                self._remove_incomplete()
                 raise
 
         return explained
@@ -169,7 +169,7 @@ class _Guard:
     def _has_been_loaded(self) -> bool:
         """Whether the run has this very state from that very folder: no step has been done since.
 
-        To write over the only whole checkpoint would put it at risk for nothing.
+        To write over the only valid checkpoint would put it at risk for nothing.
         """
         loaded = self._args.checkpoint
         if loaded is None or Path(loaded).absolute() != self._folder.absolute() or not is_sealed(self._folder):
@@ -181,7 +181,7 @@ class _Guard:
     def _clear(self) -> None:
         """Removes what an interrupted save, or the run before a roll back, has left in the folder.
 
-        Files of more ranks than there are now would stay for ever, and an old manifest would speak of new files.
+        Files of more ranks than there are now would stay, and an old manifest would list new files.
         """
         import torch
 
@@ -191,17 +191,17 @@ class _Guard:
                 remove(self._folder)
         torch.distributed.barrier()
 
-    def _torn(self) -> list[Path]:
+    def _incomplete(self) -> list[Path]:
         """Folders of saves that were begun, and are not sealed."""
         with suppress(OSError):
             return [folder for folder in self._begun if not is_sealed(folder)]
         return []
 
-    def _remove_what_is_torn(self) -> None:
-        """Gives back the room of a save that has failed: logs and states need some, too. The run ends here."""
+    def _remove_incomplete(self) -> None:
+        """Frees the disk space of a save that has failed: logs and states need some, too. The run ends here."""
         if self._args.rank == 0:
             with suppress(OSError):
-                for folder in self._torn():
+                for folder in self._incomplete():
                     remove(folder)
 
     def _remove_old(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""events_NODE.jsonl in a job's folder of logs: signals and deaths of ranks, one line each, appended by the node."""
+"""events_NODE.jsonl in a job's folder of logs: signals and failures of ranks, one line each, appended by the node."""
 
 import json
 import os
@@ -16,7 +16,7 @@ class Event:
     """Something that a node's agent saw."""
 
     kind: Literal["signal", "death"]
-    """signal: the agent was told to stop. death: a rank ended, and not as it should."""
+    """signal: the agent was told to stop. death: a rank failed."""
     node: str
     requeue: int
     """SLURM's count of starts of the job before this one."""

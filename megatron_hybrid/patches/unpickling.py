@@ -192,7 +192,7 @@ TABLE = Table(
             "read_metadata",
             Value(_read_metadata),
             "it unpickles without limits",
-            "../torch/distributed/checkpoint/filesystem.py:931",
+            "../torch/distributed/checkpoint/filesystem.py:930",
             contract=_CONTRACT,
         ),
         Patch(

@@ -207,7 +207,7 @@ def _asked(run: Path, step: int, found: list[Checkpoint], check: Callable[[Path]
     if wrong:
         raise ValueError(
             f"--ckpt-step {step}: {checkpoint.folder} {_summary(wrong)}. Give another of {there}, or drop the flag: "
-            "the newest whole one is found then."
+            "the latest valid one is found then."
         )
     return Choice(checkpoint)
 
@@ -216,7 +216,7 @@ def _notes(
     run: Path, found: list[Checkpoint], taken: Checkpoint, said: int | Literal["release"] | None, passed: list[str]
 ) -> list[str]:
     """Why this one, where that is not plain."""
-    notes = [f"passed over {text}" for text in passed]
+    notes = [f"skipped {text}" for text in passed]
     newer = found[: found.index(taken)]
     if _pointed(taken) == str(said):
         sealed = [c.folder.name for c in newer if is_sealed(c.folder)]

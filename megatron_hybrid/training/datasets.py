@@ -123,7 +123,7 @@ def check_content(args: Namespace) -> list[str]:
     """Refuses data sets that are damaged or that the model has no rows for; chooses where their order is kept.
 
     For training and evaluation alike, before the model is built. Rank 0 reads the indices; where no manifest says which
-    ids there are, all ranks read their shares of them, once for each content. All ranks come to one verdict.
+    ids there are, all ranks read their shares of them, once for each content. All ranks come to one result.
 
     Args:
         args: Megatron's, validated; ``padded_vocab_size`` as the model will have it. ``data_contents`` (fingerprints
@@ -144,10 +144,10 @@ def check_content(args: Namespace) -> list[str]:
     if args.data_args_path and args.split is None:
         args.split = DEFAULT_SPLIT  # as upstream does for --data-path
 
-    def judge(prefix: Path, part: int, parts: int) -> list[str]:
+    def scan_share(prefix: Path, part: int, parts: int) -> list[str]:
         return [json.dumps(_scan(prefix, part, parts))]
 
-    found = among_ranks(args, lambda ask: _decide(args, names, ask), judge, "the data", _bytes)
+    found = among_ranks(args, lambda ask: _decide(args, names, ask), scan_share, "the data", _bytes)
     args.data_contents = found["contents"]
     args.data_cache_path = found["cache"]
     return found["notes"]
@@ -171,7 +171,7 @@ def _decide(args: Namespace, names: Sequence[str], ask: Ask) -> dict[str, Any]:
 def _check_ids(args: Namespace, data: Contents, cache: Path | str, ask: Ask) -> list[str]:
     """Refuses ids without a row in the model's embedding; a note on those whose row is padding.
 
-    A lookup beyond the table is an IndexError on one rank, and tensor-parallel ranks look up zeros without a word
+    A lookup beyond the table is an IndexError on one rank, and tensor-parallel ranks look up zeros without an error
     (core/tensor_parallel/layers.py:359).
     """
     from megatron.training import global_vars

@@ -33,7 +33,7 @@ class ContentGPTDataset(GPTDataset):
     Upstream keeps the key in ``unique_identifiers`` (core/datasets/megatron_dataset.py:63), which a blend's cache takes
     over (core/datasets/blended_dataset.py:76). The order follows from the index, the seed and the sizes, so that one
     that is built again is the same. Its files appear whole, the one that upstream looks for last, so that a run that
-    is killed meanwhile leaves no torn cache.
+    is killed meanwhile leaves no partial cache.
     """
 
     config: Any

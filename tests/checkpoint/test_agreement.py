@@ -13,13 +13,13 @@ from megatron_hybrid.run_folder.checkpoints import Unreachable
 RANKS = 3
 
 
-def ends(decide: Callable, judge: Callable) -> list:
+def ends(decide: Callable, check_share: Callable) -> list:
     """What each rank comes to: a decision or an error."""
     store, found = HashStore(), [None] * RANKS
 
     def run(rank: int) -> None:
         try:
-            found[rank] = agree(store, rank, RANKS, decide, judge, patience_s=20.0)
+            found[rank] = agree(store, rank, RANKS, decide, check_share, patience_s=20.0)
         except Exception as error:
             found[rank] = error
 
@@ -38,24 +38,24 @@ def newest_whole(check: Callable) -> dict:
     raise ValueError("none is whole")
 
 
-def test_a_checkpoint_that_is_torn_on_one_rank_is_passed_over_by_all():
-    found = ends(newest_whole, lambda folder, rank, ranks: ["torn"] if folder.name == "newer" and rank == 2 else [])
+def test_a_checkpoint_that_is_corrupt_on_one_rank_is_skipped_by_all():
+    found = ends(newest_whole, lambda folder, rank, ranks: ["corrupt"] if folder.name == "newer" and rank == 2 else [])
     assert found == [{"folder": "older"}] * RANKS
 
 
 def test_an_error_of_the_decision_is_all_ranks():
-    found = ends(newest_whole, lambda folder, rank, ranks: ["torn"])
+    found = ends(newest_whole, lambda folder, rank, ranks: ["corrupt"])
     assert [(type(error), str(error)) for error in found] == [(ValueError, "none is whole")] * RANKS
 
 
-def test_a_checkpoint_that_one_rank_cannot_read_is_not_passed_over():
+def test_a_checkpoint_that_one_rank_cannot_read_is_not_skipped():
     """The run would lose steps that are saved, and write over a checkpoint that is whole."""
 
-    def judge(folder: Path, rank: int, ranks: int) -> list[str]:
+    def check_share(folder: Path, rank: int, ranks: int) -> list[str]:
         if rank == 2:
             raise OSError(errno.ESTALE, "Stale file handle")
         return []
 
-    found = ends(newest_whole, judge)
+    found = ends(newest_whole, check_share)
     for error in found:
         assert type(error) is Unreachable and "/newer could not be checked on rank 2" in str(error)

@@ -272,7 +272,7 @@ def test_a_cancelled_job_is_not_queued_again(job, again):
 def rows(screen: str) -> dict[str, str]:
     lines = screen.splitlines()
     assert lines[0].startswith("==== launch: ") and lines[-1] == "====" and len(lines) < 30
-    return {line[:11].strip(): line[12:] for line in lines[1:-1]}
+    return {line[:13].strip(): line[14:] for line in lines[1:-1]}
 
 
 def test_the_first_screen(plan, tmp_path):
@@ -301,8 +301,8 @@ def test_the_last_screen(tmp_path):
     seen = [replace(DEATH, last_words="RuntimeError: of rank 1"), later]
     found = rows(summary.end("7", run, tmp_path / "logs", True, seen, "queued again: told", 90.0))
     assert found["state"] == "stopped (signal)" and found["loss"] == "2.5000" and found["checkpoint"] == "5"
-    assert found["died first"].startswith("rank 1 on n1, ") and found["died first"].endswith("restart 0: SIGKILL")
+    assert found["first failure"].startswith("rank 1 on n1, ") and found["first failure"].endswith("restart 0: SIGKILL")
     assert found[""] == "RuntimeError: of rank 1" and found["next"] == "queued again: told"
-    assert found["deaths"] == "after 1 of the starts of all ranks"
+    assert found["failures"] == "in 1 of the starts of all ranks"
     silent = rows(summary.end("7", run, tmp_path / "logs", False, [], "no more: x", 90.0))
-    assert silent["state"].startswith("unknown") and silent["deaths"] == "none"
+    assert silent["state"].startswith("unknown") and silent["failures"] == "none"

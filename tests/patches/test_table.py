@@ -136,7 +136,7 @@ def test_owners_are_found_by_their_path():
 
 
 def order_of_hooks() -> dict[str, Any]:
-    """For each function, the hooks that are entered, from the outermost in, whatever the order they are given in."""
+    """For each function, the hooks that are entered, from the outermost in; they are given in reverse order."""
     from importlib import import_module
 
     from megatron_hybrid.patches import hooks

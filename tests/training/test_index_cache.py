@@ -101,17 +101,17 @@ def test_an_order_that_was_to_be_built_before_is_that_of_the_data_that_are_there
         build([str(tmp_path / "d")], tmp_path / "cache", built=True)
 
 
-def test_a_run_that_is_killed_while_it_writes_leaves_no_torn_cache(build, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_while_it_writes_leaves_no_partial_cache(build, tmp_path, monkeypatch):
     data_set(tmp_path / "d", [9] * 40)
     save = np.save
 
-    def torn(file, array, **kwargs):
+    def partial(file, array, **kwargs):
         save(file, array, **kwargs)
         if "shuffle_index" in file:
             Path(file).write_bytes(Path(file).read_bytes()[:100])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "save", torn)
+    monkeypatch.setattr(np, "save", partial)
     with pytest.raises(KeyboardInterrupt):
         build([str(tmp_path / "d")], tmp_path / "cache")
     monkeypatch.undo()
