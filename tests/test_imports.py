@@ -25,6 +25,7 @@ ORDER = [
     ["training"],
     ["cli"],
     ["launch", "plan"],
+    ["benchmarks"],
 ]
 """Rooms, and files at the top, from the lowest up; the package itself is the empty name. Rooms of one line do not know
 each other; files of the first do."""

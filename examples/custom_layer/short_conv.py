@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_hybrid.accounting.cache import Cache
-from megatron_hybrid.accounting.rules import check_divides
+from megatron_hybrid.accounting.divisibility import check_divides
 from megatron_hybrid.accounting.saved import Rank, Saved
 from megatron_hybrid.accounting.scan import Convention
 from megatron_hybrid.accounting.sizes import Sizes

@@ -20,8 +20,8 @@ from megatron.core.transformer.utils import (
 from short_conv import ShortConvSizes, sizes
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.build import Build, mixer_layer
 from megatron_hybrid.layers.parts import store_by_parts
+from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:

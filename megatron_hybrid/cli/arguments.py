@@ -17,7 +17,7 @@ from megatron_hybrid.argv import value, without
 from megatron_hybrid.checkpoint import saving
 from megatron_hybrid.cli import connections
 from megatron_hybrid.cli.config import HybridConfig, IntraConfig
-from megatron_hybrid.cli.flag_table import rules, table
+from megatron_hybrid.cli.flag_table import all_flags, rules
 from megatron_hybrid.cli.flags import Command
 from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.registry import LAYERS
@@ -170,7 +170,7 @@ def parse(
     Raises:
         ValueError: Flags that cannot work, with the reason and the remedy.
     """
-    table.refuse(argv)
+    all_flags.refuse(argv)
     implied = "torch" if value(argv, "--transformer-impl") == "local" else "auto"
     backend = choose_backend(value(argv, "--backend", implied), device)
     with command_line(_engine_flags(argv, device, backend), launched):
@@ -192,7 +192,7 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
     rules.check_flags(args, argv)
     check(args)
     validation.check(args)
-    notes = table.notes(argv) + rules.notes(argv)
+    notes = all_flags.notes(argv) + rules.notes(argv)
     if not print_config:
         rules.check_schedule(args)
         data_checks.check_data(args)

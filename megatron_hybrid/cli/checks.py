@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
-from megatron_hybrid.accounting.rules import check_divides, flag
+from megatron_hybrid.accounting.divisibility import check_divides, flag
 from megatron_hybrid.layers.registry import layers_of
 
 

@@ -21,7 +21,7 @@ the flow; each file imports those above it only:
 """
 
 from megatron_hybrid.accounting.activation_settings import ActivationSettings, Recompute
-from megatron_hybrid.accounting.attention import attention_core_flops
+from megatron_hybrid.accounting.attention_core import attention_core_flops
 from megatron_hybrid.accounting.cache import Cache
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.scan import Convention, ssd_scan_flops, ssm_core_flops
@@ -50,9 +50,9 @@ from megatron_hybrid.costs.memory import (
     rank_memory,
     stage_parameters,
 )
+from megatron_hybrid.costs.model_sizes import sizes_of
 from megatron_hybrid.costs.parameters import ModelParameters, layer_parameters, model_parameters
 from megatron_hybrid.costs.schedule import bubble_fraction, in_flight, pipeline_bubble, pipeline_time
-from megatron_hybrid.costs.sizes import sizes_of
 from megatron_hybrid.costs.stages import Stage, stages
 
 __all__ = [

@@ -49,7 +49,7 @@ class Layer:
     check: Callable[[Namespace], None]
     """Raises ValueError for flags or a layout that the layer cannot run with."""
     module: str
-    """Importable module with ``spec(symbol, build)``: see :class:`megatron_hybrid.layers.build.Build`."""
+    """Importable module with ``spec(symbol, build)``: see :class:`megatron_hybrid.layers.spec.Build`."""
     color: str
     """In plots."""
     build_with: tuple[str, ...] = ()

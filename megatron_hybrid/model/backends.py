@@ -16,9 +16,9 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hybrid.layers.attention.module import TorchCoreAttention
-from megatron_hybrid.layers.build import Parts
 from megatron_hybrid.layers.moe.module import GroupedExperts
 from megatron_hybrid.layers.norm import RMSNorm, StandaloneRMSNorm
+from megatron_hybrid.layers.spec import Parts
 
 
 def backend_parts(backend: str, num_experts: int | None) -> Parts:

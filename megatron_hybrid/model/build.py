@@ -7,8 +7,8 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
 from megatron_hybrid import pattern
-from megatron_hybrid.layers.build import Build
 from megatron_hybrid.layers.registry import layers_of
+from megatron_hybrid.layers.spec import Build
 from megatron_hybrid.model.backends import backend_parts, mtp_block_spec
 from megatron_hybrid.model.stack import HybridLayerStack, LayerSpecs
 

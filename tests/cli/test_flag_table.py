@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.cli.flag_table import rules, table
+from megatron_hybrid.cli.flag_table import all_flags, rules
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "flags.md"
 
 
 def test_the_document_is_made_of_the_table():
-    made = "python -m megatron_hybrid.cli.flag_table.table > docs/flags.md"
+    made = "python -m megatron_hybrid.cli.flag_table.all_flags > docs/flags.md"
     assert DOCUMENT.read_text() == table.document(), made
 
 
@@ -32,15 +32,15 @@ def test_the_document_is_made_of_the_table():
 )
 def test_a_flag_that_no_value_would_do_for_is_refused(line, words):
     with pytest.raises(ValueError, match="is not supported: .* Drop it\\.$") as error:
-        table.refuse(line.split())
+        all_flags.refuse(line.split())
     assert words in str(error.value)
 
 
 def test_others_pass_and_idle_ones_are_named():
     line = ["--lr", "1", "--img-h", "3", "--tensorboard-dir", "--save-retain-interval", "4", "--indexer-batch-size=2"]
-    table.refuse(line)  # --save-retain-interval has a rule that knows its value
-    assert table.notes(line) == ["without effect on this run: --img-h --indexer-batch-size (docs/flags.md)"]
-    assert table.notes(["--lr", "1"]) == []
+    all_flags.refuse(line)  # --save-retain-interval has a rule that knows its value
+    assert all_flags.notes(line) == ["without effect on this run: --img-h --indexer-batch-size (docs/flags.md)"]
+    assert all_flags.notes(["--lr", "1"]) == []
 
 
 def test_intervals_that_a_run_does_not_give():

@@ -1,6 +1,6 @@
 """Costs of softmax attention: ``*``, over all tokens before a query, and ``W``, over a window and sinks."""
 
-from megatron_hybrid.accounting.attention import (
+from megatron_hybrid.accounting.attention_core import (
     attention_core_flops,
     cached_positions,
     is_masked,

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_hybrid.accounting.rules import check_divides
+from megatron_hybrid.accounting.divisibility import check_divides
 
 
 def check(args: Namespace) -> None:

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_hybrid.kernels.attention import attention
-from megatron_hybrid.layers.build import Build, mixer_layer
+from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_hybrid.layers.build import Build, mixer_layer
+from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:

@@ -8,7 +8,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_hybrid.layers.build import Build
+from megatron_hybrid.layers.spec import Build
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_hybrid.accounting.attention import (
+from megatron_hybrid.accounting.attention_core import (
     angles,
     attention_core_flops,
     cached_positions,

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_hybrid.accounting.rules import check_divides, check_shares, flag
+from megatron_hybrid.accounting.divisibility import check_divides, check_shares, flag
 from megatron_hybrid.layers.attention.check import check_window_dropout
 from megatron_hybrid.layers.intra.design import design
 from megatron_hybrid.layers.mamba.check import check_initial_decay, check_memory_efficient_path, check_scan

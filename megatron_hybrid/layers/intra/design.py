@@ -12,8 +12,8 @@ Shapes and sizes here are global, of all tensor-parallel ranks together.
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_hybrid.accounting.divisibility import check_divides
 from megatron_hybrid.accounting.projection import Part
-from megatron_hybrid.accounting.rules import check_divides
 
 AXES = ("branches", "norm", "scale", "fusion", "value", "output")
 

@@ -29,12 +29,12 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sha
 from torch import Tensor, nn
 
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
-from megatron_hybrid.layers.build import Build, mixer_layer
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion
 from megatron_hybrid.layers.mamba.module import HybridMambaMixer
 from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts
+from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:

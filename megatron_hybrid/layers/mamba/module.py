@@ -22,9 +22,9 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
-from megatron_hybrid.layers.build import Build
 from megatron_hybrid.layers.norm import SpanningRMSNorm
 from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts
+from megatron_hybrid.layers.spec import Build
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hybrid.layers.build import Build
+from megatron_hybrid.layers.spec import Build
 
 ALIGNMENT = 8
 """Numbers of bf16 in the 16 bytes of which grouped products want every row to be a multiple."""

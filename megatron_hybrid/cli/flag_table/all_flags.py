@@ -1,7 +1,7 @@
 """What each flag of Megatron's is to a hybrid: supported, translated, refused or without effect.
 
 The rows are in :mod:`.layers`, :mod:`.training` and :mod:`.surroundings`; docs/flags.md is made of them by
-``python -m megatron_hybrid.cli.flag_table.table``. What they refuse is refused here; :mod:`.rules` and cli/checks.py
+``python -m megatron_hybrid.cli.flag_table.all_flags``. What they refuse is refused here; :mod:`.rules` and cli/checks.py
 look at values.
 """
 
@@ -15,7 +15,7 @@ FAMILIES: dict[str, list[Row]] = {**layers.FAMILIES, **training.FAMILIES, **surr
 HEADING = """# Flags of Megatron
 
 What becomes of each flag of `megatron.training` (Megatron-Core 0.19.2) in a hybrid's run. Made by
-`python -m megatron_hybrid.cli.flag_table.table > docs/flags.md` from the table that the program itself refuses by
+`python -m megatron_hybrid.cli.flag_table.all_flags > docs/flags.md` from the table that the program itself refuses by
 (`megatron_hybrid/model/flags/`); a test compares it with Megatron's parser. Our own flags are in
 `pretrain_hybrid.py --help`.
 
