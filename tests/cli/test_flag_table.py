@@ -11,7 +11,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "flags.md"
 
 def test_the_document_is_made_of_the_table():
     made = "python -m megatron_hybrid.cli.flag_table.all_flags > docs/flags.md"
-    assert DOCUMENT.read_text() == table.document(), made
+    assert DOCUMENT.read_text() == all_flags.document(), made
 
 
 @pytest.mark.parametrize(

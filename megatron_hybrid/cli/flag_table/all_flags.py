@@ -1,7 +1,7 @@
 """What each flag of Megatron's is to a hybrid: supported, translated, refused or without effect.
 
 The rows are in :mod:`.layers`, :mod:`.training` and :mod:`.surroundings`; docs/flags.md is made of them by
-``python -m megatron_hybrid.cli.flag_table.all_flags``. What they refuse is refused here; :mod:`.rules` and cli/checks.py
+``python -m megatron_hybrid.cli.flag_table.all_flags``. What they refuse is refused here; :mod:`.rules` and checks.py
 look at values.
 """
 
