@@ -126,8 +126,8 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tens
     """Full causal attention, the last query at the last key: arguments and result of :func:`attention`."""
     d, dv = q.shape[-1], v.shape[-1]
     if d != dv:
-        # torch's fused kernels need equal head sizes; the others store the scores. Padding with zeros changes no score
-        # (tools/benchmarks/attention.py compares the alternatives).
+        # torch's fused kernels need equal head sizes; the others store the scores. Zeros in Q and K change no score,
+        # and those in V are cut off (tools/benchmarks/attention.py compares the alternatives).
         width = max(d, dv)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))  # [b, h or hk, sq or sk, width]
         if dv < width:
