@@ -1,4 +1,4 @@
-"""Kernels of the Mamba layers, and the choice between mamba_ssm's and the plain PyTorch ones.
+"""Kernels in plain PyTorch, and the choice between them and mamba_ssm for the Mamba layers.
 
 Importing this package imports neither Megatron, mamba_ssm nor causal_conv1d.
 """
@@ -14,7 +14,7 @@ SsmBackend = Literal["mamba_ssm", "torch"]
 
 
 class SsmKernels(NamedTuple):
-    """What a Mamba-2 layer calls, with mamba_ssm's and causal_conv1d's signatures."""
+    """The kernels of a Mamba-2 layer, with the signatures of mamba_ssm and causal_conv1d."""
 
     backend: SsmBackend
     split_conv1d_scan: Callable
@@ -24,9 +24,9 @@ class SsmKernels(NamedTuple):
 
 
 def ssm_backend(device: torch.device | str) -> SsmBackend:
-    """The implementation used on ``device``: mamba_ssm on CUDA when installed, else torch.
+    """The implementation used on ``device``: mamba_ssm on CUDA if it is installed, else torch.
 
-    mamba_ssm counts as installed together with causal_conv1d, which its fused function needs.
+    mamba_ssm counts as installed only together with causal_conv1d, which its fused function needs.
     """
     if torch.device(device).type != "cuda":
         return "torch"
@@ -38,8 +38,8 @@ def ssm_kernels(device: torch.device | str, backend: SsmBackend | None = None) -
     """The kernels for ``device``; ``backend`` overrides the choice of :func:`ssm_backend`.
 
     Raises:
-        ValueError: an unknown backend, or mamba_ssm on a device that is not CUDA.
-        ImportError: mamba_ssm was chosen but its compiled parts do not load.
+        ValueError: the backend is unknown, or it is mamba_ssm on a device that is not CUDA.
+        ImportError: mamba_ssm was chosen, but its compiled extensions do not load.
     """
     backend = ssm_backend(device) if backend is None else backend
     if backend == "torch":

@@ -1,11 +1,13 @@
-"""The two functions through which Megatron's MambaMixer reaches mamba_ssm, in plain PyTorch.
+"""The two functions of mamba_ssm that Megatron's MambaMixer calls, in plain PyTorch.
 
-Signatures are those of ``mamba_ssm/ops/triton/ssd_combined.py``. What this backend lacks is
-refused with a ValueError, and a keyword that mamba_ssm does not have with Python's TypeError.
+Signatures are those of ``mamba_ssm/ops/triton/ssd_combined.py``. An option that this backend lacks raises a
+ValueError, and a keyword that mamba_ssm does not have raises Python's TypeError.
+
+Shape letters: b batch, l length, h heads, p head dim, g groups, n state dim. Sizes are those of one rank.
 """
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,6 +86,8 @@ def mamba_split_conv1d_scan_combined(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The core of a Mamba-2 layer between its projections: conv, SSD scan, gate.
 
+    The function is long because mamba_ssm's signature has 20 parameters.
+
     Args:
         zxbcdt: output of the input projection, [b, l, 2 h p + 2 g n + h]: z, x, B, C, dt.
         conv1d_weight: [h p + 2 g n, width].
@@ -93,9 +97,9 @@ def mamba_split_conv1d_scan_combined(
         D: [h] (then ``headdim`` is needed) or [h, p].
         chunk_size, initial_states, seq_idx, dt_limit, return_final_states: as in ssd_chunk_scan.
         activation: of the convolution, None or "silu".
-        rmsnorm_weight: [h p]; when given, the gated RMSNorm (groups of h p / g channels) takes
-            the place of the plain gate y * silu(z), with rmsnorm_eps and norm_before_gate.
-        outproj_weight: [out, h p]; when given, the output projection is applied too.
+        rmsnorm_weight: [h p]; if given, the gated RMSNorm (groups of h p / g channels) replaces the plain gate
+            y * silu(z), with rmsnorm_eps and norm_before_gate.
+        outproj_weight: [out, h p]; if given, the output projection is applied too.
         outproj_bias: [out].
         headdim: p.
         ngroups: g.
@@ -104,35 +108,23 @@ def mamba_split_conv1d_scan_combined(
         y [b, l, h p] (or [b, l, out]) in the dtype of ``zxbcdt``, or ``(y, final_states)``.
 
     Raises:
-        ValueError: headdim is missing, widths do not add up, or an outproj_bias comes alone.
+        ValueError: headdim is missing, widths do not add up, or outproj_bias is given without outproj_weight.
     """
-    if D.dim() == 1 and headdim is None:
-        raise ValueError(f"D has shape {tuple(D.shape)}; pass headdim, or D as [heads, headdim]")
     if outproj_bias is not None and outproj_weight is None:
         raise ValueError("outproj_bias is given without outproj_weight; pass both or neither")
-    heads = D.shape[0]
-    head_dim = headdim if D.dim() == 1 else D.shape[1]
-    inner = heads * head_dim
-    state, rest = divmod(conv1d_weight.shape[0] - inner, 2 * ngroups)
-    width = 2 * inner + 2 * ngroups * state + heads
-    if rest or state < 1 or zxbcdt.shape[-1] != width:
-        raise ValueError(
-            f"zxbcdt is {zxbcdt.shape[-1]} and conv1d_weight {conv1d_weight.shape[0]} wide; "
-            f"{heads} heads of {head_dim} and {ngroups} groups need 2 x {inner} + 2 x {ngroups} x "
-            f"state + {heads} and {inner} + 2 x {ngroups} x state"
-        )
-    z, xBC, dt = zxbcdt.split([inner, inner + 2 * ngroups * state, heads], dim=-1)
+    h, p, g, n = _sizes(zxbcdt, conv1d_weight, D, headdim, ngroups)
+    z, xBC, dt = zxbcdt.split([h * p, h * p + 2 * g * n, h], dim=-1)  # [b, l, h p], [b, l, h p + 2 g n], [b, l, h]
     mixed = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation)
-    x, B, C = cast(Tensor, mixed).transpose(1, 2).split([inner, ngroups * state, ngroups * state], dim=-1)
+    x, B, C = cast(Tensor, mixed).transpose(1, 2).split([h * p, g * n, g * n], dim=-1)  # [b, l, h p], [b, l, g n] twice
     scanned = ssd_chunk_scan(
-        x.unflatten(-1, (heads, head_dim)),
+        x.unflatten(-1, (h, p)),  # [b, l, h, p]
         dt,
         A,
-        B.unflatten(-1, (ngroups, state)),
-        C.unflatten(-1, (ngroups, state)),
+        B.unflatten(-1, (g, n)),  # [b, l, g, n]
+        C.unflatten(-1, (g, n)),  # [b, l, g, n]
         chunk_size,
         D=D,
-        z=z.unflatten(-1, (heads, head_dim)) if rmsnorm_weight is None else None,
+        z=z.unflatten(-1, (h, p)) if rmsnorm_weight is None else None,
         dt_bias=dt_bias,
         dt_softplus=True,
         dt_limit=dt_limit,
@@ -141,10 +133,36 @@ def mamba_split_conv1d_scan_combined(
         return_final_states=return_final_states,
     )
     y, final_states = scanned if isinstance(scanned, tuple) else (scanned, None)
-    y = y.flatten(-2)
+    y = y.flatten(-2)  # [b, l, h p]
     if rmsnorm_weight is not None:
-        group_size = inner // ngroups
-        y = gated_rms_norm(y, rmsnorm_weight, z, rmsnorm_eps, group_size, norm_before_gate)
+        y = gated_rms_norm(y, rmsnorm_weight, z, rmsnorm_eps, h * p // g, norm_before_gate)
     if outproj_weight is not None:
-        y = F.linear(y, outproj_weight, outproj_bias)
+        y = F.linear(y, outproj_weight, outproj_bias)  # [b, l, out]
     return y if final_states is None else (y, final_states)
+
+
+class _Sizes(NamedTuple):
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+
+
+def _sizes(zxbcdt: Tensor, conv1d_weight: Tensor, D: Tensor, headdim: int | None, groups: int) -> _Sizes:
+    """The sizes h, p, g and n that the widths of the arguments imply.
+
+    Raises:
+        ValueError: headdim is missing, or the widths do not add up.
+    """
+    heads, head_dim = D.shape[0], headdim if D.dim() == 1 else D.shape[1]
+    if head_dim is None:
+        raise ValueError(f"D has shape {tuple(D.shape)}; pass headdim, or D as [heads, headdim]")
+    inner = heads * head_dim
+    state, rest = divmod(conv1d_weight.shape[0] - inner, 2 * groups)
+    if rest or state < 1 or zxbcdt.shape[-1] != 2 * inner + 2 * groups * state + heads:
+        raise ValueError(
+            f"zxbcdt is {zxbcdt.shape[-1]} and conv1d_weight {conv1d_weight.shape[0]} wide; "
+            f"{heads} heads of {head_dim} and {groups} groups need 2 x {inner} + 2 x {groups} x "
+            f"state + {heads} and {inner} + 2 x {groups} x state"
+        )
+    return _Sizes(heads, head_dim, groups, state)

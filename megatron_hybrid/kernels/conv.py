@@ -1,7 +1,8 @@
 """The causal depthwise convolution of Mamba-2 in plain PyTorch.
 
-Shape letters: b batch, d channels, l length, w width of the kernel. The last tap,
-``weight[:, w - 1]``, meets the token itself; tap ``w - 1 - s`` the token ``s`` steps earlier.
+Shape letters: b batch, d channels, l length, w width of the kernel. The last tap, ``weight[:, w - 1]``, multiplies the
+token itself; tap ``w - 1 - s`` multiplies the token ``s`` steps earlier. The kernel knows nothing of parallelism: its
+sizes are those of one rank.
 """
 
 import torch
@@ -20,7 +21,7 @@ def causal_conv1d_reference(
     return_final_states: bool = False,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The convolution token by token, in the dtype of its inputs: slow and readable.
+    """The reference: the convolution token by token, in the dtype of its inputs; slow.
 
     Arguments, result and errors are those of :func:`causal_conv1d_fn`.
     """
@@ -33,11 +34,11 @@ def causal_conv1d_reference(
         if seq_idx is not None and t > 0:
             same = (seq_idx[:, t] == seq_idx[:, t - 1]).view(b, 1, 1)
             window = torch.where(same, window, torch.zeros_like(window))
-        window = torch.cat([window, x[:, :, t : t + 1]], dim=2)
-        y = (window * weight).sum(2)
+        window = torch.cat([window, x[:, :, t : t + 1]], dim=2)  # [b, d, w]
+        y = (window * weight).sum(2)  # [b, d]
         ys.append(y if bias is None else y + bias)
-        window = window[:, :, 1:]
-    y = torch.stack(ys, dim=2)
+        window = window[:, :, 1:]  # [b, d, w - 1]
+    y = torch.stack(ys, dim=2)  # [b, d, l]
     if activation is not None:
         y = F.silu(y)
     return (y, window) if return_final_states else y
@@ -56,14 +57,14 @@ def causal_conv1d_fn(
     """Causal depthwise convolution, differentiable in x, weight, bias and initial_states.
 
     The signature is that of ``causal_conv1d.causal_conv1d_fn``. Products are summed in fp32 (fp64
-    for fp64 ``x``). Any strides will do; the result has those of ``x``, so that a transposed
+    for fp64 ``x``). ``x`` may have any strides, and the result has the same ones: a transposed
     [b, l, d] tensor costs no copy.
 
     Args:
         x: [b, d, l].
         weight: [d, w].
         bias: [d].
-        seq_idx: document of each token, [b, l], int; no tap crosses a change of it.
+        seq_idx: document of each token, [b, l], int; no tap reads across a change of it.
         initial_states: the w - 1 inputs before the first token, [b, d, w - 1]; with ``seq_idx``
             they belong to the first document.
         return_final_states: also return the last w - 1 inputs, [b, d, w - 1], zero where they
@@ -90,15 +91,15 @@ def causal_conv1d_fn(
 
 
 class _CausalConv(torch.autograd.Function):
-    """A sum of w shifted products; only the inputs are kept for the backward.
+    """A sum of w shifted products; only the inputs are saved for the backward pass.
 
-    One pass per tap over plain [b, d, l] tensors is as fast as ``F.conv1d`` (whose depthwise form
-    is not optimised on CPUs), works in either memory layout, and can leave out taps that cross a
-    document boundary, which ``F.conv1d`` cannot.
+    One pass per tap over [b, d, l] tensors is as fast as ``F.conv1d`` (whose depthwise form is not optimised on
+    CPUs), works in both memory layouts, and can mask taps that cross a document boundary, which ``F.conv1d`` cannot.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, initial_states, doc, activate):
+        """x [b, d, l], weight [d, w], bias [d], initial_states [b, d, w - 1], doc [b, l] to [b, d, l]."""
         ctx.save_for_backward(x, weight, bias, initial_states, doc)
         ctx.activate = activate
         y = _convolve(x, weight, bias, initial_states, doc)
@@ -106,6 +107,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        """dy [b, d, l] to the gradients of x, weight, bias and initial_states, in their shapes."""
         x, weight, bias, initial_states, doc = ctx.saved_tensors
         dtype = _sum_dtype(x)
         dy = dy.to(dtype)
@@ -113,20 +115,20 @@ class _CausalConv(torch.autograd.Function):
             dy = torch.ops.aten.silu_backward(dy, _convolve(x, weight, bias, initial_states, doc))
         x_sum, w_sum = x.to(dtype), weight.to(dtype)
         w, length = weight.shape[1], x.shape[2]
-        dx = dy * w_sum[:, -1:]
-        d_weight = torch.empty_like(w_sum)
+        dx = dy * w_sum[:, -1:]  # [b, d, l]
+        d_weight = torch.empty_like(w_sum)  # [d, w]
         d_weight[:, -1] = (dy * x_sum).sum((0, 2))
         d_initial = None if initial_states is None else torch.zeros_like(initial_states, dtype=dtype)
         for s in range(1, w):
-            tap = w_sum[:, -1 - s, None]
-            part = _masked(dy[..., s:], doc, s)
+            tap = w_sum[:, -1 - s, None]  # [d, 1]
+            part = _masked(dy[..., s:], doc, s)  # [b, d, l - s]
             dx[..., : max(length - s, 0)].addcmul_(part, tap)
-            d_tap = (part * x_sum[..., : max(length - s, 0)]).sum((0, 2))
+            d_tap = (part * x_sum[..., : max(length - s, 0)]).sum((0, 2))  # [d]
             if d_initial is not None:
-                first = _masked_first(dy[..., :s], doc)
-                met = slice(w - 1 - s, w - 1 - s + first.shape[2])
-                d_initial[..., met] += first * tap
-                d_tap += (first * initial_states[..., met]).sum((0, 2))
+                first = _masked_first(dy[..., :s], doc)  # tokens whose tap s reads an initial state, [b, d, min(s, l)]
+                read = slice(w - 1 - s, w - 1 - s + first.shape[2])
+                d_initial[..., read] += first * tap
+                d_tap += (first * initial_states[..., read]).sum((0, 2))
             d_weight[:, -1 - s] = d_tap
         return (
             dx.to(x.dtype),
@@ -139,7 +141,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _convolve(x, weight, bias, initial_states, doc) -> Tensor:
-    """The convolution before its activation, in fp32 (or fp64)."""
+    """The convolution before its activation, [b, d, l] in fp32 (or fp64)."""
     dtype = _sum_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     w, length = weight.shape[1], x.shape[2]
@@ -147,40 +149,41 @@ def _convolve(x, weight, bias, initial_states, doc) -> Tensor:
     if bias is not None:
         y += bias.to(dtype)[:, None]
     for s in range(1, w):
-        tap = weight[:, -1 - s, None]
+        tap = weight[:, -1 - s, None]  # [d, 1]
         y[..., s:].addcmul_(_masked(x[..., : max(length - s, 0)], doc, s), tap)
         if initial_states is not None:
             n = min(s, length)
-            before = initial_states[..., w - 1 - s : w - 1 - s + n].to(dtype)
+            before = initial_states[..., w - 1 - s : w - 1 - s + n].to(dtype)  # [b, d, n]
             y[..., :s].addcmul_(_masked_first(before, doc), tap)
     return y
 
 
 def _masked(part: Tensor, doc: Tensor | None, s: int) -> Tensor:
-    """Zero the pairs (t, t - s) that lie in different documents; part is [b, d, l - s]."""
+    """Zeroes entries of part [b, d, l - s] whose tokens t and t - s are in different documents."""
     if doc is None:
         return part
     return part * (doc[:, s:] == doc[:, : max(doc.shape[1] - s, 0)])[:, None]
 
 
 def _masked_first(part: Tensor, doc: Tensor | None) -> Tensor:
-    """Zero the tokens that are not in the first document; part is [b, d, some first tokens]."""
+    """Zeroes entries of part [b, d, n], the first n tokens, that are not in the first document."""
     return part if doc is None else part * (doc[:, : part.shape[2]] == 0)[:, None]
 
 
 def _final_states(x, initial_states, doc, w: int) -> Tensor:
+    """The last w - 1 inputs of the last document, [b, d, w - 1], with zeros or initial_states in front."""
     b, d, length = x.shape
     if initial_states is None:
         initial_states = x.new_zeros(b, d, w - 1)
     if doc is not None:
-        last = doc[:, -1:]
+        last = doc[:, -1:]  # [b, 1]
         x = x * (doc == last)[:, None]
         initial_states = initial_states * (last == 0)[:, None]
     return torch.cat([initial_states.to(x.dtype), x[..., max(length - w + 1, 0) :]], dim=2)[..., min(length, w - 1) :]
 
 
 def document_number(seq_idx: Tensor) -> Tensor:
-    """Number the runs of equal ids from 0, so that an id that comes back is a new document."""
+    """Numbers runs of equal ids from 0, [b, l] to [b, l]: an id that comes back later is a new document."""
     return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
 
 

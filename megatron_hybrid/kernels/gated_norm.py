@@ -1,4 +1,7 @@
-"""The gated RMSNorm of Mamba-2 in plain PyTorch."""
+"""The gated RMSNorm of Mamba-2 in plain PyTorch.
+
+Shape letters: d channels, on this rank where ranks split them.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +42,8 @@ def gated_rms_norm(
     y = x.to(dtype)
     if z is not None and not norm_before_gate:
         y = y * F.silu(z.to(dtype))
-    y = F.rms_norm(y.unflatten(-1, (-1, group_size)), (group_size,), eps=eps).flatten(-2)
+    y = y.unflatten(-1, (-1, group_size))  # [..., d / group_size, group_size]
+    y = F.rms_norm(y, (group_size,), eps=eps).flatten(-2)  # [..., d]
     y = y * weight.to(dtype)
     if z is not None and norm_before_gate:
         y = y * F.silu(z.to(dtype))
@@ -47,7 +51,7 @@ def gated_rms_norm(
 
 
 class GatedRMSNorm(nn.Module):
-    """:func:`gated_rms_norm` with its weight.
+    """:func:`gated_rms_norm` as a module.
 
     Constructor, attributes and state dict are those of ``mamba_ssm``'s ``RMSNorm``
     (ops/triton/layernorm_gated.py), which Megatron's ``ExtendedRMSNorm`` derives from
@@ -74,11 +78,11 @@ class GatedRMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the weight to one."""
+        """Sets the weight to one."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise x [..., hidden_size], gated by z of the same shape."""
+        """Normalises x [..., hidden_size], gated by z of the same shape."""
         return gated_rms_norm(x, self.weight, z, self.eps, self.group_size, self.norm_before_gate)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,8 @@
-"""RMSNorm: of the hidden state for the torch backend, and over groups of channels that ranks may share."""
+"""RMSNorm: of the hidden state for the torch backend, and over groups of channels that may span ranks.
+
+Shape letters: s tokens of a sample, b samples of a micro-batch, h hidden size, w channels of a branch or mixer. One
+rank's share is marked: w/tp channels, s/cp tokens.
+"""
 
 from typing import Any
 
@@ -14,16 +18,17 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in fp32, returned in the weight's dtype.
+    """Root-mean-square norm over the last dimension, computed in fp32, returned in the weight's dtype.
 
-    That is the input's but for ``--fp32-residual-connection``, where the linear behind it takes the parameters' dtype.
+    The weight's dtype differs from the input's under ``--fp32-residual-connection``: the linear after the norm needs
+    the dtype of the parameters.
 
-    Upstream's torch norm refuses sequence parallelism (core/transformer/torch_norm.py:48). All that it takes is
-    to mark the weight, so that its gradient is summed over the tensor-parallel ranks
+    Upstream's torch norm does not support sequence parallelism (core/transformer/torch_norm.py:48). It needs only a
+    mark on the weight, by which its gradient is summed over the tensor-parallel ranks
     (core/distributed/finalize_model_grads.py).
 
     Args:
-        config: Decides the dtype and whether the weight is marked.
+        config: Its params_dtype is the weight's; its sequence_parallel marks the weight.
         hidden_size: Length of the last dimension.
         eps: Added to the mean square.
     """
@@ -37,16 +42,16 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] to the same shape."""
-        weight = self.weight.to(x.dtype)  # torch's fused kernel wants one dtype
+        """[..., h] to the same shape."""
+        weight = self.weight.to(x.dtype)  # torch's fused kernel needs both in one dtype
         return nn.functional.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 class StandaloneRMSNorm(RMSNorm):
-    """RMSNorm that is no linear's input norm, with the empty extra state that such norms have in Transformer Engine.
+    """RMSNorm that is not followed by a linear, with the empty extra state that Transformer Engine gives such norms.
 
-    Loading asks for every key of the model: without this one, checkpoints of the torch backend would not load
-    into Transformer Engine's. Upstream's torch linears do the same (core/tensor_parallel/layers.py:1232).
+    Loading needs every key of the model: without this one, checkpoints of the torch backend would not load into models
+    of Transformer Engine. Upstream's torch linears do the same (core/tensor_parallel/layers.py:1232).
     """
 
     def get_extra_state(self) -> None:
@@ -59,43 +64,44 @@ class StandaloneRMSNorm(RMSNorm):
 def group_rms_normalise(xs: list[Tensor], groups: list[int], eps: float, tp_group: Any) -> list[Tensor]:
     """Divides channels by the root mean square of their group, without a weight.
 
-    A group is the same channels whatever the tensor-parallel size. Where it spans ranks, the sums of squares of all
-    inputs are added over the ranks in one all-reduce of fp32 [s, b, sum(groups)], and so is their gradient.
+    A group has the same channels at any tensor-parallel size. Where groups span ranks, the sums of squares of all
+    inputs are summed over the ranks in one all-reduce of fp32 [s/cp, b, sum(groups)], and so is their gradient.
 
     Args:
-        xs: Tensors [s, b, w / tp].
-        groups: For each, groups that its w channels fall into; a multiple or a divisor of the number of ranks.
+        xs: Tensors [s/cp, b, w/tp].
+        groups: For each tensor, the number of groups of its w channels; a multiple or a divisor of the number of ranks.
         eps: Added to the mean square.
         tp_group: Ranks that hold the other channels.
 
     Returns:
-        The tensors, normalised in fp32, in their own dtypes.
+        The tensors [s/cp, b, w/tp], normalised in fp32, in their own dtypes.
     """
     tp, rank = tp_group.size(), tp_group.rank()
     if all(n % tp == 0 for n in groups):
-        heads = [x.unflatten(-1, (n // tp, -1)) for x, n in zip(xs, groups, strict=True)]
-        return [nn.functional.rms_norm(h, h.shape[-1:], eps=eps).flatten(-2) for h in heads]
+        split = [x.unflatten(-1, (n // tp, -1)) for x, n in zip(xs, groups, strict=True)]
+        # split: [s/cp, b, groups/tp, w/groups]
+        return [nn.functional.rms_norm(x, x.shape[-1:], eps=eps).flatten(-2) for x in split]
     sums, sizes, places = [], [], []
     for x, n in zip(xs, groups, strict=True):
-        local = max(1, n // tp)
-        squares = x.float().square().unflatten(-1, (local, -1)).sum(-1)
+        local = max(1, n // tp)  # groups of which this rank has channels
+        squares = x.float().square().unflatten(-1, (local, -1)).sum(-1)  # [s/cp, b, local]
         first = rank * n // tp
-        sums.append(nn.functional.pad(squares, (first, n - first - local)))
+        sums.append(nn.functional.pad(squares, (first, n - first - local)))  # [s/cp, b, groups], zero elsewhere
         sizes.append(x.shape[-1] * tp // n)
         places.append((first, local))
-    summed = reduce_from_tensor_model_parallel_region(torch.cat(sums, -1), group=tp_group)
+    summed = reduce_from_tensor_model_parallel_region(torch.cat(sums, -1), group=tp_group)  # [s/cp, b, sum(groups)]
     summed = copy_to_tensor_model_parallel_region(summed, group=tp_group)  # for its backward pass
     result = []
     for x, total, size, (first, local) in zip(xs, summed.split(groups, -1), sizes, places, strict=True):
-        scale = (total.narrow(-1, first, local) / size + eps).rsqrt()
+        scale = (total.narrow(-1, first, local) / size + eps).rsqrt()  # [s/cp, b, local]
         result.append((x.float().unflatten(-1, (local, -1)) * scale[..., None]).flatten(-2).to(x.dtype))
     return result
 
 
 class SplitVector(nn.Module):
-    """A learned vector over channels that are split over the tensor-parallel ranks, starting at one.
+    """A learned vector over channels that are split over the tensor-parallel ranks, initialised to one.
 
-    It is read by a call: that is when Megatron waits for parameters that it gathers in the background.
+    Call the module to read it: Megatron's hooks then wait for parameters that are still being gathered.
     """
 
     def __init__(self, width_local: int, dtype: torch.dtype, tp_group: Any):
@@ -105,7 +111,7 @@ class SplitVector(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, *unused: Any) -> Tensor:
-        """[width_local]."""
+        """The vector, [w/tp]."""
         return self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
@@ -121,13 +127,13 @@ class SplitVector(nn.Module):
 
 
 class SpanningRMSNorm(SplitVector):
-    """RMSNorm over groups of channels that several tensor-parallel ranks share; see :func:`group_rms_normalise`."""
+    """RMSNorm over groups of channels that may span tensor-parallel ranks; see :func:`group_rms_normalise`."""
 
     def __init__(self, width_local: int, groups: int, eps: float, dtype: torch.dtype, tp_group: Any):
         super().__init__(width_local, dtype, tp_group)
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, width_local] to the same shape."""
+        """[s/cp, b, w/tp] to the same shape."""
         (y,) = group_rms_normalise([x], [self.groups], self.eps, self.tp_group)
         return y * self.weight

@@ -1,4 +1,4 @@
-"""What the spec of a layer is built from: the backend's building blocks and the run's arguments."""
+"""What the spec of a layer is built from: the modules of a backend and the arguments of the run."""
 
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -15,45 +15,45 @@ from megatron_hybrid.layers.parts import SharedRowsLinear
 
 @dataclass(frozen=True)
 class Parts:
-    """The building blocks in which the backends differ."""
+    """The modules in which the backends differ."""
 
     norm: Any
-    """Norm of its own."""
+    """Norm that is not followed by a linear."""
     input_norm: Any
-    """Norm in front of a linear; IdentityOp where the linear does it."""
+    """Norm before a linear; IdentityOp where the linear includes it."""
     normed_column: Any
-    """Column-parallel linear behind input_norm."""
+    """Column-parallel linear after input_norm."""
     column: Any
     row: Any
     core_attention: Any
     moe: Any
-    """The experts with their router; None where the model has none."""
+    """Experts with their router; None where the model has none."""
 
     def with_shared_rows(self) -> "Parts":
-        """For mixers of whose input projection ranks share some rows: Transformer Engine's linears cannot do that."""
+        """For mixers with shared rows in their input projection, which Transformer Engine's linears do not support."""
         return replace(self, input_norm=RMSNorm, normed_column=SharedRowsLinear)
 
     def stored_as(self, norm: str, linear: str) -> dict[str, str]:
-        """Checkpoints carry the names of upstream's Transformer Engine specs, where norms live inside linears."""
+        """A norm's name to its name in checkpoints, which is that of Transformer Engine, whose linears hold norms."""
         return {} if self.input_norm is IdentityOp else {norm: linear}
 
 
 @dataclass(frozen=True)
 class Build:
-    """What ``spec(symbol, build)`` of a layer's module gets."""
+    """The argument ``build`` of ``spec(symbol, build)`` in a layer's module."""
 
     args: Namespace
-    """Megatron's validated arguments and ours."""
+    """Validated arguments: Megatron's and this package's."""
     parts: Parts
     mixer_depths: tuple[int, ...]
-    """For each layer of the model, the mixers in front of it."""
+    """For each layer of the model, the number of mixers before it."""
 
 
 def mixer_layer(parts: Parts, linear: str, mixer: ModuleSpec) -> ModuleSpec:
-    """A layer of a norm and a mixer, which takes the place of self-attention in a ``TransformerLayer``.
+    """A layer of a norm and a mixer: a ``TransformerLayer`` with the mixer in place of self-attention.
 
     Args:
-        linear: The mixer's attribute that is its first linear, ``parts.normed_column``.
+        linear: The attribute of the mixer that holds its first linear, ``parts.normed_column``.
     """
     return ModuleSpec(
         module=TransformerLayer,

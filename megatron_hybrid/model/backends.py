@@ -1,4 +1,4 @@
-"""The building blocks of layers on plain torch and on Transformer Engine."""
+"""The modules that layers are built from, in plain torch and in Transformer Engine."""
 
 from functools import partial
 from typing import Any
@@ -22,14 +22,14 @@ from megatron_hybrid.layers.spec import Parts
 
 
 def backend_parts(backend: str, num_experts: int | None) -> Parts:
-    """The building blocks of a backend.
+    """The modules of a backend.
 
     Args:
         backend: ``te`` or ``torch``.
-        num_experts: Of layers with experts; None when the model has none.
+        num_experts: Experts of a mixture-of-experts layer; None where the model has none.
 
     Raises:
-        ValueError: An unknown backend.
+        ValueError: The backend is unknown.
     """
     backends = {"te": te_parts, "torch": torch_parts}
     if backend not in backends:
@@ -38,7 +38,7 @@ def backend_parts(backend: str, num_experts: int | None) -> Parts:
 
 
 class TorchModules(LocalSpecProvider):
-    """Upstream's choice of modules without Transformer Engine, with experts of ours."""
+    """Upstream's modules without Transformer Engine, but with :class:`GroupedExperts`."""
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return partial(GroupedExperts, **super().grouped_mlp_modules(moe_use_grouped_gemm).keywords)
@@ -77,7 +77,7 @@ def te_parts(num_experts: int | None) -> Parts:
 
 
 def mtp_block_spec(parts: Parts) -> ModuleSpec:
-    """Upstream's hybrid MTP block (core/models/hybrid/hybrid_layer_specs.py:72) with this backend's parts."""
+    """Upstream's hybrid MTP block (core/models/hybrid/hybrid_layer_specs.py:72) with the modules of this backend."""
     layer = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(

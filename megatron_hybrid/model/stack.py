@@ -1,4 +1,8 @@
-"""The stack of layers that a pattern names."""
+"""The stack of layers that a pattern describes.
+
+Shape letters: b samples of a micro-batch, h hidden size, t tokens of the hidden state on a rank: s/cp of a sample's s
+tokens, or s/(cp tp) under sequence parallelism.
+"""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,24 +25,24 @@ from megatron_hybrid.layers.registry import LAYERS
 
 @dataclass
 class LayerSpecs:
-    """What a stack is built from: one spec for each symbol, and the norm behind the last layer."""
+    """What a stack is built from: one spec for each symbol, and the norm after the last layer."""
 
     layers: dict[str, ModuleSpec]
-    """Pattern symbol to the spec of its layer: a ``TransformerLayer`` or a ``MambaLayer``."""
+    """Symbol of the pattern to the spec of its layer: a ``TransformerLayer`` or a ``MambaLayer``."""
 
     final_norm: Any
     mtp_block_spec: ModuleSpec | None = None
-    """Norms and projection of multi-token-prediction heads; upstream's HybridModel reads it by this name."""
+    """Norms and projection of multi-token prediction (MTP); upstream's HybridModel reads the field by this name."""
 
 
 class HybridLayerStack(HybridStack):
-    """Upstream's ``HybridStack`` built from a table of symbols rather than its fixed if/elif.
+    """Upstream's ``HybridStack``, built from a table of symbols instead of its fixed if/elif.
 
-    Only the construction is ours (core/models/hybrid/hybrid_block.py:134-220): forward, recomputation and the
-    sharded state dict are upstream's, which dispatch on ``TransformerLayer`` or ``MambaLayer``. Under sequence
-    parallelism the forward pass runs on the tensor-parallel random stream, as ``TransformerBlock`` does
-    (core/transformer/transformer_block.py) and ``HybridStack`` does not: ranks that hold different tokens would drop
-    the same places.
+    Only the construction differs (core/models/hybrid/hybrid_block.py:134-220). Forward, recomputation and the sharded
+    state dict are upstream's, which dispatch on ``TransformerLayer`` or ``MambaLayer``. Under sequence parallelism the
+    forward pass runs on the tensor-parallel random stream, as in ``TransformerBlock``
+    (core/transformer/transformer_block.py). In ``HybridStack`` it does not: ranks that hold different tokens would
+    draw the same dropout masks.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class HybridLayerStack(HybridStack):
     ):
         MegatronModule.__init__(self, config=config)
         if pg_collection is None or layer_type_list is None:
-            raise ValueError("HybridLayerStack needs pg_collection and layer_type_list")
+            raise ValueError("HybridLayerStack needs pg_collection and layer_type_list; pass both")
         self.pre_process = pre_process
         self.post_layer_norm = post_layer_norm
         self.post_process = post_process
@@ -80,8 +84,8 @@ class HybridLayerStack(HybridStack):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """[s, b, h] to the same shape, s local under sequence parallelism (core/models/hybrid/hybrid_block.py:265)."""
-        # the layers of a prediction head are on it already (core/transformer/multi_token_prediction.py)
+        """[t, b, h] to the same shape (core/models/hybrid/hybrid_block.py:265)."""
+        # MTP layers run on this random stream already (core/transformer/multi_token_prediction.py).
         own_stream = self.config.sequence_parallel and self.training and not self.is_mtp_layer
         with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
             return super().forward(*args, **kwargs)
@@ -91,7 +95,7 @@ class HybridLayerStack(HybridStack):
     ) -> nn.Module:
         spec = submodules.layers.get(symbol)
         if spec is None:
-            raise ValueError(f"Layer symbol {symbol!r} cannot be built: the pattern of the run does not have it.")
+            raise ValueError(f"Layer symbol {symbol!r} has no spec: the pattern of the run does not contain it.")
         kwargs: dict[str, Any] = {
             "config": self.config,
             "layer_number": index + 1 + pp_layer_offset,
@@ -102,8 +106,8 @@ class HybridLayerStack(HybridStack):
             kwargs["pp_layer_offset"] = pp_layer_offset
         else:
             kwargs["add_layer_offset"] = False  # layer_number counts the whole model already
-            beside = {"pp_layer_offset": pp_layer_offset, "is_mtp_layer": self.is_mtp_layer}
-            kwargs |= {argument: beside[argument] for argument in LAYERS[symbol].build_with}
+            optional = {"pp_layer_offset": pp_layer_offset, "is_mtp_layer": self.is_mtp_layer}
+            kwargs |= {argument: optional[argument] for argument in LAYERS[symbol].build_with}
         quantized: Any = nullcontext()
         if self.config.fp8:
             quantized = get_fp8_context(self.config, index + pp_layer_offset, is_init=True)

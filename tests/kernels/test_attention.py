@@ -1,4 +1,4 @@
-"""The attention kernel against attention written with one loop for each index, and against float64.
+"""The attention kernel against its definition in Python loops, and against a float64 reference.
 
 Errors are relative to the largest entry of the float64 tensor; both sides get the same (already rounded) inputs.
 """
@@ -19,9 +19,9 @@ from megatron_hybrid.kernels.attention import (
 )
 
 # fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add
-# like a random walk to about 1e-6; a factor of five for the unlucky one. A wrong mask entry shows at 1e-2 or more.
-# bf16: scores are accumulated in fp32, but the weights are rounded before they meet V and the gradients before
-# they meet Q and K: some roundings of half a unit (2^-9 = 2e-3, up to 2^-8) each, of which a few may add.
+# like a random walk to about 1e-6; a factor of five as a margin. A wrong mask entry gives 1e-2 or more.
+# bf16: scores are accumulated in fp32, but the weights are rounded before the product with V and the gradients before
+# those with Q and K: several roundings of half a unit (2^-9 = 2e-3, up to 2^-8) each, of which a few may add.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 LENGTHS = [1, 63, 65, 130]
 WINDOWS = [(None, 0), (9, 0), (9, 3), (1, 1), (64, 64)]
@@ -40,8 +40,8 @@ def output_and_gradients(function, inputs, *settings, dtype=None):
     """The output and the gradients of q, k and v for one fixed output gradient (exact in bf16)."""
     inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = function(*inputs, inputs[0].shape[-1] ** -0.5, *settings)
-    upward = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    gradients = torch.autograd.grad(out, inputs, upward.to(out.dtype))
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = torch.autograd.grad(out, inputs, dy.to(out.dtype))
     return dict(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True))
 
 
@@ -127,7 +127,7 @@ def test_output_and_all_gradients(length, window, sinks, heads, dtype):
 @pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @pytest.mark.parametrize(("sq", "offset"), [(1, 64), (32, 33), (33, 0), (63, 40)])
 def test_a_part_of_the_queries(sq, offset, window, sinks, heads):
-    """As context parallelism and caches ask: fewer queries than keys, and keys behind the last query."""
+    """As under context parallelism and with caches: fewer queries than keys, and keys after the last query."""
     inputs = make_inputs(sq, 130, heads)
     expected = output_and_gradients(attention_reference, inputs, window, sinks, offset, dtype=torch.float64)
     assert_close(output_and_gradients(attention, inputs, window, sinks, offset), expected)
@@ -147,7 +147,7 @@ def test_parts_of_the_queries_make_the_whole(window, sinks):
 @pytest.mark.parametrize(("window", "sinks"), WINDOWS)
 @pytest.mark.parametrize("i", [0, 5, 20, 63])
 def test_a_query_reads_its_keys_and_no_others(i, window, sinks):
-    """Gradients of one query's output: zero, to the bit, for each key and value that it does not see."""
+    """Gradients of one query's output are exactly zero for each key and value that it does not see."""
     inputs = [t.requires_grad_() for t in make_inputs(64, 64, (2, 2, 8, 8))]
     out = attention(*inputs, 0.35, window, sinks)
     _, dk, dv = torch.autograd.grad(out[:, :, i].square().sum(), inputs)
@@ -168,7 +168,7 @@ def test_what_lies_behind_the_last_query_may_be_anything():
 # Documents -------------------------------------------------------------------------------------------
 
 DOCUMENTS = make_documents([1, 17, 64, 48], [130])
-"""Shorter and longer than the windows, at odd places; and one that fills its sample."""
+"""Documents shorter and longer than the windows, and one that fills its sample."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -206,7 +206,7 @@ def test_document_starts():
 )
 @pytest.mark.parametrize(("sq", "offset"), [(1000, 0), (130, 60), (512, 256), (1, 999)])
 def test_blocks_are_those_that_hold_the_entries(sq, offset, window, sinks, packed):
-    """The CUDA kernel's mask: a block that is left out hides no visible key, a full one shows no hidden key."""
+    """The CUDA kernel's mask: a skipped block has no visible pair, a full block no hidden pair."""
     sk, size = offset + sq, 128
     documents = make_documents([1, 127, 128, 3, 400, 341], [1000]) if packed else None
     mask = visible(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
@@ -231,7 +231,7 @@ def test_blocks_are_those_that_hold_the_entries(sq, offset, window, sinks, packe
 
 
 def test_documents_that_change_in_place_are_seen():
-    """Masks are remembered for each tensor of ids."""
+    """Masks are cached for each tensor of ids."""
     q, k, v = make_inputs(8, 8, (2, 2, 8, 8))
     documents = make_documents([4, 4], [4, 4])
     before = attention(q, k, v, 0.35, documents=documents)

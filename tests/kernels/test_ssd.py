@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from megatron_hybrid.kernels import combined, conv, ssd, ssm_backend, ssm_kernels
+from megatron_hybrid.kernels import combined, conv, ssd, ssd_chunks, ssm_backend, ssm_kernels
 
 # fp32: the running sum of dt A over a chunk reaches 200 here, where half a unit in the last place
 # is 8e-6; a decay is the exponential of a difference of two such sums, so 1.6e-5 is its relative
@@ -76,7 +76,7 @@ def test_outputs_and_all_gradients(length, groups, dtype, packed, monkeypatch):
     wanted = outputs_and_gradients(ssd.ssd_recurrence, inputs, torch.float64, **options)
     for chunk_size, budget in ((16, 1), (64, 2**19), (64, 1), (100, 2**19)):
         # A budget of one element makes every chunk its own segment.
-        monkeypatch.setitem(ssd._SEGMENT_ELEMENTS, "cpu", budget)
+        monkeypatch.setitem(ssd_chunks._SEGMENT_ELEMENTS, "cpu", budget)
         got = outputs_and_gradients(ssd.ssd_chunk_scan, inputs, chunk_size=chunk_size, **options)
         assert got["y"].dtype == dtype and got["state"].dtype == torch.float32
         assert_close(got, wanted)

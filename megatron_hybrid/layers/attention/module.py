@@ -1,4 +1,9 @@
-"""Attention layers that own their RoPE, and the attention core of the torch backend."""
+"""Attention layers with a RoPE of their own, and the attention core of the torch backend.
+
+Shape letters: s tokens of a sample, b samples of a micro-batch, h hidden size, n query heads, g key and value heads,
+d head size of Q and K, dv head size of V. One rank's share is marked: n/tp and g/tp heads (at least one), s/cp tokens.
+t is the number of tokens of the hidden state on a rank: s/cp, or s/(cp tp) under sequence parallelism.
+"""
 
 from argparse import Namespace
 from contextlib import nullcontext
@@ -23,16 +28,16 @@ from megatron_hybrid.layers.spec import Build, mixer_layer
 
 @dataclass(frozen=True)
 class RoPE:
-    """Rotary positions of one kind of layer.
+    """Rotary position embedding of one kind of layer.
 
-    Upstream's one table per model has neither scaling for hybrids nor a second head size
+    Upstream has one table per model, with one head size, and no frequency scaling for hybrid models
     (core/models/hybrid/hybrid_model.py:257).
     """
 
     base: int = 10000
     percent: float = 1.0
     scaling_factor: float | None = None
-    """Llama-3 frequency scaling (low 1, high 4, original length 8192, as upstream fixes them), or None."""
+    """Factor of Llama-3 frequency scaling, or None. Upstream fixes the rest: low 1, high 4, original length 8192."""
 
     def build(self, head_dim: int, config: TransformerConfig, cp_group: Any) -> RotaryEmbedding:
         """The table for heads of ``head_dim`` channels."""
@@ -49,26 +54,26 @@ class RoPE:
 
 
 def model_rope(args: Namespace) -> RoPE | None:
-    """Of layers that see all tokens before a query; None for NoPE."""
+    """RoPE of full attention; None for NoPE."""
     if args.position_embedding_type != "rope":
         return None
     return RoPE(args.rotary_base, args.rotary_percent, args.rope_scaling_factor if args.use_rope_scaling else None)
 
 
 def window_rope(args: Namespace) -> RoPE | None:
-    """Of ``W``, which has a base of its own and no scaling."""
+    """RoPE of sliding-window attention (``W``), which has its own base and no scaling; None for NoPE."""
     return RoPE(args.swa_rotary_base, args.rotary_percent) if args.position_embedding_type == "rope" else None
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``*`` or ``W``."""
+    """The layer ``*`` (full attention) or ``W`` (sliding window)."""
     args, parts = build.args, build.parts
     if symbol == "W":
         core, params = (
             TorchCoreAttention,
             {"rope": window_rope(args), "window": args.swa_window, "sinks": args.swa_sinks},
         )
-    else:  # documents that are kept apart need a core that takes their ids
+    else:  # attention inside packed documents needs a core that takes document ids
         core = TorchCoreAttention if args.reset_attention_mask else parts.core_attention
         params = {"rope": model_rope(args)}
     mixer = ModuleSpec(
@@ -83,11 +88,11 @@ class HybridSelfAttention(SelfAttention):
     """Upstream's self-attention with a RoPE of its own.
 
     Args:
-        rope: Rotary positions of this layer, or None for none (NoPE).
-        window: Keys that a query sees, itself included; None for all before it.
-        sinks: First keys of the sequence (of each packed document) that every query sees beside its window.
+        rope: RoPE of this layer; None for none (NoPE).
+        window: Keys that a query sees, including its own position; None for all up to it.
+        sinks: First keys of the sequence (of each packed document) that every query sees in addition to its window.
 
-    The others are upstream's (core/transformer/attention.py:1644).
+    The other arguments are upstream's (core/transformer/attention.py:1644).
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class HybridSelfAttention(SelfAttention):
         self.rotary = rope.build(self.hidden_size_per_attention_head, config, self.pg_collection.cp) if rope else None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        """[s, b, h] (local) to ([s, b, h], None); ``rotary_pos_emb`` of the model is ignored."""
+        """[t, b, h] to ([t, b, h], None); the model's ``rotary_pos_emb`` is ignored."""
         kwargs["rotary_pos_emb"] = rotary_table(
             self.rotary, hidden_states, self.config, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
         )
@@ -134,11 +139,15 @@ def rotary_table(
     inference_context: Any,
     packed_seq_params: PackedSeqParams | None,
 ) -> Tensor | None:
-    """The angles [s, 1, 1, d] for this rank's tokens, s counted after the sequence-parallel gather."""
+    """The angles for this rank's tokens, [s/cp, 1, 1, rotated channels of d] (whole s for the packed format thd).
+
+    Args:
+        hidden_states: [t, b, h].
+    """
     if rotary is None:
         return None
     packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-    lengths = packed_seq_params if packed else None  # upstream asks any that it is given for its longest document
+    lengths = packed_seq_params if packed else None  # given any, upstream reads the longest document from it
     length = rotary.get_rotary_seq_len(inference_context, None, hidden_states, config, lengths)
     return rotary(length, packed_seq=packed)
 
@@ -146,13 +155,13 @@ def rotary_table(
 class TorchCoreAttention(MegatronModule):
     """Causal attention on torch's kernels, for CUDA and CPU, with context parallelism.
 
-    Upstream's ``DotProductAttention`` stores the scores, and has neither context parallelism nor values wider
-    than queries. Under context parallelism each rank holds two zigzag chunks of the sequence
-    (core/utils.py, ``get_batch_on_this_cp_rank``): K and V are gathered from all ranks, and each chunk of
-    queries attends to its prefix of them. Packed documents are told apart by ``PackedSeqParams.seq_idx`` [b, s], the
-    ids of the whole sequence's tokens on every rank.
+    Upstream's ``DotProductAttention`` stores the scores, has no context parallelism, and needs values as wide as
+    queries. Under context parallelism each rank holds two zigzag chunks of the sequence (core/utils.py,
+    ``get_batch_on_this_cp_rank``): K and V are gathered from all ranks, and each chunk of queries attends to its prefix
+    of them. Packed documents come as ``PackedSeqParams.seq_idx`` [b, s]: on every rank, the document ids of the whole
+    sequence.
 
-    The arguments are those of core/transformer/attention.py's ``CoreAttentionBuilder``.
+    The arguments are those of ``CoreAttentionBuilder`` (core/transformer/attention.py).
     """
 
     def __init__(
@@ -183,14 +192,14 @@ class TorchCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Local heads: query [s, b, n, d], key [s, b, g, d], value [s, b, g, dv] to [s, b, n * dv].
+        """Query [s/cp, b, n/tp, d], key [s/cp, b, g/tp, d], value [s/cp, b, g/tp, dv] to [s/cp, b, n/tp dv].
 
         Raises:
-            ValueError: A mask, a bias or documents as a list of lengths are asked for, which this core does not have.
+            ValueError: There is an attention mask, a bias, or packed documents without ids (thd).
         """
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("The torch attention core is causal alone: it takes no attention masks and no biases.")
-        documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
+            raise ValueError("The torch attention core is causal only: it supports no attention masks and no biases.")
+        documents = packed_seq_params.seq_idx if packed_seq_params is not None else None  # [b, s]
         if packed_seq_params is not None and (packed_seq_params.qkv_format != "sbhd" or documents is None):
             raise ValueError(
                 f"The torch attention core takes packed documents as qkv_format sbhd with seq_idx, not as "
@@ -200,33 +209,40 @@ class TorchCoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         length = query.shape[0]
         cp, rank = (self.cp_group.size(), self.cp_group.rank()) if self.cp_group is not None else (1, 0)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, *self._gather(key, value, cp)))
+        # q [b, n/tp, s/cp, d], k [b, g/tp, s, d], v [b, g/tp, s, dv]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, *self._gather(key, value, cp)))
 
         def attend(q: Tensor, offset: int) -> Tensor:
-            # Ranks hold different heads and must drop different weights, as core/transformer/dot_product_attention.py
-            # does; under sequence parallelism the whole stack runs on the rank's own random stream already.
+            # Ranks hold different heads and need different dropout masks, as in
+            # core/transformer/dot_product_attention.py. Under sequence parallelism the whole stack runs on the rank's
+            # own random stream already.
             own_stream = dropout > 0 and not self.config.sequence_parallel
             with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
                 return attention(q, k, v, scale, self.window, self.sinks, offset, dropout, documents)
 
         if cp == 1:
-            out = attend(q, k.shape[2] - length)  # queries are the last keys: also true with a cache
+            out = attend(q, k.shape[2] - length)  # the queries stand at the last keys, with a cache too
         else:
             half = length // 2
-            first, second = q.split(half, 2)
+            first, second = q.split(half, 2)  # [b, n/tp, s/(2 cp), d]
             out = torch.cat([attend(first, rank * half), attend(second, (2 * cp - 1 - rank) * half)], 2)
-        return out.permute(2, 0, 1, 3).reshape(length, query.shape[1], -1)
+        # out [b, n/tp, s/cp, dv]
+        return out.permute(2, 0, 1, 3).reshape(length, query.shape[1], -1)  # [s/cp, b, n/tp dv]
 
     def _gather(self, key: Tensor, value: Tensor, cp: int) -> tuple[Tensor, Tensor]:
-        """K and V of the whole sequence in its order, from each rank's chunks ``rank`` and ``2 cp - 1 - rank``."""
+        """K and V [s/cp, b, g/tp, ...] to those of the whole sequence in its order, [s, b, g/tp, ...].
+
+        Each rank holds the chunks ``rank`` and ``2 cp - 1 - rank`` of the sequence.
+        """
         if cp == 1:
             return key, value
         order = [0] * (2 * cp)
         for rank in range(cp):
             order[rank], order[2 * cp - 1 - rank] = 2 * rank, 2 * rank + 1
 
-        def gather(t: Tensor) -> Tensor:
-            chunks = tensor_parallel.gather_from_sequence_parallel_region(t, group=self.cp_group).chunk(2 * cp)
+        def gather(x: Tensor) -> Tensor:
+            x = tensor_parallel.gather_from_sequence_parallel_region(x, group=self.cp_group)  # [s, b, g/tp, ...]
+            chunks = x.chunk(2 * cp)  # [s/(2 cp), b, g/tp, ...], in the order of the ranks
             return torch.cat([chunks[i] for i in order])
 
         return gather(key), gather(value)

@@ -11,7 +11,7 @@ from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``G``, on upstream's plain torch path when flash-linear-attention is missing."""
+    """The layer ``G``; on upstream's torch implementation if flash-linear-attention is not installed."""
     parts = build.parts
     installed = common.chunk_gated_delta_rule is not None
     mixer = ModuleSpec(
@@ -22,7 +22,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
 
 
 class TorchGatedDeltaNet(GatedDeltaNet):
-    """``deterministic_mode`` selects upstream's torch path, for this layer alone."""
+    """Upstream's torch implementation, which ``deterministic_mode`` selects; set for this layer only."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
         config = copy.copy(config)

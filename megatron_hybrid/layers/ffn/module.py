@@ -12,7 +12,7 @@ from megatron_hybrid.layers.spec import Build
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``-``."""
+    """The layer ``-``."""
     parts = build.parts
     linears = MLPSubmodules(linear_fc1=parts.normed_column, linear_fc2=parts.row)
     return ModuleSpec(

@@ -1,12 +1,15 @@
-"""The intra-layer hybrid (symbol P): two mixers side by side in one layer.
+"""The intra-layer hybrid (symbol P): two mixers in parallel in one layer.
 
     f(X) = W_out( s_1 Norm(B_1(X))  (+)  s_2 Norm(B_2(X)) )
 
-``design.py`` has the axes, ``fusion.py`` norm, scale and fusion; here are the branches and the two projections around
-them.
+``design.py`` has the axes of the design, ``fusion.py`` norm, scale and fusion. This module has the branches and the two
+projections around them.
 
-Shapes: s sequence (whole, after the sequence-parallel gather), b batch, h hidden; sizes marked ``_local`` are
-those of one tensor-parallel rank.
+Shape letters: s tokens of a sample, b samples of a micro-batch, h hidden size, i and o channels of the fused input and
+output projection (sums of ``in_parts`` and ``out_parts``), n query heads, g key heads, d head size of Q and K, dv head
+size of V, w output channels of a branch. One rank's share is marked: i/tp, n/tp and so on (parts with fewer heads or
+groups than ranks: one of these), s/cp tokens. t is the number of tokens of the hidden state on a rank: s/cp, or
+s/(cp tp) under sequence parallelism.
 """
 
 import copy
@@ -38,7 +41,7 @@ from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``P``."""
+    """The layer ``P``."""
     args, parts, d = build.args, build.parts, design(build.args)
     if any(part.is_shared(args.tensor_model_parallel_size) for part in d.in_parts):
         parts = parts.with_shared_rows()
@@ -58,7 +61,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
 
 @dataclass
 class IntraSubmodules:
-    """The two projections, and the attention core between them."""
+    """Modules of the two projections, and of the attention core between them."""
 
     in_proj: Any
     out_proj: Any
@@ -66,11 +69,11 @@ class IntraSubmodules:
 
 
 class PassThrough(nn.Module):
-    """Stands where upstream's mixers build their own projections; takes any arguments, returns its input."""
+    """Replaces the projections of upstream's mixers: takes any arguments, returns its input."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
-        self.weight = SimpleNamespace()  # upstream hangs partition sizes on it
+        self.weight = SimpleNamespace()  # upstream sets partition sizes on it
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return x, None
@@ -80,7 +83,7 @@ class PassThrough(nn.Module):
 
 
 class AttentionBranch(SelfAttention):
-    """Upstream's self-attention between the fused projections, with values of their own number and width."""
+    """Upstream's self-attention between the fused projections; V may have more heads than K and another head size."""
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class AttentionBranch(SelfAttention):
         tp = pg_collection.tp.size()
         config = copy.copy(config)
         config.num_attention_heads = design.num_attention_heads
-        config.num_query_groups = max(design.num_query_groups, tp)  # a rank that has less than one shares it
+        config.num_query_groups = max(design.num_query_groups, tp)  # at least one on each rank, shared if need be
         config.kv_channels = design.qk_head_dim
         submodules = SelfAttentionSubmodules(
             linear_qkv=PassThrough, core_attention=core_attention, linear_proj=PassThrough
@@ -109,19 +112,20 @@ class AttentionBranch(SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, (q k v)_local] to q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv], local heads.
+        """[s/cp, b, (q k v)/tp] to q [s/cp, b, n/tp, d], k [s/cp, b, g/tp, d], v [s/cp, b, g/tp, dv].
 
-        Where each query head has values of its own, the keys are repeated for them: g = n.
+        Where each query head has its own values, the keys are repeated for them, so that g = n.
         """
         n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
+        # [s/cp, b, n/tp d], [s/cp, b, g/tp d], [s/cp, b, g/tp dv or n/tp dv]
         q, k, v = hidden_states.split([n * d, g * d, hidden_states.shape[-1] - (n + g) * d], -1)
-        q, k, v = (t.unflatten(-1, (-1, width)) for t, width in ((q, d), (k, d), (v, dv)))
+        q, k, v = (x.unflatten(-1, (-1, width)) for x, width in ((q, d), (k, d), (v, dv)))
         return q, k.repeat_interleave(v.shape[2] // g, 2) if v.shape[2] != g else k, v
 
 
 class MambaBranch(HybridMambaMixer):
-    """Upstream's Mamba-2 mixer between the fused projections: gated in its kernel, normalised by the fusion."""
+    """Upstream's Mamba-2 mixer between the fused projections. Its kernel applies the gate, the fusion the norm."""
 
     def __init__(self, config: TransformerConfig, design: IntraDesign, **kwargs: Any):
         config = copy.copy(config)
@@ -134,16 +138,16 @@ class MambaBranch(HybridMambaMixer):
 class IntraHybrid(MegatronModule):
     """Both branches between one fused column-parallel and one fused row-parallel projection.
 
-    Two mixers of their own would cost two all-gathers and two reduce-scatters under sequence parallelism and
-    four matrix products; fused, it is one, one and two. It stands in the self-attention slot of a
+    Two separate mixers would cost two all-gathers and two reduce-scatters under sequence parallelism and four matrix
+    products; the fused projections cost one, one and two. The module takes the place of self-attention in a
     ``TransformerLayer``. On CUDA the branches run on two streams.
 
     Args:
         design: Axes and global widths.
-        rope: Rotary positions of the attention branches, or None.
-        depths: For each layer of the model, the mixers in front of it.
-        a_init_range: Range of the uniform distribution that -A starts from.
-        recompute: Parts to recompute in the backward pass: "intra" (all between the projections) or "ssm".
+        rope: RoPE of the attention branches; None for NoPE.
+        depths: For each layer of the model, the number of mixers before it.
+        a_init_range: Range of the uniform distribution that initialises -A.
+        recompute: What to recompute in the backward pass: "intra" (all between the projections), "ssm".
     """
 
     def __init__(
@@ -215,7 +219,7 @@ class IntraHybrid(MegatronModule):
             tp_comm_buffer_name="fc2",
             name=f"{name}.out_proj" if name else None,
         )
-        # upstream's resharding of live models reads the sizes of packed parts from here
+        # where upstream's resharding of models in memory looks for the sizes of fused parts
         if in_proj is not SharedRowsLinear:
             self.in_proj.weight.partition_sizes = list(self.in_parts.values())
         self.out_proj.weight.partition_sizes = list(self.out_parts.values())
@@ -233,33 +237,31 @@ class IntraHybrid(MegatronModule):
         packed_seq_params: Any = None,
         sequence_len_offset: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] (s local under sequence parallelism) to ([s, b, h], None).
-
-        The model's rotary table is ignored: the layer has its own.
+        """[t, b, h] to ([t, b, h], None). The model's rotary table is ignored: the layer has its own.
 
         Raises:
-            ValueError: Inference is asked for, for which this layer has no cache yet.
+            ValueError: There is an inference context; this layer has no cache yet.
         """
         if inference_context is not None:
             raise ValueError("P layers have no inference cache yet: run the model on whole sequences.")
-        angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)
-        projected, _ = self.in_proj(hidden_states)
+        angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)  # [s/cp, 1, 1, d]
+        projected, _ = self.in_proj(hidden_states)  # [s/cp, b, i/tp]
         if self.recompute and self.training:
-            # packed_seq_params is no tensor, and checkpoint keeps tensors alone
+            # checkpoint takes only tensors, and packed_seq_params is none
             run = lambda x, angles: self._between(x, angles, packed_seq_params)  # noqa: E731
             fused = tensor_parallel.checkpoint(run, False, projected, angles)
         else:
-            fused = self._between(projected, angles, packed_seq_params)
+            fused = self._between(projected, angles, packed_seq_params)  # [s/cp, b, o/tp]
         return self.out_proj(fused)
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
-        """[s, b, sum(in_parts)] to [s, b, sum(out_parts)]."""
-        branches, gate = self.inputs.split(projected)
+        """[s/cp, b, i/tp] to [s/cp, b, o/tp]."""
+        branches, gate = self.inputs.split(projected)  # gate [s/cp, b, 1 or 2] or None
 
         def run(branch: int) -> Tensor:
             module = getattr(self, self.design.names[branch])
             own = branches[branch]
-            x = own[0] if len(own) == 1 else torch.cat(own, -1)  # [s, b, (q k v)_local] or [s, b, (z x B C dt)_local]
+            x = own[0] if len(own) == 1 else torch.cat(own, -1)  # [s/cp, b, (q k v)/tp or (z x B C dt)/tp]
             if self.design.branches[branch] == "attention":
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
@@ -268,11 +270,12 @@ class IntraHybrid(MegatronModule):
             documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
             first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
         else:
-            second, first = run(1), run(0)  # the order in which two streams draw random numbers
+            second, first = run(1), run(0)  # as with two streams, which draw random numbers in this order
+        # first and second: [s/cp, b, w/tp]
         return self.fusion(first, second, gate)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """The fused weights are stored by their named parts, so that they load at any tensor-parallel size."""
+        """The fused weights are stored part by part, so that they load at any tensor-parallel size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         result: dict = {}
         for name, module in self.named_children():
@@ -281,17 +284,17 @@ class IntraHybrid(MegatronModule):
                     module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
                 )
             )
-        if not isinstance(self.in_proj, SharedRowsLinear):  # which does it itself
+        if not isinstance(self.in_proj, SharedRowsLinear):  # which stores its own parts
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
 
 
 def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``run(0)`` on the current CUDA stream and ``run(1)`` on another one, both of which read ``sources``.
+    """``run(0)`` on the current CUDA stream and ``run(1)`` on a second one; both read ``sources``.
 
-    The backward pass needs no more: autograd runs each node on the stream of its forward pass and waits where a
-    gradient changes streams. Memory that crosses streams is marked, so that it is not reused while it is read.
+    The backward pass needs no code: autograd runs each node on the stream of its forward pass and synchronises where a
+    gradient changes streams. Tensors used on both streams are recorded, so that their memory is not reused too early.
     """
     main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
     side.wait_stream(main)

@@ -1,4 +1,10 @@
-"""Upstream's Mamba-2 mixer at any tensor-parallel size, with its core recomputed in the backward pass if asked."""
+"""Upstream's Mamba-2 mixer at any tensor-parallel size, with optional recomputation of its core.
+
+Shape letters: s tokens of a sample, b samples of a micro-batch, h hidden size, e inner channels (heads times head
+dim), g groups, n state dim, w width of the convolution. One rank's share is marked: e/tp channels, s/cp tokens. The
+channels z, x, B, C and dt together are (z x B C dt)/tp; where ranks share groups, each has the n channels of B and of C
+of one group. t is the number of tokens of the hidden state on a rank: s/cp, or s/(cp tp) under sequence parallelism.
+"""
 
 import copy
 import math
@@ -28,7 +34,7 @@ from megatron_hybrid.layers.spec import Build
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``M``."""
+    """The layer ``M``."""
     args, parts = build.args, build.parts
     if args.mamba_num_groups < args.tensor_model_parallel_size:
         parts = parts.with_shared_rows()
@@ -49,32 +55,31 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
 
 
 class SampleContextParallel(MambaContextParallel):
-    """Splits samples over the ranks in zigzag, whatever documents they hold.
+    """Context parallelism that splits whole samples in zigzag, whether or not documents are packed in them.
 
-    Upstream takes any ``packed_seq_params`` for documents that Transformer Engine split over the ranks one by one
-    (core/ssm/mamba_context_parallel.py:360). The scan has whole samples of its heads, and the ids are all it needs.
+    Given ``packed_seq_params``, upstream assumes that Transformer Engine split each document over the ranks
+    (core/ssm/mamba_context_parallel.py:360). Here the scan gets whole samples, and needs only the document ids.
     """
 
     def pre_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
-        """[s / cp, b, channels] to [s, b, channels / cp] in the order of the sequence."""
+        """[s/cp, b, (z x B C dt)/tp] to [s, b, (z x B C dt)/(tp cp)], in the order of the sequence."""
         return super().pre_conv_ssm(input_)
 
     def post_conv_ssm(self, input_: Tensor, packed_seq_params: Any = None) -> Tensor:
-        """The way back."""
+        """[s, b, e/(tp cp)] to [s/cp, b, e/tp], in zigzag order."""
         return super().post_conv_ssm(input_)
 
 
 class HybridMambaMixer(MambaMixer):
-    """``MambaMixer`` on more tensor-parallel ranks than it has groups, and with a core that can be recomputed.
+    """``MambaMixer`` that runs on more tensor-parallel ranks than groups, and can recompute its core.
 
-    Upstream wants whole groups on each rank (core/ssm/mamba_mixer.py:245). Here a rank that has less than one computes
-    the B and C of its heads' group like its neighbours do: the rows of the input projection and the channels of the
-    convolution that make them are parameters which these ranks have in common. The gated norm still goes over the whole
-    group, so that the function does not depend on the number of ranks. Upstream's list of selectively recomputed
-    modules is closed and holds none of the core's.
+    Upstream needs whole groups on each rank (core/ssm/mamba_mixer.py:245). Here ranks whose heads belong to the same
+    group each compute its B and C: the rows of the input projection and the channels of the convolution for them are
+    parameters that are equal on these ranks. The gated norm is taken over the whole group, so that the function does
+    not depend on the number of ranks. Upstream's modules for selective recomputation include no part of this core.
 
     Args:
-        recompute: Keep only the projected input for the backward pass, and run the core again there.
+        recompute: Save only the projected input for the backward pass, and run the core again there.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class HybridMambaMixer(MambaMixer):
             if issubclass(getattr(submodules.in_proj, "module", submodules.in_proj), SharedRowsLinear):
                 submodules = replace(submodules, in_proj=_shared_input(config, groups))
             config = copy.copy(config)
-            config.mamba_num_groups = tp  # as upstream sees it: one group for each rank
+            config.mamba_num_groups = tp  # for upstream: one group for each rank
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.cp.__class__ = SampleContextParallel
         self.recompute = recompute
@@ -101,55 +106,57 @@ class HybridMambaMixer(MambaMixer):
             self._share_groups(config)
 
     def _share_groups(self, config: TransformerConfig) -> None:
-        """Makes the convolution's channels of B and C common to all ranks, and the norm go over whole groups."""
+        """Replaces the convolution's channels of B and C by shared ones, and the norm by one over whole groups."""
         inner, width = self.d_inner_local_tp, self.d_conv
         channels = 2 * self.total_groups * self.d_state
+        # weight [2 g n, 1, w], bias [2 g n]
         weight = torch.empty(channels, 1, width, dtype=config.params_dtype, device=torch.cuda.current_device())
         bias = torch.empty(channels, dtype=config.params_dtype, device=torch.cuda.current_device())
-        for t in (weight, bias):  # upstream's distribution, from the random stream that the ranks have in common
-            nn.init.uniform_(t, -1 / math.sqrt(width), 1 / math.sqrt(width))
+        for x in (weight, bias):  # upstream's distribution, from the random stream that is the same on all ranks
+            nn.init.uniform_(x, -1 / math.sqrt(width), 1 / math.sqrt(width))
         self.conv1d_shared_weight = shared_by_ranks(nn.Parameter(weight))
         self.conv1d_shared_bias = shared_by_ranks(nn.Parameter(bias))
         for name in ("conv1d_weight", "conv1d_bias"):
-            own = nn.Parameter(getattr(self, name).detach()[:inner].clone())
+            own = nn.Parameter(getattr(self, name).detach()[:inner].clone())  # [e/tp, 1, w] or [e/tp]
             tensor_parallel.set_tensor_model_parallel_attributes(own, True, 0, 1)
             setattr(self, name, own)
         if self.rmsnorm:
             self.norm = SpanningRMSNorm(inner, self.total_groups, 1e-5, config.params_dtype, self.tp_group)
 
     def forward(self, hidden_states: Tensor, inference_context: Any = None, **kwargs: Any) -> Any:
-        """[s, b, h] to ([s, b, h], None), s local under sequence parallelism (core/ssm/mamba_mixer.py:463).
+        """[t, b, h] to ([t, b, h], None) (core/ssm/mamba_mixer.py:463).
 
         Raises:
-            ValueError: Inference on ranks that share groups.
+            ValueError: Inference where ranks share groups.
         """
         if inference_context is not None and self.shares_groups:
             raise ValueError(
-                "Inference caches need whole groups of B and C on each tensor-parallel rank: run on at most "
-                f"{self.total_groups} of them (--mamba-num-groups)."
+                "Inference caches need whole groups of B and C on each tensor-parallel rank: use at most "
+                f"{self.total_groups} tensor-parallel ranks (--mamba-num-groups)."
             )
         return super().forward(hidden_states, inference_context, **kwargs)
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
-        """[s, b, (z x B C dt)_local] to [s, b, d_inner_local] (core/ssm/mamba_mixer.py:727)."""
+        """[s, b, (z x B C dt)/(tp cp)] to [s/cp, b, e/tp] (core/ssm/mamba_mixer.py:727)."""
         if not (self.recompute and self.training):
             return self._core(zxBCdt, packed_seq_params)
         return tensor_parallel.checkpoint(lambda x: self._core(x, packed_seq_params), False, zxBCdt)
 
     def _core(self, zxBCdt: Tensor, packed_seq_params: Any) -> Tensor:
+        """Convolution, scan, gate and norm, in the shapes of _ssm_training."""
         if self.shares_groups:
             self.cp.conv1d_weight_cp1 = self._with_shared_channels(self.conv1d_weight, self.conv1d_shared_weight)
             self.cp.conv1d_bias_cp1 = self._with_shared_channels(self.conv1d_bias, self.conv1d_shared_bias)
         return super()._ssm_training(zxBCdt, packed_seq_params)
 
     def _with_shared_channels(self, own: Tensor, shared: Tensor) -> Tensor:
-        """This rank's channels of the convolution: x, and B and C of its group."""
+        """This rank's channels of the convolution: its own of x [e/tp, ...], and of shared [2 g n, ...] its group's."""
         group = self.tp_group.rank() * self.total_groups // self.tp_group.size()
-        B, C = shared.unflatten(0, (2, self.total_groups, self.d_state))[:, group]
-        return torch.cat([own, B, C])
+        B, C = shared.unflatten(0, (2, self.total_groups, self.d_state))[:, group]  # [n, ...] each
+        return torch.cat([own, B, C])  # [e/tp + 2 n, ...]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Upstream's (core/ssm/mamba_mixer.py:1354), whatever the ranks share."""
+        """As upstream's (core/ssm/mamba_mixer.py:1354), and the same keys and shapes where ranks share groups."""
         if not self.shares_groups and isinstance(self.in_proj.weight, Tensor):
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         metadata = ensure_metadata_has_dp_cp_group(metadata)
@@ -171,13 +178,14 @@ class HybridMambaMixer(MambaMixer):
             own_parts = x if self.shares_groups else {**x, **states}
             store_by_parts(result, f"{prefix}conv1d_{name}", own_parts, stored_as=f"{prefix}conv1d.{name}")
             if self.shares_groups:
-                everyones = dict.fromkeys("BC", self.total_groups * self.d_state)
+                shared_parts = dict.fromkeys("BC", self.total_groups * self.d_state)
                 key = f"{prefix}conv1d_shared_{name}"
-                store_by_parts(result, key, everyones, stored_as=f"{prefix}conv1d.{name}")
+                store_by_parts(result, key, shared_parts, stored_as=f"{prefix}conv1d.{name}")
         return result
 
 
 def _shared_input(config: TransformerConfig, groups: int) -> ModuleSpec:
+    """The input projection with rows of B and C that ranks share; its rows are z, x, B, C, dt."""
     head_dim = config.mamba_head_dim
     heads = config.mamba_num_heads or 2 * config.hidden_size // head_dim
     inner = {name: Part(name, heads, head_dim) for name in "zx"}

@@ -1,4 +1,8 @@
-"""Upstream's mixture of experts; on the torch backend with two grouped products in place of two for each expert."""
+"""Upstream's mixture of experts; on the torch backend with grouped matrix products instead of a loop over experts.
+
+Shape letters, all of one rank: n tokens routed to its experts, E its experts, in and out channels of a linear, h hidden
+size.
+"""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from megatron_hybrid.layers.spec import Build
 
 ALIGNMENT = 8
-"""Numbers of bf16 in the 16 bytes of which grouped products want every row to be a multiple."""
+"""Elements of bf16 in 16 bytes: grouped products need rows of a multiple of 16 bytes."""
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
-    """``E``."""
+    """The layer ``E``."""
     parts = build.parts
     return ModuleSpec(
         module=MoETransformerLayer,
@@ -32,20 +36,20 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
 
 
 def can_group(config: Any, tokens: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the experts' products can be grouped ones; upstream's loop over the experts does the rest.
+    """Whether grouped products support this case; all others take upstream's loop over the experts.
 
     Args:
         config: The experts' TransformerConfig.
         tokens: [n, h], ordered by expert.
-        weights: One expert's, [out, in]; the others have the same shapes.
+        weights: Weights of one expert, [out, in] each; those of the others have the same shapes.
     """
     return (
         tokens.is_cuda
-        and torch.cuda.get_device_capability(tokens.device) >= (9, 0)  # torch loops itself on older GPUs
+        and torch.cuda.get_device_capability(tokens.device) >= (9, 0)  # on older GPUs torch itself loops
         and all(t.dtype == torch.bfloat16 for t in (tokens, *weights))
         and all(size % ALIGNMENT == 0 for weight in weights for size in weight.shape)
         and len(tokens) > 0
-        # Biases, scaled tokens, quantized and sharded weights: upstream knows what to do with each
+        # Upstream's loop supports biases, scaled tokens, quantized and sharded weights.
         and not (config.add_bias_linear or config.moe_apply_probs_on_input or config.fp8 or config.fp4)
         and config.expert_gtp_weight_remat_size == 1
     )
@@ -54,22 +58,22 @@ def can_group(config: Any, tokens: Tensor, weights: Sequence[Tensor]) -> bool:
 class GroupedProduct(torch.autograd.Function):
     """``x_e @ weight_e.T`` for the rows of each expert e.
 
-    The weights are stacked again in the backward pass: kept, the stack would be a second copy of all experts of the
-    model.
+    The backward pass stacks the weights again: saved stacks would be a second copy of all experts of the model.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        """``x`` [n, in], ``ends`` [E] int32 (the row behind each expert's last), E weights [out, in] -> [n, out]."""
+        """x [n, in], ends [E] int32 (the row after each expert's last), E weights [out, in] to [n, out]."""
         ctx.save_for_backward(x, ends, *weights)
-        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)  # [n, in] x [E, in, out]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x`` and of each weight; zeros for an expert without tokens."""
+        """dy [n, out] to the gradients of x [n, in] and each weight [out, in]; zeros for experts without tokens."""
         x, ends, *weights = ctx.saved_tensors
         dy = dy.contiguous()
+        # [n, out] x [E, out, in] to [n, in]; [out, n] x [n, in] to [E, out, in]
         dx = F.grouped_mm(dy, torch.stack(weights), offs=ends) if ctx.needs_input_grad[0] else None
         wanted = any(ctx.needs_input_grad[2:])
         dw = F.grouped_mm(dy.t(), x, offs=ends).unbind() if wanted else (None,) * len(weights)
@@ -77,36 +81,39 @@ class GroupedProduct(torch.autograd.Function):
 
 
 class GroupedLinears(torch.nn.Module):
-    """Linears of equal shapes, one for each expert, as the one linear that MLP.forward calls."""
+    """The experts' linears, all of one shape, behind the interface of the one linear that MLP.forward calls."""
 
     def __init__(self, linears: Sequence[torch.nn.Module], ends: Tensor):
         super().__init__()
         self.ends = ends
-        # A tuple: the linears stay the experts' submodules alone
+        # A tuple, so that they are not registered as submodules a second time.
         self.linears = tuple(linears)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[n, in] -> [n, out], and no bias."""
+        """[n, in] to ([n, out], None)."""
         for linear in self.linears:
-            # Upstream's DDP waits here for weights that are still being gathered (--overlap-param-gather)
+            # In these hooks upstream's DDP waits for weights that are still being gathered (--overlap-param-gather).
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, (x,))
         return GroupedProduct.apply(x, self.ends, *(linear.weight for linear in self.linears)), None
 
 
 class GroupedExperts(SequentialMLP):
-    """SequentialMLP (core/transformer/moe/experts.py:1260) with the same parameters, checkpoints and results."""
+    """SequentialMLP (core/transformer/moe/experts.py:1260) on grouped products, where :func:`can_group` allows them.
+
+    Parameters, checkpoints and results are the same.
+    """
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """[n, h] ordered by local expert, [local experts] counts, [n] routing probabilities -> [n, h], bias or None."""
+        """Tokens [n, h] ordered by expert, counts [E], routing probabilities [n] to ([n, h], bias or None)."""
         experts, tokens = self.local_experts, permuted_local_hidden_states
         weights = experts[0].linear_fc1.weight, experts[0].linear_fc2.weight
         if len(experts) == 1 or not can_group(self.config, tokens, weights):
             return super().forward(tokens, tokens_per_expert, permuted_probs)
-        ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)
-        # Upstream's own forward, and so its own activations, over the tokens of all experts at once
+        ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)  # [E]
+        # Upstream's forward, and with it every activation function, for the tokens of all experts at once.
         mlp = SimpleNamespace(
             config=experts[0].config,
             activation_func=experts[0].activation_func,
