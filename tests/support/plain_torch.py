@@ -24,12 +24,11 @@ def seen(length: int, window: int | None = None, sinks: int = 0) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv] to [s, b, n, dv] under the mask ``seen`` [s, s].
+    """q [s, b, n, d], k [s, b, g, d], v [s, b, g', dv] to [s, b, n, dv] under the mask ``seen`` [s, s].
 
-    Each query head attends to the keys and values of its group.
+    Each query head attends to the keys of its group, and to the values of its group of those.
     """
-    share = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
     scores = torch.einsum("ibnd,jbnd->bnij", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bnij,jbnd->ibnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
