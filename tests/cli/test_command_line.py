@@ -1,7 +1,7 @@
 """The program as a user starts it: what is quick, what it prints, how it ends, and a first run without torchrun.
 
-Each start imports Megatron and costs seconds; mistakes that need it are tested in tests/patches/test_patches.py,
-in a process that has it already.
+Each start imports Megatron and costs seconds: what does not need one of its own runs in a rank, which has imported it
+already, as the mistakes do that Megatron's parser finds (test_refused_flags.py).
 """
 
 import json
@@ -10,7 +10,6 @@ import re
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -18,8 +17,10 @@ import pytest
 from megatron_hybrid.cli.recipes import recipes
 from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.run_folder.state import read_state
+from tests.data.corpora import random_tokens
+from tests.support.processes import ROOT
+from tests.support.program import program, train
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "pretrain_hybrid.py")
 
 
@@ -96,26 +97,25 @@ def test_torchrun_shows_a_mistake_once():
     assert 'pretrain_hybrid.py", line' not in done.stderr
 
 
-def test_a_run_cuts_its_pipeline_by_cost():
+def test_a_run_cuts_its_pipeline_by_cost(ranks):
     line = "--recipe paper-1b-intra --print-config --pipeline-model-parallel-size 2 --balance-pipeline"
-    done = run(PROGRAM, *line.split(), "4")
-    assert done.returncode == 0, done.stderr
-    # four segments for two stages; the last one is short, for it has the output head
-    assert "--hybrid-layer-pattern=M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in done.stdout
-    refused = run(PROGRAM, *line.split(), "3")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: 3 pipeline segments do not divide over 2 stages")
-
-
-def test_an_unknown_flag_is_one_line():
-    done = run(PROGRAM, "--recipe", "demo", "--hiden-size", "64")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    # torch's own remark about CUDA may stand in front
-    assert done.stderr.splitlines()[-1] == (
-        "error: unrecognized arguments: --hiden-size 64. Did you mean --hidden-size, --ffn-hidden-size? See --help."
+    (code, out, errors), (refused, _, why) = (
+        ranks(1).run(program, line=f"{line} {segments}", sizes=False)[0] for segments in (4, 3)
     )
-    assert "usage" not in done.stderr and "Traceback" not in done.stderr
+    assert code == 0, errors
+    # four segments for two stages; the last one is short, for it has the output head
+    assert "--hybrid-layer-pattern=M-M-M-M-|P-M-M-M-|P-M-M-M-|M-" in out
+    assert refused == 2
+    assert why.startswith("error: 3 pipeline segments do not divide over 2 stages")
+
+
+def test_an_unknown_flag_is_one_line(ranks):
+    code, out, errors = ranks(1).run(program, line="--recipe demo --hiden-size 64", sizes=False)[0]
+    assert code == 2
+    assert out == ""
+    assert errors.splitlines() == [
+        "error: unrecognized arguments: --hiden-size 64. Did you mean --hidden-size, --ffn-hidden-size? See --help."
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +185,12 @@ def test_metrics_hold_each_validation(first_run):
     assert [float(x) for x in logged] == pytest.approx(values, rel=1e-6)
 
 
-def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
-    """Through pretrain() itself: the order of the data, the schedule, the random state, and the metrics file."""
-    with IndexedWriter(tmp_path, "corpus_text_document", dtype_for(100)) as writer:
-        generator = numpy.random.default_rng(0)
-        for length in generator.integers(20, 200, 100):
-            writer.add(generator.integers(0, 99, length).astype(numpy.uint16), numpy.array([length]))
-        writer.finish()
+def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(ranks, tmp_path):
+    """Through pretrain() itself: the order of the data, the schedule, the random state, and the metrics file.
+
+    The run that stops and goes on is two processes, with workers that read ahead; the other has none.
+    """
+    random_tokens(tmp_path, 100, "corpus_text_document")
     flags = f"""--recipe demo --expert-model-parallel-size 1 --data-path {tmp_path}/corpus_text_document
     --tokenizer-type NullTokenizer --vocab-size 100 --train-iters 6 --lr-wsd-decay-iters 2 --seq-length 64
     --micro-batch-size 2 --global-batch-size 4 --eval-interval 100 --eval-iters 1 --save-interval 3 --device cpu
@@ -202,17 +201,19 @@ def test_a_restarted_program_goes_on_as_if_it_had_never_stopped(tmp_path):
         return [(r["iteration"], r["loss"], r["grad_norm"], r["learning_rate"]) for r in records if "loss" in r]
 
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for where, more in ((straight, []), (stopped, ["--exit-interval", "3"]), (stopped, [])):
-        done = run(PROGRAM, *flags, "--save", str(where), "--load", str(where), *more)
+    ranks(1).run(train, argv=[*flags, "--save", str(straight), "--num-workers", "0"])
+    for more in (["--exit-interval", "3"], []):
+        done = run(PROGRAM, *flags, "--save", str(stopped), "--load", str(stopped), *more)
         assert done.returncode == 0, done.stderr[-3000:]
-        state = read_state(where)
+        state = read_state(stopped)
         ended = (state.status, state.reason, state.iteration)
         assert ended == (("stopped", "flag", 3) if more else ("finished", "", 6))
+    assert (read_state(straight).status, read_state(straight).iteration) == ("finished", 6)
     assert [iteration for iteration, *_ in steps(straight)] == [1, 2, 3, 4, 5, 6]
     assert steps(stopped) == steps(straight)
 
 
-def test_a_blend_trains_on_its_sources_and_says_how_much_of_each(tmp_path):
+def test_a_blend_trains_on_its_sources_and_says_how_much_of_each(ranks, tmp_path):
     for name, length in (("web", 3000), ("code", 1000)):
         with IndexedWriter(tmp_path, name, dtype_for(100)) as writer:
             lengths = numpy.full(100, length // 100)
@@ -224,10 +225,9 @@ def test_a_blend_trains_on_its_sources_and_says_how_much_of_each(tmp_path):
     flags = f"""--recipe demo --expert-model-parallel-size 1 --data-blend {tmp_path}/blend.yaml --split 80,10,10
     --tokenizer-type NullTokenizer --vocab-size 100 --train-iters 2 --lr-decay-iters 100 --seq-length 64
     --micro-batch-size 2 --global-batch-size 4 --eval-interval 100 --eval-iters 1 --device cpu
-    --data-cache-path {tmp_path}/cache"""
-    done = run(PROGRAM, *flags.split(), "--save", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    --data-cache-path {tmp_path}/cache --num-workers 0"""
+    (out,) = ranks(1).run(train, argv=[*flags.split(), "--save", str(tmp_path / "run")])
+    lines = out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("data     source"))
     assert [line.split() for line in lines[at : at + 4]] == [
         ["data", "source", "weight", "available", "drawn", "epochs", "allowed"],

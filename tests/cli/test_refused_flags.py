@@ -57,7 +57,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("line", "words"), REFUSED, ids=[line for line, _ in REFUSED])
-def test_a_mistakeis_one_paragraph_and_exit_code_2(ranks, line, words):
+def test_a_mistake_is_one_paragraph_and_exit_code_2(ranks, line, words):
     pattern, _, flags = line.partition(" ")
     code, out, errors = ranks(1).run(
         program, line=f"--hybrid-layer-pattern {pattern} {flags}", mock="--data-path" not in flags

@@ -6,19 +6,89 @@ added here by a formula of its own: plain products compute the masked half of tr
 products again.
 """
 
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_hybrid.accounting.scan import SSD_CHUNK, ssd_scan_flops
-from megatron_hybrid.costs import Sizes, attention_core_flops, layer_flops_per_token, training_flops_per_token
+from megatron_hybrid.costs import (
+    Sizes,
+    attention_core_flops,
+    layer_flops_per_token,
+    sizes_of,
+    training_flops_per_token,
+)
 from megatron_hybrid.kernels.attention import attention_reference, visible
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan
 from megatron_hybrid.layers.delta.account import DELTA_CHUNK, delta_scan_flops
 from megatron_hybrid.layers.intra.design import PRESETS
 from megatron_hybrid.pattern import parse
-from tests.costs import measure_flops
+from tests.support.single import build, same_groups
 from tests.support.training import MOE, SIZES
+
+# What the ranks run ---------------------------------------------------------------------------------
+
+
+def model_counts(argv: list[str], batch: int) -> dict[str, Any]:
+    """A whole model on random tokens, attention written out as plain products.
+
+    Returns:
+        ``forward`` and ``backward``, FLOPs by operator (``mm``, ``bmm``, ``convolution`` ...), and ``sizes``, the
+        :class:`megatron_hybrid.costs.Sizes` of the command line.
+    """
+    torch.manual_seed(1)
+    model, args = build(argv)
+    length = args.seq_length
+    tokens = torch.randint(0, args.vocab_size, (batch, length))
+    positions = torch.arange(length).expand(batch, -1)
+    return _count(lambda: model.train()(tokens, positions, None, labels=tokens).mean(), args)
+
+
+def all_counts(layers: list[list[str]], models: list[list[str]], batch: int) -> list[dict[str, Any]]:
+    """:func:`layer_counts` and :func:`model_counts` of many command lines, in order."""
+    with same_groups():
+        return [layer_counts(argv, batch) for argv in layers] + [model_counts(argv, batch) for argv in models]
+
+
+def layer_counts(argv: list[str], batch: int) -> dict[str, Any]:
+    """The only layer of a model, on random input; as :func:`model_counts`."""
+    torch.manual_seed(1)
+    model, args = build(argv)
+    x = torch.randn(args.seq_length, batch, args.hidden_size, requires_grad=True)
+
+    def forward() -> Any:
+        y = model.decoder.layers[0].train()(hidden_states=x, attention_mask=None)
+        return (y[0] if isinstance(y, tuple) else y).mean()
+
+    return _count(forward, args)
+
+
+def _count(forward: Callable[[], Any], args: Any) -> dict[str, Any]:
+    from megatron_hybrid.layers.attention import module
+
+    ahead, back = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    # The counter takes the CPU's fused attention for nothing; the readable reference runs the same products.
+    with patch.object(module, "attention", _written_out):
+        with ahead:
+            loss = forward()
+        with back:
+            loss.backward()
+    return {"forward": _by_operator(ahead), "backward": _by_operator(back), "sizes": sizes_of(args)}
+
+
+def _written_out(q: Any, k: Any, v: Any, scale: Any, window: Any, sinks: int, offset: int, _: float, documents: Any):
+    return attention_reference(q, k, v, scale, window, sinks, offset, documents)
+
+
+def _by_operator(counter: Any) -> dict[str, int]:
+    return {str(op).removeprefix("aten."): int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+# Tests ----------------------------------------------------------------------------------------------
 
 BATCH = 2
 LENGTH = 2 * SSD_CHUNK + 44
@@ -133,7 +203,7 @@ MODELS = [
 def counted(ranks):
     """Pattern and flags to what the real model runs."""
     layers, models = ([command(*case, LONG) for case in cases] for cases in (LAYERS, MODELS))
-    found = ranks(1).run(measure_flops.all_counts, layers=layers, models=models, batch=BATCH)[0]
+    found = ranks(1).run(all_counts, layers=layers, models=models, batch=BATCH)[0]
     return dict(zip(LAYERS + MODELS, found, strict=True))
 
 
@@ -159,7 +229,7 @@ def test_a_gated_delta_net_runs_the_products_that_are_counted(ranks, chunks):
     """In whole chunks: upstream's readable rule pads the last one. Its triangular inverse is not made of products."""
     length = chunks * DELTA_CHUNK
     flags = f"--seq-length {length} --max-position-embeddings {length} --linear-num-value-heads 8"
-    found = ranks(1).run(measure_flops.layer_counts, argv=command("G", flags), batch=BATCH)[0]
+    found = ranks(1).run(layer_counts, argv=command("G", flags), batch=BATCH)[0]
     s, forward, backward = found["sizes"], found["forward"], found["backward"]
     tokens, cores = BATCH * length, plain_cores("G", found["sizes"], length)
     heads, key, value = delta(s)

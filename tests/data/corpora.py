@@ -2,15 +2,19 @@
 
 import gzip
 import json
+import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from megatron_hybrid.data.encode import Encoding
-from megatron_hybrid.data.indexed import IndexedWriter, bin_path, dtype_for, read_index
+from megatron_hybrid.data.indexed import IndexedWriter, bin_path, dtype_for, idx_path, read_index
+from megatron_hybrid.data.merge import Merge, MergeJob
 from megatron_hybrid.data.preprocess import Job, Preprocessing
 from megatron_hybrid.data.tokenizers import TokenizerSpec
+from tests.support.processes import ROOT
 
 BYTES = TokenizerSpec("ByteTokenizer")
 END = "<|end|>"
@@ -19,6 +23,19 @@ END = "<|end|>"
 def lines(texts: Iterable[str]) -> bytes:
     """JSON lines of texts."""
     return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+
+
+def corpus(count: int, seed: int = 3, most: int = 400) -> list[str]:
+    """Texts of up to ``most`` words, no two alike."""
+    rng = random.Random(seed)
+    words = ["alpha", "beta", "gamma(x)", "naïve", "漢字", "  ", "\n\n", "1234"]
+    return [f"{rng.random()} " + " ".join(rng.choices(words, k=rng.randrange(1, most))) for _ in range(count)]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of which about a third are copies of others."""
+    choose = random.Random(seed)
+    return [f"text {choose.randrange(count)} " + "ä b" * choose.choice([1, 40]) for _ in range(count)]
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -75,6 +92,24 @@ def preprocess(inputs: list[Path], prefix: Path, tokenizer: TokenizerSpec = BYTE
     return run
 
 
+def command(path: Path | str, prefix: Path, *flags: str) -> list[str]:
+    """The command line of the tool: bytes with an end of document."""
+    words = ["--input", path, "--output-prefix", prefix, "--tokenizer-type", "ByteTokenizer", "--append-eod"]
+    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, words), *flags]
+
+
+def merge(inputs, prefix: Path, **flags) -> Merge:
+    """A whole merge; flags are those of MergeJob."""
+    run = Merge(MergeJob(tuple(map(str, inputs)), prefix, **flags))
+    run.run()
+    return run
+
+
+def pair(prefix: Path) -> tuple[bytes, bytes]:
+    """The bytes of a data set's two files."""
+    return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
+
+
 def documents(prefix: Path) -> list[list[int]]:
     """The documents of a data set."""
     index = read_index(prefix)
@@ -90,6 +125,16 @@ def texts_of(prefix: Path) -> list[str]:
 def files(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def data_set(prefix: Path, lengths: list[int], documents: list[int] | None = None, dtype=np.uint16, seed=0) -> Path:
+    """A data set of random ids without a manifest."""
+    numbers = np.random.default_rng(seed)
+    with IndexedWriter(prefix.parent, prefix.name, np.dtype(dtype)) as writer:
+        writer.add(numbers.integers(0, 60_000, sum(lengths)).astype(dtype), np.array(lengths, dtype=np.int64))
+        writer.finish(None if documents is None else np.array(documents))
+    prefix.with_name(prefix.name + ".lengths").unlink()
+    return prefix
 
 
 def random_tokens(folder: Path, documents: int, name: str = "text") -> Path:

@@ -1,8 +1,7 @@
 """What the inspector shows of a data set, and that it finds damage wherever it lies."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,11 @@ from megatron_hybrid.data.inspection import (
 from megatron_hybrid.data.manifest import manifest_path, read_manifest
 from megatron_hybrid.data.tokenizers import TokenizerSpec
 from megatron_hybrid.data.verify import verify, verify_inputs
+from tests.support import processes
 
 from .corpora import BYTES, preprocess, train_bpe, write
 
-ROOT = Path(__file__).resolve().parents[2]
+tool = functools.partial(processes.tool, "inspect_dataset")
 TEXTS = [f"document {i} " + "äöü " * (i % 9) for i in range(50)]
 
 
@@ -47,11 +47,6 @@ def foreign(prefix: Path, lengths, documents=None, ids=None) -> Path:
 
 def faults(prefix: Path) -> dict[str, str]:
     return {name: fault for name, fault, _ in verify(prefix) if fault}
-
-
-def tool(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/inspect_dataset.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 # --- figures ---------------------------------------------------------------------------------------

@@ -1,53 +1,23 @@
-"""Merged data sets: the bytes upstream's builder writes, shards equal to the single run, and what is refused."""
+"""Merged data sets: the bytes that upstream's builder writes, what is refused, and the tool."""
 
+import functools
 import gc
 import json
 import os
-import random
 import resource
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_hybrid.data.indexed import IndexedWriter, bin_path, idx_path, read_index
+from megatron_hybrid.data.indexed import bin_path, idx_path, read_index
 from megatron_hybrid.data.manifest import manifest_path, read_manifest
-from megatron_hybrid.data.merge import Merge, MergeJob
 from megatron_hybrid.data.merge_inputs import find_prefixes
 from megatron_hybrid.data.verify import verify
+from tests.support import processes
 
-from .corpora import documents, lines, preprocess, train_bpe, write
+from .corpora import data_set, merge, pair, preprocess, texts, train_bpe, write
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def merge(inputs, prefix: Path, **flags) -> Merge:
-    run = Merge(MergeJob(tuple(map(str, inputs)), prefix, **flags))
-    run.run()
-    return run
-
-
-def pair(prefix: Path) -> tuple[bytes, bytes]:
-    return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
-
-
-def data_set(prefix: Path, lengths: list[int], documents: list[int] | None = None, dtype=np.uint16, seed=0) -> Path:
-    """A data set of random ids without a manifest."""
-    numbers = np.random.default_rng(seed)
-    with IndexedWriter(prefix.parent, prefix.name, np.dtype(dtype)) as writer:
-        writer.add(numbers.integers(0, 60_000, sum(lengths)).astype(dtype), np.array(lengths, dtype=np.int64))
-        writer.finish(None if documents is None else np.array(documents))
-    prefix.with_name(prefix.name + ".lengths").unlink()
-    return prefix
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of which about a third are copies of others."""
-    choose = random.Random(seed)
-    return [f"text {choose.randrange(count)} " + "ä b" * choose.choice([1, 40]) for _ in range(count)]
+tool = functools.partial(processes.tool, "merge_datasets")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +27,13 @@ def upstream():
     gc.freeze()  # upstream collects garbage at each input, which takes long with all that torch brings
     yield indexed_dataset
     gc.unfreeze()
+
+
+def merge_upstream(upstream, inputs, prefix, dtype):
+    builder = upstream.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for one in inputs:
+        builder.add_index(str(one))
+    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -69,10 +46,7 @@ def test_bytes_are_those_of_upstreams_builder(tmp_path, upstream, dtype, several
         data_set(tmp_path / "d", [5, 0, 5], [0, 1, 3] if several else None, dtype, 4),
     ]
     merge(inputs, tmp_path / "ours")
-    builder = upstream.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
-    for prefix in inputs:
-        builder.add_index(str(prefix))
-    builder.finalize(str(tmp_path / "theirs.idx"))
+    merge_upstream(upstream, inputs, tmp_path / "theirs", dtype)
     assert pair(tmp_path / "ours") == pair(tmp_path / "theirs")
     assert not list(tmp_path.glob(".*"))
 
@@ -89,130 +63,8 @@ def test_blocks_do_not_show(tmp_path, upstream, monkeypatch):
         data_set(tmp_path / name, lengths[i : i + 100], [0, *range(1, 100, 3), 100]) for i, name in enumerate("abc")
     ]
     merge(inputs, tmp_path / "ours")
-    builder = upstream.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
-    for prefix in inputs:
-        builder.add_index(str(prefix))
-    builder.finalize(str(tmp_path / "theirs.idx"))
+    merge_upstream(upstream, inputs, tmp_path / "theirs", np.uint16)
     assert pair(tmp_path / "ours") == pair(tmp_path / "theirs")
-
-
-# --- shards ----------------------------------------------------------------------------------------
-
-
-def write_bad(path: Path, texts: list[str]) -> Path:
-    """Lines of which every second one is no document."""
-    path.write_bytes(lines(texts).replace(b"\n", b"\n[]\n"))
-    return path
-
-
-FLAGS: dict[str, Any] = {"text_split": "line", "append_eod": True, "prepend_bos": True, "skip_faults": True}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    return [
-        write(folder / "a.jsonl", texts(70, 1)),
-        write(folder / "b.jsonl.gz", texts(50, 2)),
-        write(folder / "c.parquet", texts(90, 3)),
-        write(folder / "d.txt", texts(40, 4)),
-        write(folder / "e.jsonl", ["one"]),
-        write_bad(folder / "f.jsonl", texts(9, 5)),
-    ]
-
-
-def shards(corpus, prefix: Path, count: int) -> list[Path]:
-    """Preprocess all shards; returns their prefixes in order."""
-    return [preprocess(corpus, prefix, shard=(i, count), **FLAGS).prefixes[0] for i in range(count)]
-
-
-@pytest.fixture(scope="module")
-def single(corpus, tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("single") / "x"
-    preprocess(corpus, prefix, **FLAGS)
-    preprocess(corpus, prefix.with_name("unique"), dedup=True, **FLAGS)
-    return {False: prefix.with_name("x_text_document"), True: prefix.with_name("unique_text_document")}
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 7])
-def test_shards_give_the_single_run(tmp_path, corpus, single, count):
-    parts = shards(corpus, tmp_path / "x", count)
-    for dedup in (False, True):
-        run = merge(parts, tmp_path / f"merged{dedup}", dedup=dedup)
-        assert pair(tmp_path / f"merged{dedup}") == pair(single[dedup])
-        said, wanted = read_manifest(tmp_path / f"merged{dedup}"), read_manifest(single[dedup])
-        for name in ("documents", "tokens", "bin", "idx", "lengths", "encoded", "duplicates", "skipped", "tokenizer"):
-            assert said[name] == wanted[name], name
-        assert said["shard"] == "0/1" and len(said["merged"]) == count and not run.notes
-        assert sum(entry["documents"] for entry in said["merged"]) == said["documents"] + (said["duplicates"] or 0)
-        assert all(not check.fault for check in verify(tmp_path / f"merged{dedup}"))
-    assert read_manifest(single[True])["duplicates"] > 10 and read_manifest(single[True])["skipped"] == 9
-
-
-def test_empty_shards_belong_to_the_set(tmp_path):
-    corpus = [write(tmp_path / "a.jsonl.gz", texts(30)), write(tmp_path / "b.jsonl", ["last"])]
-    parts = shards(corpus, tmp_path / "x", 7)
-    assert [read_manifest(part)["documents"] for part in parts] == [30, 0, 0, 0, 0, 0, 1]
-    preprocess(corpus, tmp_path / "whole", append_eod=True, prepend_bos=True)
-    merge(parts, tmp_path / "merged")
-    assert pair(tmp_path / "merged") == pair(tmp_path / "whole_text_document")
-    with pytest.raises(ValueError, match=r"1 of 7 shards .* missing .*x_text_document\.shard-00003-of-00007"):
-        merge(parts[:3] + parts[4:], tmp_path / "merged", overwrite=True)
-
-
-def test_shards_are_put_in_order_and_others_stay(tmp_path, corpus):
-    parts = shards(corpus, tmp_path / "x", 3)
-    other = preprocess([corpus[0]], tmp_path / "other", append_eod=True, prepend_bos=True).prefixes[0]
-    run = merge([other, parts[2], parts[0], parts[1]], tmp_path / "merged")
-    assert [one.prefix for one in run.inputs] == [other, *parts]
-    assert any("in their own order" in note and "x_text_document" in note for note in run.notes)
-    assert documents(tmp_path / "merged") == [ids for prefix in (other, *parts) for ids in documents(prefix)]
-
-
-def test_shards_without_manifests_are_known_by_name(tmp_path, corpus, single):
-    parts = shards(corpus, tmp_path / "x", 3)
-    for part in parts:
-        manifest_path(part).unlink()
-    with pytest.raises(ValueError, match="shard-00001-of-00003"):
-        merge([parts[0], parts[2]], tmp_path / "merged")
-    merge(reversed(parts), tmp_path / "merged")
-    assert pair(tmp_path / "merged") == pair(single[False])
-
-
-def test_renamed_shards_are_known_by_manifest(tmp_path, corpus):
-    parts = shards(corpus, tmp_path / "x", 2)
-    for path in (bin_path, idx_path, manifest_path):
-        path(parts[1]).rename(path(tmp_path / "renamed"))
-    with pytest.raises(ValueError, match="shard-00001-of-00002"):
-        merge(parts[:1], tmp_path / "merged")
-    assert [one.prefix for one in merge([tmp_path / "renamed", parts[0]], tmp_path / "merged").inputs][0] == parts[0]
-
-
-def test_sets_of_the_same_name_in_two_folders(tmp_path, corpus):
-    a, b = shards(corpus[:1], tmp_path / "a/x", 2), shards(corpus[2:3], tmp_path / "b/x", 2)
-    run = merge([a[0], b[1], a[1], b[0]], tmp_path / "merged")
-    assert [one.prefix for one in run.inputs] == [*a, *b]
-
-
-def test_a_file_that_changed_between_shards_is_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", texts(30))
-    first = shards([path], tmp_path / "x", 2)[0]
-    write(path, texts(31))
-    flags = {"append_eod": True, "prepend_bos": True, "overwrite": True}
-    second = preprocess([path], tmp_path / "x", shard=(1, 2), **flags).prefixes[0]
-    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
-        merge([first, second], tmp_path / "merged")
-
-
-def test_shards_of_different_inputs_are_refused(tmp_path):
-    """The second shard's corpus has another file before it, so that it cuts the common one elsewhere."""
-    common, other = write(tmp_path / "a.jsonl", texts(60)), write(tmp_path / "b.jsonl", texts(30))
-    parts = [
-        preprocess(inputs, tmp_path / "x", shard=(i, 2)).prefixes[0]
-        for i, inputs in enumerate([[common], [other, common]])
-    ]
-    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
-        merge(parts, tmp_path / "merged")
 
 
 # --- inputs ----------------------------------------------------------------------------------------
@@ -325,23 +177,7 @@ def test_an_input_that_is_not_its_manifests_is_refused(tmp_path, dedup):
         merge([one], tmp_path / "out", dedup=dedup)
 
 
-def test_merging_twice_keeps_the_sums(tmp_path, corpus):
-    flags = {"text_split": "line", "dedup": True}
-    parts = [preprocess([path], tmp_path / path.name[0], **flags).prefixes[0] for path in corpus[:3]]
-    merge(parts[:2], tmp_path / "ab", dedup=True)
-    merge([tmp_path / "ab", parts[2]], tmp_path / "abc", dedup=True)
-    preprocess(corpus[:3], tmp_path / "whole", **flags)
-    assert pair(tmp_path / "abc") == pair(tmp_path / "whole_text_document")
-    said, wanted = read_manifest(tmp_path / "abc"), read_manifest(tmp_path / "whole_text_document")
-    assert said["duplicates"] == wanted["duplicates"] and said["encoded"] == wanted["encoded"]
-
-
 # --- the tool --------------------------------------------------------------------------------------
-
-
-def tool(*words, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def test_tool_merges_many_with_few_open_files(tmp_path):
@@ -430,8 +266,7 @@ def test_a_killed_merge_leaves_nothing_half(tmp_path, dedup):
     inputs = [data_set(tmp_path / name, [200] * 7, seed=seed) for name, seed in (("a", 0), ("b", 1), ("c", 1))]
     merge(inputs, tmp_path / "wanted", dedup=dedup)
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_AT, dedup, out, tmp_path / "wanted", *inputs]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    done = processes.python("-c", KILLED_AT, dedup, out, tmp_path / "wanted", *inputs)
     assert done.returncode == 0, done.stderr
     *killed, last = done.stdout.splitlines()
     assert last == "0 .bin .idx .json" and len(killed) > 8

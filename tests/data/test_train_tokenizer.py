@@ -1,10 +1,9 @@
 """Tokenizer training: the sample, what is trained, how it loads, and what is refused."""
 
+import functools
 import json
 import os
 import random
-import subprocess
-import sys
 import sysconfig
 import tracemalloc
 from pathlib import Path
@@ -24,11 +23,12 @@ from megatron_hybrid.data.tokenizer_training import (
     write,
 )
 from megatron_hybrid.data.tokenizers import TokenizerSpec, load_tokenizer
+from tests.support import processes
 
 from .corpora import lines
 from .corpora import write as write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
+tool = functools.partial(processes.tool, "train_tokenizer")
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEXT = "def f(x):\n\treturn  x * 1234.5  # naïve “quotes” 中文 🙂\r\n\n\n    pass"
@@ -64,11 +64,6 @@ def load(sample, tmp_path_factory):
         return load_tokenizer(TokenizerSpec("SentencePieceTokenizer", path))
 
     return make
-
-
-def tool(*arguments, stdin=None):
-    command = [sys.executable, "tools/train_tokenizer.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, input=stdin, timeout=60)
 
 
 def pieces(tokenizer, text):
@@ -331,7 +326,7 @@ def test_the_same_from_every_kind_of_input_and_every_time(texts, tmp_path):
         "stdin": (["--input", "-"], lines(texts)),
     }
     for name, (arguments, stdin) in runs.items():
-        done = tool(*arguments, *flags, "--output", tmp_path / f"{name}.model", stdin=stdin)
+        done = tool(*arguments, *flags, "--output", tmp_path / f"{name}.model", input=stdin, text=False)
         assert done.returncode == 0 and done.stderr == b"", done.stderr
     contents = {(tmp_path / f"{name}.model").read_bytes() for name in runs}
     assert len(contents) == 1
@@ -346,11 +341,8 @@ def test_huggingface_is_the_same_on_any_number_of_threads(texts, tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
     found = []
     for threads in ("1", "3"):
-        command = [sys.executable, "tools/train_tokenizer.py", "--input", str(corpus), "--vocab-size", "900"]
-        command += ["--library", "huggingface", "--output", str(tmp_path / threads)]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"RAYON_NUM_THREADS": threads}
-        )
+        words = ["--input", corpus, "--vocab-size", 900, "--library", "huggingface", "--output", tmp_path / threads]
+        done = tool(*words, env=os.environ | {"RAYON_NUM_THREADS": threads})
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert "--tokenizer-type HuggingFaceTokenizer" in done.stdout.splitlines()[-1]
         found.append({path.name: path.read_bytes() for path in (tmp_path / threads).iterdir()})
@@ -374,7 +366,7 @@ def test_mistakes_are_one_paragraph_and_leave_nothing(tmp_path, flags, message):
     (tmp_path / "good.jsonl").write_text('{"text": "little text"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "little text"}\n{"text": \n')
     done = tool(*flags.format(tmp=tmp_path).split(), "--vocab-size", 9999, "--output", tmp_path / "out")
-    error = done.stderr.decode()
+    error = done.stderr
     assert done.returncode == 2 and error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl"]
@@ -383,7 +375,7 @@ def test_mistakes_are_one_paragraph_and_leave_nothing(tmp_path, flags, message):
 def test_an_existing_output_is_refused_before_the_work(tmp_path):
     (tmp_path / "tok.model").write_text("dear")
     done = tool("--input", tmp_path / "none", "--vocab-size", 9999, "--output", tmp_path / "tok.model")
-    assert done.returncode == 2 and b"give --overwrite" in done.stderr
+    assert done.returncode == 2 and "give --overwrite" in done.stderr
     assert (tmp_path / "tok.model").read_text() == "dear"
 
 

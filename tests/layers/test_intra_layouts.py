@@ -1,12 +1,70 @@
 """P layers of every preset in every kind of layout: same numbers, same checkpoints, no more communication than said."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
 from tests.checkpoint.test_reshard import same
 from tests.model.test_layouts import CP2, DP, PP2, RTOL, SP, TP2
-from tests.support import collectives
-from tests.support.training import continued, folder, losses, trained
+from tests.support.training import Run, continued, folder, losses, trained
+
+# What the ranks run ---------------------------------------------------------------------------------
+
+KINDS = {
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce",
+    "c10d::alltoall_base_": "all_to_all",
+    "c10d::broadcast_": "broadcast",
+    "c10d::allgather_": "all_gather of a list",
+}
+
+
+def of_one_layer(symbol: str, flags: str) -> dict[str, int]:
+    """Calls of process groups in one layer's forward and backward pass by kind, and the elements of all-reduces."""
+    run = Run(symbol, flags)
+    layer = run.model[0].module.decoder.layers[0].train()
+    x = torch.randn(16, 1, run.args.hidden_size, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        y = layer(hidden_states=x, attention_mask=None)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.randn_like(y))
+    found: dict[str, int] = {}
+    last = ""
+    for event in profile.events():
+        if event.name.startswith("c10d::"):
+            last = KINDS[event.name]
+            found[last] = found.get(last, 0) + 1
+        elif event.name == "gloo:all_reduce" and last == "all_reduce":
+            found["all_reduce elements"] = found.get("all_reduce elements", 0) + math.prod(event.input_shapes[0])
+    return found
+
+
+def alphas(pattern: str, flags: str, load: str) -> dict[str, float]:
+    """The logged mean weight of the second branch, after two steps from saved weights."""
+    from megatron_hybrid.layers.intra.fusion import mean_alphas
+
+    run = Run(pattern, f"--load {load} --no-load-optim --no-load-rng --finetune {flags}")
+    for _ in range(2):
+        run.step()
+    found = mean_alphas(run.model)["intra_alpha"]
+    assert mean_alphas(run.model)["intra_alpha"] == {}  # counted once
+    return found
+
+
+def shared_parameters(pattern: str, flags: str, steps: int) -> dict[str, Any]:
+    """Parameters that ranks have in common, freshly initialised and after some steps."""
+    run = Run(pattern, flags)
+    marked = {n for chunk in run.model for n, p in chunk.named_parameters() if getattr(p, "sequence_parallel", False)}
+    found = {f"fresh {n}": v for n, v in run.parameters().items() if n.split(".", 1)[1] in marked}
+    for _ in range(steps):
+        run.step()
+    return found | {n: v for n, v in run.parameters().items() if n.split(".", 1)[1] in marked}
+
+
+# Tests ----------------------------------------------------------------------------------------------
 
 TP4 = "--tensor-model-parallel-size 4"
 ONE_GROUP = "--mamba-num-groups 1 --intra-num-query-groups 1"
@@ -85,7 +143,7 @@ def test_checkpoint_of_two_ranks_loads_on_four(ranks, tmp_path):
 @pytest.mark.parametrize("scale", ["diff-lambda", "scalar"])
 def test_what_ranks_have_in_common_is_equal_from_the_start_and_stays_so(ranks, scale):
     flags = f"{ONE_GROUP} {TP4} {SP} {DP} --intra-scale {scale}"
-    by_rank = ranks(4).run(collectives.shared_parameters, pattern="P-M-", flags=flags, steps=2)
+    by_rank = ranks(4).run(shared_parameters, pattern="P-M-", flags=flags, steps=2)
     ends = {name.rsplit(".", 1)[-1] for name in by_rank[0]}
     own = "lambdas" if scale == "diff-lambda" else "scalars"
     assert ends == {"shared_rows", "conv1d_shared_weight", "conv1d_shared_bias", own, "weight"}  # the last is of norms
@@ -100,11 +158,11 @@ def test_what_ranks_have_in_common_is_equal_from_the_start_and_stays_so(ranks, s
 def test_mean_alpha_is_that_of_all_tokens_and_layers(ranks, reference, recompute):
     where, _ = reference("P-P-", MODELS["interpolate"])
     flags = f"{MODELS['interpolate']} {DP} {recompute}"
-    (expected,) = ranks(1).run(collectives.alphas, pattern="P-P-", flags=flags, load=where)
+    (expected,) = ranks(1).run(alphas, pattern="P-P-", flags=flags, load=where)
     assert set(expected) == {"1", "3"} and all(0.2 < value < 0.8 for value in expected.values())
     assert expected["1"] != expected["3"]
     for layout in (("P-|P-", PP2), ("P-P-", f"{TP2} {SP}"), ("P-P-", CP2), ("P-P-", "")):
-        for found in ranks(2).run(collectives.alphas, pattern=layout[0], flags=f"{flags} {layout[1]}", load=where):
+        for found in ranks(2).run(alphas, pattern=layout[0], flags=f"{flags} {layout[1]}", load=where):
             assert found == pytest.approx(expected, rel=RTOL), layout
 
 
@@ -112,7 +170,7 @@ def test_mean_alpha_is_that_of_all_tokens_and_layers(ranks, reference, recompute
 
 
 def counted(ranks, symbol: str, flags: str) -> dict:
-    (first, second) = ranks(2).run(collectives.of_one_layer, symbol=symbol, flags=f"{TP2} {SP} {flags}")
+    (first, second) = ranks(2).run(of_one_layer, symbol=symbol, flags=f"{TP2} {SP} {flags}")
     assert first == second
     return first
 

@@ -9,14 +9,13 @@ with sums over at most 64 tokens or 168 channels; random fp32 rounding (6e-8 eac
 for cancellation. A wrong term, factor, eps or order of channels shows at 1e-3 or more: `test_a_judge_can_say_no`.
 """
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.layers.intra_formula import rotate
 from tests.support import single
+from tests.support.plain_torch import dense_attention, relative_errors, rotate, seen
 
 RTOL = 1e-5
 EPS = 1e-5  # --norm-epsilon, Megatron's default; the paper's too
@@ -53,13 +52,9 @@ class Judge:
         assert not self._left, f"the judge does not use {list(self._left)}"
         dy = torch.tensor(self.ours["dy"], dtype=y.dtype)
         dx, *gradients = torch.autograd.grad(y, [self.x, *self.weights.values()], dy)
-        pairs = {"y": (self.ours["y"], y), "dx": (self.ours["dx"], dx)}
-        pairs |= {n: (self.ours["gradients"][n], g) for n, g in zip(self.weights, gradients, strict=True)}
-        errors = {}
-        for name, (got, want) in pairs.items():
-            size = float(want.detach().abs().max()) or 1.0  # the weights of an expert that no token met
-            errors[name] = float(np.abs(got - want.detach().numpy()).max()) / size
-        return errors
+        names = [f"d {name}" for name in self.weights]
+        errors = relative_errors(self.ours, {"y": y, "dx": dx, **dict(zip(names, gradients, strict=True))})
+        return {name.removeprefix("d "): error for name, error in errors.items()}
 
     def agrees(self, y: Tensor) -> None:
         wrong = {name: f"{error:.1e}" for name, error in self.errors(y).items() if not error <= RTOL}
@@ -167,30 +162,21 @@ def test_the_judge_of_attention_sees_the_scaling_of_positions(layer):
 # Formulas ----------------------------------------------------------------------------------------
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """q [s, b, n, d], k [s, b, g, d], v [s, b, g, dv] to [s, b, n, dv] under the mask ``seen`` [s, s]."""
-    share = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(share, 2), v.repeat_interleave(share, 2)
-    scores = torch.einsum("ibnd,jbnd->bnij", q, k) / q.shape[-1] ** 0.5
-    return torch.einsum("bnij,jbnd->ibnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-
-
-def causal(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).tril()
+def window_layer(judge: Judge, window: int, sinks: int) -> Tensor:
+    """The layer W in the terms of its mask."""
+    normed = rms_norm(judge.x, judge.weight("input_layernorm.weight"))
+    q, k, v = (
+        (normed @ w.T).unflatten(-1, (-1, WIDTH)) for w in separate(judge.weight("self_attention.linear_qkv.weight"))
+    )
+    out = dense_attention(rotate(q, 10000), rotate(k, 10000), v, seen(len(q), window, sinks)).flatten(-2)
+    return judge.x + out @ judge.weight("self_attention.linear_proj.weight").T
 
 
 @pytest.mark.parametrize("length", [5, 32, 61])
 @pytest.mark.parametrize(("window", "sinks"), [(9, 3), (4, 0), (1, 1), (512, 64)])
 def test_window_layer_is_dense_attention_under_its_mask(layer, window, sinks, length):
     judge = Judge(layer("W", f"--swa-window {window} --swa-sinks {sinks}", length))
-    normed = rms_norm(judge.x, judge.weight("input_layernorm.weight"))
-    q, k, v = (
-        (normed @ w.T).unflatten(-1, (-1, WIDTH)) for w in separate(judge.weight("self_attention.linear_qkv.weight"))
-    )
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    seen = (j <= i) & ((i - j < window) | (j < sinks))
-    out = dense_attention(rotate(q, 10000), rotate(k, 10000), v, seen).flatten(-2)
-    judge.agrees(judge.x + out @ judge.weight("self_attention.linear_proj.weight").T)
+    judge.agrees(window_layer(judge, window, sinks))
 
 
 @pytest.mark.parametrize("length", [5, 32, 61])
@@ -202,14 +188,7 @@ def test_window_layer_is_llamas_where_the_window_is_wide(layer, length):
 def test_a_judge_can_say_no(layer):
     """A window that is one key too wide is seen by the output and by the gradients."""
     judge = Judge(layer("W", "--swa-window 9 --swa-sinks 3"))
-    normed = rms_norm(judge.x, judge.weight("input_layernorm.weight"))
-    q, k, v = (
-        (normed @ w.T).unflatten(-1, (-1, WIDTH)) for w in separate(judge.weight("self_attention.linear_qkv.weight"))
-    )
-    i, j = torch.arange(32)[:, None], torch.arange(32)[None, :]
-    seen = (j <= i) & ((i - j < 10) | (j < 3))
-    out = dense_attention(rotate(q, 10000), rotate(k, 10000), v, seen).flatten(-2)
-    errors = judge.errors(judge.x + out @ judge.weight("self_attention.linear_proj.weight").T)
+    errors = judge.errors(window_layer(judge, 10, 3))
     for name in ("y", "dx", "self_attention.linear_qkv.weight"):
         assert errors[name] > 1e-3, name
 

@@ -1,12 +1,73 @@
 """Packed documents under --reset-attention-mask: each is treated as if it stood alone, in every layout."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.model.test_layouts import CP2, DP, PP2, RTOL, SP, TP2, _at
-from tests.support.training import EOD, folder, initial_checkpoint, logits, look_ahead, losses
+from tests.support.training import EOD, Run, folder, initial_checkpoint, losses
+
+# What the ranks run ---------------------------------------------------------------------------------
+
+
+def logits(pattern: str, flags: str, samples: list[tuple[list[int], list[int]]]) -> list[dict[str, list]]:
+    """One model on samples of any lengths, on one rank.
+
+    Args:
+        samples: Tokens and labels.
+
+    Returns:
+        For each sample ``losses`` [s], ``logits`` [heads, s, vocabulary] (the model's, then those of its prediction
+        heads), and ``gradient`` [s, h], the sum of losses by the embedded tokens.
+    """
+    from megatron.core.utils import unwrap_model
+
+    run = Run(pattern, f"--no-save-optim {flags}")
+    model = unwrap_model(run.model[0]).train()
+    results = []
+    for tokens, labels in samples:
+        heads: list[Any] = []  # copies: upstream's loss works in place
+        embedded: list[Any] = []
+        hooks = [
+            model.output_layer.register_forward_hook(lambda _m, _i, out, heads=heads: heads.append(out[0].clone())),
+            model.embedding.register_forward_hook(lambda _m, _i, out, to=embedded: to.append(out)),
+        ]
+        length = len(tokens)
+        sample = {
+            "tokens": torch.tensor([tokens]),
+            "labels": torch.tensor([labels]),
+            "loss_mask": torch.ones(1, length),
+            "position_ids": torch.arange(length)[None],
+        }
+        losses, _ = run.forward_step(iter([sample]), run.model[0])
+        for hook in hooks:
+            hook.remove()
+        embedded[0].retain_grad()
+        losses.sum().backward()
+        ordered = [heads[-1], *heads[:-1]]  # upstream computes the prediction heads' first
+        found = {"losses": losses[0], "logits": torch.stack([h[:, 0] for h in ordered])}
+        found["gradient"] = embedded[0].grad[:, 0]
+        results.append({name: value.tolist() for name, value in found.items()})
+    return results
+
+
+def look_ahead(tokens: list[list[int]], documents: list[list[int]]) -> tuple[list[list[int]], int]:
+    """This context-parallel rank's tokens of two, each replaced by the next of its document; and their sum."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    group = torch.distributed.group.WORLD
+    chunks = torch.tensor(tokens).chunk(4, 1)
+    own = torch.cat([chunks[group.rank()], chunks[3 - group.rank()]], 1)
+    packed = PackedSeqParams(qkv_format="sbhd", seq_idx=torch.tensor(documents, dtype=torch.int32))
+    shifted, total = roll_tensor(own, cp_group=group, packed_seq_params=packed)
+    return shifted.tolist(), int(total)
+
+
+# Tests ----------------------------------------------------------------------------------------------
 
 PACKED = "--reset-attention-mask --reset-position-ids"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

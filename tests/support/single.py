@@ -91,58 +91,6 @@ def layer(symbol: str, flags: str = "", length: int = 32, batch: int = 2) -> dic
     }
 
 
-def intra_layers(designs: list[Any], length: int, base: float | None = None, depth: int = 2) -> list[dict[str, Any]]:
-    """P mixers without norm and residual around them, forward and backward, all of their weights random.
-
-    Args:
-        designs: What to build, for a hidden size of 32.
-        base: Of RoPE; None for none.
-        depth: Mixers in front of the layer.
-
-    Returns:
-        As :func:`layer`, in fp64, and ``depth``.
-    """
-    import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-
-    from megatron_hybrid.layers.attention.module import RoPE
-    from megatron_hybrid.layers.intra.module import IntraHybrid, IntraSubmodules
-
-    model, _ = build(f"{SIZES} --micro-batch-size 1 --train-iters 1 --lr 1e-3 --hybrid-layer-pattern=P".split())
-    submodules = IntraSubmodules(ColumnParallelLinear, RowParallelLinear)
-    groups, generator = ProcessGroupCollection.use_mpu_process_groups(), torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator)
-
-    found = []
-    for design in designs:
-        layer = IntraHybrid(
-            model.config, submodules, 1, groups, design, RoPE(int(base)) if base else None, (depth,)
-        ).double()
-        with torch.no_grad():
-            for name, p in layer.named_parameters():
-                if p.dim() == 1:  # norms, scales, biases, A, D: near what they start from, but no two alike
-                    p.add_(0.3 * random(*p.shape))
-                else:
-                    p.copy_(random(*p.shape) * (0.5 if "conv" in name or "lambda" in name else p.shape[-1] ** -0.5))
-        x = random(length, 2, 32).double().requires_grad_()
-        y, _ = layer(x)
-        dy = random(*y.shape).double()
-        names, weights = zip(*layer.named_parameters(), strict=True)
-        dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
-        found.append(
-            {
-                **{name: t.detach().numpy() for name, t in (("x", x), ("y", y), ("dy", dy), ("dx", dx))},
-                "weights": {n: w.detach().numpy() for n, w in zip(names, weights, strict=True)},
-                "gradients": {n: g.numpy() for n, g in zip(names, gradients, strict=True)},
-                "depth": depth,
-            }
-        )
-    return found
-
-
 def parameters(argv: list[str]) -> dict[str, int]:
     """Parameters of the model of a command line, built without memory, and what costs.py says of it.
 

@@ -23,6 +23,7 @@ def main(out: str, scratch: str, folder: str) -> None:
     from megatron_hybrid.cli import arguments
     from megatron_hybrid.patches import cpu, upstream
     from tests.golden import record_te_signatures as recorder
+    from tests.support.ranks import read_help_once
 
     torch.set_num_threads(1)
     cpu.install()
@@ -38,6 +39,7 @@ def main(out: str, scratch: str, folder: str) -> None:
     from megatron_hybrid.model.stack import HybridLayerStack
 
     upstream.prepare("cpu", HybridLayerStack)
+    read_help_once()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

@@ -169,62 +169,6 @@ def losses(pattern: str, load: str, flags: str, steps: int = 3) -> list[tuple[fl
     return [run.step() for _ in range(steps)]
 
 
-def logits(pattern: str, flags: str, samples: list[tuple[list[int], list[int]]]) -> list[dict[str, list]]:
-    """One model on samples of any lengths, on one rank.
-
-    Args:
-        samples: Tokens and labels.
-
-    Returns:
-        For each sample ``losses`` [s], ``logits`` [heads, s, vocabulary] (the model's, then those of its prediction
-        heads), and ``gradient`` [s, h], the sum of losses by the embedded tokens.
-    """
-    import torch
-    from megatron.core.utils import unwrap_model
-
-    run = Run(pattern, f"--no-save-optim {flags}")
-    model = unwrap_model(run.model[0]).train()
-    results = []
-    for tokens, labels in samples:
-        heads: list[Any] = []  # copies: upstream's loss works in place
-        embedded: list[Any] = []
-        hooks = [
-            model.output_layer.register_forward_hook(lambda _m, _i, out, heads=heads: heads.append(out[0].clone())),
-            model.embedding.register_forward_hook(lambda _m, _i, out, to=embedded: to.append(out)),
-        ]
-        length = len(tokens)
-        sample = {
-            "tokens": torch.tensor([tokens]),
-            "labels": torch.tensor([labels]),
-            "loss_mask": torch.ones(1, length),
-            "position_ids": torch.arange(length)[None],
-        }
-        losses, _ = run.forward_step(iter([sample]), run.model[0])
-        for hook in hooks:
-            hook.remove()
-        embedded[0].retain_grad()
-        losses.sum().backward()
-        ordered = [heads[-1], *heads[:-1]]  # upstream computes the prediction heads' first
-        found = {"losses": losses[0], "logits": torch.stack([h[:, 0] for h in ordered])}
-        found["gradient"] = embedded[0].grad[:, 0]
-        results.append({name: value.tolist() for name, value in found.items()})
-    return results
-
-
-def look_ahead(tokens: list[list[int]], documents: list[list[int]]) -> tuple[list[list[int]], int]:
-    """This context-parallel rank's tokens of two, each replaced by the next of its document; and their sum."""
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.transformer.multi_token_prediction import roll_tensor
-
-    group = torch.distributed.group.WORLD
-    chunks = torch.tensor(tokens).chunk(4, 1)
-    own = torch.cat([chunks[group.rank()], chunks[3 - group.rank()]], 1)
-    packed = PackedSeqParams(qkv_format="sbhd", seq_idx=torch.tensor(documents, dtype=torch.int32))
-    shifted, total = roll_tensor(own, cp_group=group, packed_seq_params=packed)
-    return shifted.tolist(), int(total)
-
-
 def continued(pattern: str, flags: str, load: str, save: str = "", steps: int = 2) -> dict[str, Any]:
     """State right after loading, saved again if asked, then some steps.
 
@@ -263,18 +207,3 @@ def resumed(pattern: str, flags: str, load: str, steps: int) -> dict[str, Any]:
 def folder(path: Path) -> str:
     path.mkdir(parents=True, exist_ok=True)
     return str(path)
-
-
-def dropped(flags: str) -> list[list[bool]]:
-    """Which entries of this rank's output of a stack of one layer are dropped, token by token."""
-    import torch
-
-    run = Run("M", f"{flags} --hidden-dropout 0.5")
-    stack = run.model[0].module.decoder.train()
-    shared = torch.Generator().manual_seed(3)
-    length = run.args.seq_length // (run.args.tensor_model_parallel_size if run.args.sequence_parallel else 1)
-    x = torch.randn(length, 1, run.args.hidden_size, generator=shared)
-    norm, stack.final_norm = stack.final_norm, torch.nn.Identity()
-    result = (stack(x, None) == x).squeeze(1).tolist()
-    stack.final_norm = norm
-    return result
