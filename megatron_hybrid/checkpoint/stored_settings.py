@@ -87,11 +87,11 @@ def check_model(stored: Namespace, args: Namespace, folder: str) -> list[str]:
 
 def _may_be_allowed(name: str) -> bool:
     """Whether a setting can differ at all: one that the shapes show cannot."""
-    return name in _settings() or any(name in layer.account.may_differ for layer in LAYERS.values())
+    return name in computed_by() or any(name in layer.account.may_differ for layer in LAYERS.values())
 
 
-def _settings() -> set[str]:
-    """What some layer computes by."""
+def computed_by() -> set[str]:
+    """The settings that say what some layer computes."""
     return {*ALL_LAYERS.split(), *(name for layer in LAYERS.values() for name in layer.account.stored_settings)}
 
 
@@ -104,7 +104,7 @@ def _allowed(names: Iterable[str]) -> set[str]:
     found = {name.removeprefix("--").replace("-", "_") for name in names}
     wrong = sorted(name for name in found if not _may_be_allowed(name))
     if wrong:
-        known = sorted(_settings())
+        known = sorted(computed_by())
         raise ValueError(
             f"--allow-changed {' '.join(wrong)}: it takes settings that change what a layer computes and no shape "
             f"({', '.join(known)}, intra_branches and the other axes of P). Layout, batch, schedule, kernels and "

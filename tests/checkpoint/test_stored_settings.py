@@ -4,10 +4,10 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_hybrid.checkpoint.stored_settings import COMPUTES, SHAPES, check_model
+from megatron_hybrid.checkpoint.stored_settings import SHAPES, check_model, computed_by
 from tests.layers.test_intra_design import flags_of
 
-PLAIN = {name: None for names in (SHAPES, *COMPUTES.values()) for name in names.split()}
+PLAIN = dict.fromkeys([*SHAPES.split(), *computed_by()])
 
 
 def args(pattern: str = "M-*-", allow: tuple[str, ...] = (), **settings) -> Namespace:
