@@ -29,7 +29,7 @@ FILES = [
         p
         for room in ("patches", "checkpoint", "training")
         for p in PACKAGE.glob(f"{room}/*.py")
-        if p.stem != "warm_start"
+        if not p.stem.startswith("warm_start")
     ),
     *(PACKAGE / name for name in ("cli/arguments.py", "cli/connections.py", "errors.py", "launch/agent.py")),
 ]
@@ -105,6 +105,7 @@ NO_PATCH = {
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
     "check_configs": "calls what train() calls",
+    "command_line": "of sys.argv and of environment variables",
 }
 
 
