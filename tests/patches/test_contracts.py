@@ -83,6 +83,7 @@ NO_PATCH = {
     "stored_arguments": "calls stored_common",
     "takes_weights_alone": "of flags",
     "check_model": "of stored flags",
+    "computed_by": "of the registry",
     "check_schedule": "of what stored_common and schedule find",
     "agree_on_schedule": "called by load_optimizers_of_other_schedules",
     "split_config": "called by validate_on_whole_sets",
