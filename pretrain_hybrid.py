@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         from megatron_hybrid.checkpoint import compatibility, resume
         from megatron_hybrid.cli import arguments, connections
         from megatron_hybrid.patches import upstream
-        from megatron_hybrid.training import data_checks, throughput
+        from megatron_hybrid.training import data_checks, data_order, throughput
 
         connected = connections.set_connections(command.argv)
         device = arguments.choose_device(command.device)
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         stored = compatibility.check_checkpoint(args, command.print_config)
         if not command.print_config:
+            args.notes += data_order.order_notes(stored, args)
             args.notes += data_checks.check_data_content(args, stored)
             data_checks.check_end_of_document(args)
         counted, drawn = report.figures(args), report.data_draws(args)

@@ -2,7 +2,7 @@
 
 | file | what its patches are for |
 |---|---|
-| ``table.py`` | the mechanism: installs a table in order, refuses other replacements and a wrong order, takes it back |
+| ``patching.py`` | the mechanism: installs tables in order, refuses other replacements, takes tables back |
 | ``cpu.py`` | the CPU engine |
 | ``parsing.py`` | before flags are parsed: symbols of layers, sizes of vocabularies |
 | ``unpickling.py`` | pickles of admitted classes alone |

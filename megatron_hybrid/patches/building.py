@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.patches.table import Patch, Table, Value
+from megatron_hybrid.patches.patching import Patch, Table, Value
 
 MTP = "megatron.core.transformer.multi_token_prediction"
 NAME = "building"

@@ -7,7 +7,7 @@ from queue import Empty
 from typing import Any
 
 from megatron_hybrid import die_with_parent
-from megatron_hybrid.patches.table import Patch, Table, install
+from megatron_hybrid.patches.patching import Patch, Table, install
 
 
 def _spawn_without_sigterm(launch: Callable) -> Callable:

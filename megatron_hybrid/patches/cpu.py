@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_hybrid.patches import table
-from megatron_hybrid.patches.table import Patch, Table, Value
+from megatron_hybrid.patches import patching
+from megatron_hybrid.patches.patching import Patch, Table, Value
 
 NAME = "CPU engine"
 _CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ TABLE = Table(NAME, tuple(Patch(owner, name, Value(new), reason) for owner, name
 
 def is_active() -> bool:
     """Whether :func:`install` has run in this process."""
-    return table.is_installed(NAME)
+    return patching.is_installed(NAME)
 
 
 def install() -> None:
@@ -257,7 +257,7 @@ def install() -> None:
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # training/arguments.py insists on it under TP and CP
     # torch.compile decorates Megatron's small fusions; compiling them on a CPU costs minutes and gains nothing.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    table.install(TABLE)
+    patching.install(TABLE)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _CudaToCpu().__enter__()

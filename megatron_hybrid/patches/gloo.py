@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.patches.table import Patch, Table
+from megatron_hybrid.patches.patching import Patch, Table
 
 MAPPINGS = "megatron.core.tensor_parallel.mappings"
 

@@ -7,8 +7,8 @@ which they are given.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from megatron_hybrid.patches import table
-from megatron_hybrid.patches.table import Patch, Table
+from megatron_hybrid.patches import patching
+from megatron_hybrid.patches.patching import Patch, Table
 
 Wrapper = Callable[[Callable], Callable]
 """A function of Megatron's to the one that takes its place."""
@@ -105,7 +105,7 @@ HOOKS = (
 
 
 def install_hooks(given: Mapping[str, Wrapper]) -> None:
-    """Installs the hooks of a run, which :func:`.table.uninstall_run` takes back.
+    """Installs the hooks of a run, which :func:`.patching.uninstall_run` takes back.
 
     Args:
         given: Names in :data:`HOOKS` to the callables that take a function of Megatron's and return its replacement.
@@ -125,12 +125,12 @@ def install_hooks(given: Mapping[str, Wrapper]) -> None:
         for hook in HOOKS
         if hook.hook in given
     )
-    table.install(Table(NAME, rows, after=("building",), of_run=True))
+    patching.install(Table(NAME, rows, after=("building",), of_run=True))
 
 
 def wrap_evaluate(wrapper: Wrapper) -> Any:
     """Context manager: training/training.py's ``evaluate`` is wrapped during one validation."""
-    return table.replaced(TRAINING, "evaluate", wrapper)
+    return patching.replaced(TRAINING, "evaluate", wrapper)
 
 
 def wrap_update(optimizer: Any, norm: Wrapper, update: Wrapper) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_hybrid.patches.table import Value, replaced
+from megatron_hybrid.patches.patching import Value, replaced
 
 
 @contextmanager

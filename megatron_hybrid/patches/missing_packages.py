@@ -8,7 +8,7 @@ import torch
 
 from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.patches.adam import FusedAdam
-from megatron_hybrid.patches.table import Patch, Table, Value
+from megatron_hybrid.patches.patching import Patch, Table, Value
 
 MIXER = "megatron.core.ssm.mamba_mixer"
 DELTA = "megatron.core.ssm.gated_delta_net.common"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.patches.table import Patch, Table
+from megatron_hybrid.patches.patching import Patch, Table
 
 MAIN = "fp32_from_fp16_params"
 """Main parameters of 16-bit ones, without the distributed optimizer: a list for each parameter group."""

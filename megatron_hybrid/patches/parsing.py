@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_hybrid.layers.registry import LAYERS
-from megatron_hybrid.patches.table import Patch, Table, Value, install
+from megatron_hybrid.patches.patching import Patch, Table, Value, install
 from megatron_hybrid.patches.unpickling import admit_known_classes_only
 
 _SYMBOLS = "megatron.core.models.hybrid.hybrid_layer_allocation:Symbols"

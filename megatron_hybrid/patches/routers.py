@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.layers.registry import LAYERS
-from megatron_hybrid.patches.table import Patch, Table
+from megatron_hybrid.patches.patching import Patch, Table
 
 COUNTER = "tokens_of_experts"
 """Attribute of a router: its rank's tokens of each expert since they were read, int64 [experts]."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.patches.table import Patch, Table, Value, install
+from megatron_hybrid.patches.patching import Patch, Table, Value, install
 
 METADATA = {
     ("torch.distributed.checkpoint.metadata", name)

@@ -9,7 +9,7 @@ import importlib.util
 
 from megatron_hybrid import kernels
 from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_state, parsing, routers
-from megatron_hybrid.patches.table import install
+from megatron_hybrid.patches.patching import install
 
 
 def prepare(device: str, stack: type) -> list[str]:

@@ -1,7 +1,7 @@
 """integrity.json, the manifest of a checkpoint: SHA-256 of its files, in upstream's format, hashed on threads.
 
 A hash finds what is torn or corrupt. It does not say who wrote it: load checkpoints from trusted folders only. What
-may be unpickled of them stands in checkpoint/unpickling.py.
+may be unpickled of them is in patches/unpickling.py.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """metrics.jsonl: what a run measures of itself, one JSON object a line.
 
-Records of steps, of validations and of starts, in the order of writing; :func:`.engine.metrics.write_metrics` says
+Records of steps, of validations and of starts, in the order of writing; training/metrics.py says
 what they hold. The file is only ever added to. A run that goes back to a checkpoint does steps again: what was written
 of iterations beyond the checkpoint is then no part of the run any more, whether they have been done again or not.
 """

@@ -5,11 +5,10 @@ import io
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_hybrid.checkpoint.resume import takes_weights_alone
 from megatron_hybrid.data import provenance
 from megatron_hybrid.data.blend import DEFAULT_SPLIT, check_parts, split_fractions
 from megatron_hybrid.data.tokenizers import TokenizerSpec, load_tokenizer
-from megatron_hybrid.training import data_order, datasets, megatron_tokenizer
+from megatron_hybrid.training import datasets, megatron_tokenizer
 
 
 def check_data(args: Namespace) -> None:
@@ -132,14 +131,10 @@ def check_data_content(args: Namespace, stored: Namespace | None = None) -> list
         stored: The arguments in the checkpoint that is loaded; None if there are none.
 
     Returns:
-        Notes for the user, also on data and an order of samples that are others than the checkpoint's.
+        Notes for the user, also on data that are others than those that the checkpoint was trained on.
     """
-    trains = stored is not None and not args.skip_train
-    notes = []
-    if stored is not None and trains and not takes_weights_alone(args, args.checkpoint):
-        notes += data_order.order_notes(stored, args)
-    notes += datasets.check_content(args)
-    before = getattr(stored, "data_contents", {}) if trains else {}
+    notes = datasets.check_content(args)
+    before = {} if args.skip_train else getattr(stored, "data_contents", {})
     for prefix, content in args.data_contents.items():
         if before.get(prefix, content) != content:
             notes.append(

@@ -6,17 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hybrid.checkpoint.resume import takes_weights_alone
 from megatron_hybrid.data.blend import split_fractions
 from megatron_hybrid.data.indexed import read_index
 from megatron_hybrid.training.datasets import Blend, blends
 
 
-def order_notes(stored: Namespace, args: Namespace) -> list[str]:
+def order_notes(stored: Namespace | None, args: Namespace) -> list[str]:
     """What makes a run draw other samples from here on than the one that wrote the checkpoint would have.
 
     Megatron shuffles all passes over a data set together (core/datasets/gpt_dataset.py:514): a longer run that needs
     one more shuffles anew, and some samples come again that were seen, and others late.
+
+    Args:
+        stored: The arguments in the checkpoint that is loaded; None if there are none.
+        args: Megatron's, validated. Where the run takes the weights alone, there are no notes.
     """
+    if stored is None or args.skip_train or takes_weights_alone(args, args.checkpoint):
+        return []
     notes = []
     for name in ("reset_attention_mask", "eod_mask_loss"):
         if getattr(stored, name, None) not in (None, getattr(args, name)):

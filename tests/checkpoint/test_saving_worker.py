@@ -43,7 +43,7 @@ CODE = """if True:
 
 
 def test_a_dead_worker_is_noticed():
-    """Without the hook both waits would go on for ever; upstream_contracts.py holds that against its source."""
+    """Without the hook both waits would go on for ever; tests/patches holds that against its source."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

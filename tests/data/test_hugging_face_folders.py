@@ -232,7 +232,7 @@ def test_an_added_token_that_would_take_the_id_of_another_is_refused(originals, 
 
 def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(originals, tmp_path):
     from megatron_hybrid.patches.parsing import VOCABULARY
-    from megatron_hybrid.patches.table import install, uninstall
+    from megatron_hybrid.patches.patching import install, uninstall
 
     config = json.loads(originals["GPT-2"].to_str())
     config["model"]["vocab"] = {w: i if i < 300 else i + 1000 for w, i in config["model"]["vocab"].items()}

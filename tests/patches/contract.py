@@ -38,7 +38,7 @@ class Contract:
     """One place upstream that a patch, or a function of the package, relies on."""
 
     patch: str
-    """Of the patch (:attr:`megatron_hybrid.patches.table.Patch.contract`), or of the function."""
+    """Of the patch (:attr:`megatron_hybrid.patches.patching.Patch.contract`), or of the function."""
     file: str
     name: str = ""
     """Qualified name of a function or class in the file; empty for the whole file."""

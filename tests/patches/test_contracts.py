@@ -29,7 +29,7 @@ FILES = [
         p
         for room in ("patches", "checkpoint", "training")
         for p in PACKAGE.glob(f"{room}/*.py")
-        if p.stem != "warm_start"
+        if not p.stem.startswith("warm_start")
     ),
     *(PACKAGE / name for name in ("cli/arguments.py", "cli/connections.py", "errors.py", "launch/agent.py")),
 ]
@@ -83,6 +83,7 @@ NO_PATCH = {
     "stored_arguments": "calls stored_common",
     "takes_weights_alone": "of flags",
     "check_model": "of stored flags",
+    "computed_by": "of the registry",
     "check_schedule": "of what stored_common and schedule find",
     "agree_on_schedule": "called by load_optimizers_of_other_schedules",
     "split_config": "called by validate_on_whole_sets",
@@ -105,6 +106,7 @@ NO_PATCH = {
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
     "check_configs": "calls what train() calls",
+    "command_line": "of sys.argv and of environment variables",
 }
 
 

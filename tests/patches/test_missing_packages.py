@@ -10,7 +10,7 @@ def mamba_names() -> dict[str, Any]:
 
     from megatron_hybrid.kernels import ssm_kernels
     from megatron_hybrid.patches import missing_packages
-    from megatron_hybrid.patches.table import install, uninstall
+    from megatron_hybrid.patches.patching import install, uninstall
 
     ours = ssm_kernels("cpu", "torch")
     kernels = missing_packages.mamba_kernels()

@@ -42,7 +42,7 @@ def hooks_removed_after() -> Iterator[None]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import async_utils
 
-    from megatron_hybrid.patches.table import uninstall_run
+    from megatron_hybrid.patches.patching import uninstall_run
 
     words = sys.argv
     async_utils._async_calls_queue = None  # a process makes it once, by its own flags

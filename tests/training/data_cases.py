@@ -13,7 +13,8 @@ def words(flags: str) -> list[str]:
 
 def checked(flags: str) -> dict[str, Any]:
     """The checks of a command line on this rank: an error, or notes, the model's rows and what the ranks agreed on."""
-    from megatron_hybrid.checkpoint import compatibility, resume
+    from megatron_hybrid.checkpoint import resume
+    from megatron_hybrid.checkpoint.stored_settings import stored_arguments
     from megatron_hybrid.cli import arguments
     from megatron_hybrid.cli import flags as command_line
     from megatron_hybrid.training import data_checks
@@ -22,7 +23,7 @@ def checked(flags: str) -> dict[str, Any]:
     try:
         args = arguments.parse(command_line.resolve(words(flags)).argv, "cpu")
         resume.choose_checkpoint(args)
-        stored = compatibility.check_checkpoint(args)
+        stored = stored_arguments(args.checkpoint) if args.checkpoint else None
         notes = data_checks.check_data_content(args, stored)
     except ValueError as error:
         return {"error": str(error)}

@@ -16,7 +16,7 @@ def flops(pattern: str) -> tuple[float, float]:
     from megatron_hybrid import costs
     from megatron_hybrid import pattern as language
     from megatron_hybrid.patches.hooks import install_hooks
-    from megatron_hybrid.patches.table import uninstall_run
+    from megatron_hybrid.patches.patching import uninstall_run
     from megatron_hybrid.training.micro_batches import count_flops
 
     args = Run(pattern).args

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hybrid.patches import table
-from megatron_hybrid.patches.table import Patch, Table, Value, install, replaced, uninstall, uninstall_run
+from megatron_hybrid.patches import patching
+from megatron_hybrid.patches.patching import Patch, Table, Value, install, replaced, uninstall, uninstall_run
 
 
 class Base:
@@ -32,9 +32,9 @@ def wrapped_by(mark: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    before, names = dict(vars(Upstream)), list(table._installed)
+    before, names = dict(vars(Upstream)), list(patching._installed)
     yield
-    for name in reversed([name for name in table._installed if name not in names]):
+    for name in reversed([name for name in patching._installed if name not in names]):
         uninstall(name)
     assert dict(vars(Upstream)) == before
 
@@ -125,8 +125,8 @@ def test_a_scoped_replacement_ends_with_its_block_and_with_an_error():
 
 
 def test_owners_are_found_by_their_path():
-    with replaced("tests.patches.test_table:Upstream", "size", Value(2)):
-        from tests.patches.test_table import Upstream as found
+    with replaced("tests.patches.test_patching:Upstream", "size", Value(2)):
+        from tests.patches.test_patching import Upstream as found
 
         assert found.size == 2
     assert found.size == 1
