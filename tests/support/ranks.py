@@ -123,6 +123,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0's store: who asks the environment for one joins it
     )
     read_help_once()
+    _fork_queues_of_saves()
     # each case ends with a collection (release_groups), which would go through all that the imports have made: 0.3 s
     gc.freeze()
     cases = 0
@@ -169,6 +170,17 @@ def read_help_once() -> None:
         return known[described]
 
     ArgumentGroupFactory._get_field_docstrings = once
+
+
+def _fork_queues_of_saves() -> None:
+    """Forks the process that holds the results of a run's saves, which imports torch where it is spawned: 2 s a run.
+
+    What spawned ones do on signals and when their rank ends is tested in processes that are no ranks.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    made = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": made("fork")
 
 
 def release_groups() -> None:
