@@ -13,7 +13,7 @@ from tests.launch.test_agent import alive
 
 ROOT = Path(__file__).parents[2]
 CODE = """if True:
-    import os, signal, time
+    import os, signal, tempfile, time
     from megatron_hybrid.patches import child_processes, cpu
     cpu.install()
     import torch
@@ -21,12 +21,19 @@ CODE = """if True:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
+    go = os.path.join(tempfile.mkdtemp(), "go")
+
+    def wait_for(path):
+        while not os.path.exists(path):
+            time.sleep(0.02)
+
     child_processes.notice_a_dead_worker()
     AsyncCallsQueue.warmup_persistent_caller(0, mp_mode="fork", cpu_priority=-1)
     queue, done = AsyncCallsQueue(persistent=True), []
-    queue.schedule_async_request(AsyncRequest(time.sleep, (0.5,), [lambda: done.append("saved")]))
+    queue.schedule_async_request(AsyncRequest(wait_for, (go,), [lambda: done.append("saved")]))
     queue.maybe_finalize_async_calls(blocking=False)
     print(done)
+    open(go, "w").close()
     queue.maybe_finalize_async_calls(blocking=True)
     print(done, flush=True)
     queue.schedule_async_request(AsyncRequest(time.sleep, (60,), []))
@@ -45,7 +52,7 @@ CODE = """if True:
 def test_a_dead_worker_is_noticed():
     """Without the hook both waits would go on for ever; tests/patches holds that against its source."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     said = "the process that saves checkpoints died (exit code -9)"
     assert done.stdout == f"[]\n['saved']\nFalse {said}\nTrue {said}\n", done.stderr
@@ -72,7 +79,7 @@ FAILING = """if True:
 def test_a_rank_that_fails_during_a_background_save_ends():
     """Upstream would wait for its worker as Python takes the rank apart, and the worker has been killed."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FAILING], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", FAILING], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1 and done.stderr.strip().endswith("OSError: something else"), done.stderr
 
@@ -82,7 +89,7 @@ import os, signal, sys, time
 from argparse import Namespace
 
 def worker(*ignored):  # in place of upstream's, which wants a GPU
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     from megatron_hybrid.patches import child_processes, cpu
@@ -115,10 +122,10 @@ def test_the_processes_of_background_saves_live_through_the_signal_to_save_and_e
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", program]
     with output.open("wb") as stream:  # a pipe would be held open by what is left
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, timeout=120, process_group=0)
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream, timeout=300, process_group=0)
     said, *pids = output.read_text().split()
     helpers = [int(pid) for pid in pids]
-    left = outlived(helpers, 10.0 if spawned else 1.0)
+    left = outlived(helpers, 300.0 if spawned else 1.0)
     for helper in left:
         os.kill(helper, signal.SIGKILL)
     if spawned:

@@ -18,7 +18,7 @@ from megatron_hybrid.cli.recipes import recipes
 from megatron_hybrid.data.indexed import IndexedWriter, dtype_for
 from megatron_hybrid.run_folder.state import read_state
 from tests.data.corpora import random_tokens
-from tests.support.processes import ROOT
+from tests.support.processes import BOUND_S, ROOT
 from tests.support.program import program, train
 
 PROGRAM = str(ROOT / "pretrain_hybrid.py")
@@ -33,7 +33,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
         env={**kept, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=BOUND_S,
     )
 
 

@@ -50,5 +50,5 @@ arguments.parse = stop
 pretrain_hybrid.main("--recipe demo --tensor-model-parallel-size 2".split())
 """
     env = {"PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)
     assert done.stdout.strip() == "cuda ['1']", done.stderr[-500:]

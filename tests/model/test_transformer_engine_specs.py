@@ -41,7 +41,7 @@ def built(tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert run.returncode == 0, run.stdout[-4000:]
     return json.loads(out.read_text())

@@ -54,7 +54,7 @@ def fresh():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -138,7 +138,7 @@ def imitations() -> dict[str, Any]:
 
 def test_events_streams_and_type_names(ranks):
     found = ranks(1).run(imitations)[0]
-    assert 20 <= found["milliseconds"] < 5000  # slept for 20 ms, on a machine that others use
+    assert 20 <= found["milliseconds"] < 20_000  # slept for 20 ms, on a machine that others use; no microseconds
     assert found["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.HalfTensor"]
     assert found["converted"] == "torch.float64"
     assert (found["cuda"], found["accelerator"]) == (True, False)

@@ -8,19 +8,19 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import CellType
 from typing import Any
 
-TIMEOUT_S = 120.0
-"""Longest case; beyond it a collective is taken to hang."""
+TIMEOUT_S = 400.0
+"""Longest case on a busy machine; beyond it a collective is taken to hang."""
 
 
 class Ranks:
@@ -82,22 +82,23 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.preload"])
+        port = 0
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            log = self._logs / f"rank{rank}.log"
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, log))
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, self._log_path(rank)))
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+            port = port or ours.recv()  # a port looked for here could be another's before rank 0 listens on it
+
+    def _log_path(self, rank: int) -> Path:
+        return self._logs / f"rank{rank}.log"
 
     def _log(self, rank: int) -> str:
-        return (self._logs / f"rank{rank}.log").read_text(errors="replace")[-3000:]
+        return self._log_path(rank).read_text(errors="replace")[-3000:]
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None:
@@ -105,23 +106,26 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    from tests.support import preload  # noqa: F401
+
+    store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0's store below: who asks the environment for one joins it
+        MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0's store: who asks the environment for one joins it
     )
-    import torch
-
-    from tests.support import preload  # noqa: F401
-
     read_help_once()
+    _fork_queues_of_saves()
     # each case ends with a collection (release_groups), which would go through all that the imports have made: 0.3 s
     gc.freeze()
-    store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0)
     cases = 0
     while True:
         try:
@@ -134,16 +138,21 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, log: Path) -> None
         cases += 1
         case_store = torch.distributed.PrefixStore(f"case {cases}", store)
         torch.distributed.init_process_group("gloo", store=case_store, rank=rank, world_size=size)
-        # a case that ends at once on one rank would close connections that another is still making
-        case_store.set(f"connected {rank}", "")
-        case_store.wait([f"connected {r}" for r in range(size)])
+        _meet("connected", case_store, rank, size)
         try:
             answer = (False, function(**kwargs))
+            _meet("done", case_store, rank, size)
         except BaseException:
             answer = (True, traceback.format_exc())
         sys.stdout.flush()
         release_groups()
         pipe.send(answer)
+
+
+def _meet(name: str, store: Any, rank: int, size: int) -> None:
+    """Waits for all ranks: one that ends a case early would close connections that another still makes or reads."""
+    store.set(f"{name} {rank}", "")
+    store.wait([f"{name} {r}" for r in range(size)], timedelta(seconds=TIMEOUT_S))
 
 
 def read_help_once() -> None:
@@ -161,6 +170,17 @@ def read_help_once() -> None:
         return known[described]
 
     ArgumentGroupFactory._get_field_docstrings = once
+
+
+def _fork_queues_of_saves() -> None:
+    """Forks the process that holds the results of a run's saves, which imports torch where it is spawned: 2 s a run.
+
+    What spawned ones do on signals and when their rank ends is tested in processes that are no ranks.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    made = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": made("fork")
 
 
 def release_groups() -> None:

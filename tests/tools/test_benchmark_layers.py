@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     command = [sys.executable, "tools/benchmarks/layers.py", *TINY.split(), "--layers=*MP"]
     command += ["--presets=paper,diff-mamba,hymba", f"--json={folder}/out.json", f"--plot={folder}/out.png"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG"), done.stderr
     return done, json.loads((folder / "out.json").read_text())
 

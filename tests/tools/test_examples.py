@@ -59,7 +59,7 @@ def environment(tmp_path):
 
 def run(script: str, *words: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     command = ["bash", str(EXAMPLES / script), *words]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def launched(script: str, *words: str, cwd: Path, env: dict[str, str]) -> list[str]:
@@ -261,11 +261,11 @@ def test_a_job_near_its_limit_saves_and_is_queued_again(reason, environment, tmp
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         ready = [tmp_path / "ready0", tmp_path / "ready1"]
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not all(path.exists() for path in ready) and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
-        said, _ = job.communicate(timeout=100)
+        said, _ = job.communicate(timeout=300)
     finally:
         if job.poll() is None:
             job.kill()

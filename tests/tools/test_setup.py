@@ -23,7 +23,7 @@ def executable(path: Path, body: str) -> Path:
 
 
 def run(command, cwd=ROOT, **environment):
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

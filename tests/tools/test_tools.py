@@ -34,7 +34,7 @@ print("training says hello")
 def tool(name, *arguments, **environment):
     command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
     env = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -258,9 +258,9 @@ def test_interrupt_ends_the_training_and_a_second_start_continues(steps, tmp_pat
     child = tmp_path / "child.pid"
     code = f"""
 import os, subprocess, sys, time
-rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(child)!r} + ".tmp", "w").write(str(rank.pid)); os.rename({str(child)!r} + ".tmp", {str(child)!r})
-time.sleep(60)
+time.sleep(600)
 """
     program = (
         "import signal, sys; from pathlib import Path; from megatron_hybrid.cli import quickstart\n"
@@ -270,11 +270,11 @@ time.sleep(60)
         f"steps.pretrain([sys.executable, '-c', {code!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not child.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=300)[0]
     assert process.returncode != 0 and "run the same command again" in out
     rank = Path(f"/proc/{child.read_text()}/stat")
     # Gone, or a zombie that waits for its new parent to collect it.

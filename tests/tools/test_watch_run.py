@@ -61,7 +61,7 @@ def tool(*arguments, **environment):
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -78,7 +78,7 @@ def plain(text):
 
 def test_help_imports_nothing_heavy():
     command = [sys.executable, "-X", "importtime", *TOOL[1:], "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "--every SECONDS" in done.stdout
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert {"megatron_hybrid.run_folder.watch_plots", "xxhash"} <= loaded
@@ -385,7 +385,7 @@ class Terminal:
 
     def read(self, until=None):
         """Reads up to what is waited for, or to the end."""
-        data, end = b"", time.monotonic() + 120
+        data, end = b"", time.monotonic() + 300
         while until is None or until not in plain(data.decode(errors="ignore")):
             assert select.select([self.ours], [], [], end - time.monotonic())[0], data[-2000:]
             try:
@@ -399,7 +399,7 @@ class Terminal:
     def end(self):
         rest = self.read()
         os.close(self.ours)
-        return self.process.wait(60), rest
+        return self.process.wait(300), rest
 
 
 @pytest.fixture

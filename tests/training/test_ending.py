@@ -29,7 +29,7 @@ def test_a_signal_to_all_processes_leaves_the_helpers_that_a_save_needs(blocked)
     code = CODE if blocked else CODE.replace("child_processes.block_sigterm_in_children()", "pass")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, process_group=0
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, process_group=0
     )
     if blocked:
         assert (done.stdout, done.stderr, done.returncode) == ("1 saved set()\n", "", 0)
@@ -59,7 +59,7 @@ FAILING = """if True:
 def test_a_rank_that_fails_does_not_wait_for_children_that_ignore_sigterm():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", FAILING]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, process_group=0)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, process_group=0)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("OSError: the disk is full")
 
@@ -88,7 +88,7 @@ FINISHED = """if True:
 def test_a_rank_that_ends_in_order_does_not_wait_for_a_worker_that_was_never_used(how):
     """As that of background saves of a run that has nothing to save: it ignores SIGTERM, and upstream leaves it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FINISHED, how], env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FINISHED, how], env=environment, timeout=300)
     assert done.returncode == 0
 
 
@@ -106,9 +106,9 @@ ORPHAN = """if True:
 
 def test_a_rank_that_is_killed_leaves_no_helper():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, timeout=300)
     helper = Path("/proc", done.stdout.strip())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while helper.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert done.returncode == -9 and done.stdout and not helper.exists()
