@@ -5,12 +5,10 @@
 | ``allocation.py`` | the allocation of a job by SLURM or on one machine: nodes, processes, the rendezvous address |
 | ``preflight.py`` | whether the flags' layout and folders fit the allocation, before anything starts |
 | ``environment.py`` | the variables that ranks get unless the user set them |
-| ``events.py`` | ``events_NODE.jsonl``: signals and failed ranks, with the causes |
+| ``events.py`` | ``events_NODE.jsonl``: signals and failures of ranks, with their causes |
 | ``requeue.py`` | whether a job is requeued after its end |
 | ``summary.py`` | one screen at the start, one at the end |
 | ``jobs.py`` | the three programs: the batch step, a node's agent, the local run |
-| ``rank.py`` | starts a rank with its log |
-| ``leash.py`` | what stands in front of a process that must not outlive the one that started it |
-
-The agent of a node is torchrun's; ``agent.py`` overrides parts of it.
+| ``agent.py`` | torchrun's agent of a node, with other ways to stop and to restart |
+| ``rank.py`` | redirects a rank's output to its log, then becomes the rank |
 """

@@ -1,8 +1,8 @@
-"""torchrun's agent on a node: a grace period for saving, common restarts, the first failing rank and the cause.
+"""torchrun's agent of a node, with a grace period for saving, joint restarts, and the first failing rank and its cause.
 
-torchrun (torch/distributed/run.py) is a command line around the same classes. Its limits: after SIGTERM it kills
-its ranks within 30 s, it waits as long for ranks that hang because another has failed, it restarts after a mistake in
-the flags as after a lost GPU, and it does not report the first failure.
+torchrun (torch/distributed/run.py) is a command line around the same classes. What it lacks: upon SIGTERM it kills its
+ranks after 30 s; it waits as long for ranks that hang because another has failed; it restarts after a mistake in the
+flags as after a lost GPU; and it does not record which rank failed first.
 """
 
 import os
@@ -33,14 +33,14 @@ from megatron_hybrid.launch.tail import Tail
 
 POLL_S = 0.1
 LINGER_S = 2.0
-"""Time after the first failure in which the other ranks of the node may end by themselves, with their exceptions in
-their logs. Otherwise they would hang in collectives for minutes."""
+"""How long the other ranks of the node may take to end by themselves after the first failure, so that their exceptions
+reach their logs. They would hang in collectives for minutes."""
 STRAGGLE_S = 10.0
-"""After a stop, the same once a rank has failed: the ranks can no longer save together."""
+"""The same during a stop, once a rank has failed: no save of all ranks can follow."""
 UNKILLABLE_S = 60.0
-"""A process that is still there this long after kill -9 waits in the kernel, for a device or a file system."""
+"""A process that is still there so long after SIGKILL waits in the kernel, for a device or a file system."""
 OVER, STORE = "megatron_hybrid/over", "megatron_hybrid/port"
-"""Keys in the nodes' store of a start: a node has given up and the others must not wait for it; where ranks meet."""
+"""Keys in the nodes' store of a start: a node has given up and the others shall not wait for it; the ranks' store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Node:
 def run_node(node: Node, command: list[str]) -> int:
     """Runs the ranks of a node to their end; 0, or the exit code of the first failing rank.
 
-    SIGTERM, SIGINT and SIGUSR1 are forwarded to the ranks as SIGTERM; a second SIGINT ends them immediately.
+    SIGTERM, SIGINT and SIGUSR1 are forwarded to the ranks as SIGTERM; a second SIGINT kills them at once.
 
     Args:
         command: A Python program and its flags.
@@ -172,7 +172,7 @@ class _Agent(LocalElasticAgent):
     ) -> list[Worker]:
         """Ranks in the order of SLURM's nodes rather than of their names, and one count of restarts for all.
 
-        Upstream counts on each node only the failures of its own ranks.
+        Upstream counts on each node the failures of its own ranks.
         """
         store.set(f"megatron_hybrid/node/{group_rank}", f"{self.node.number} {self._remaining_restarts}")
         said = [store.get(f"megatron_hybrid/node/{i}").decode().split() for i in range(group_world_size)]
@@ -292,9 +292,7 @@ class _Agent(LocalElasticAgent):
                 handler.proc.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _say(f"{self.node.name}: process {handler.proc.pid} survives kill -9; this node is given up")
-                with suppress(
-                    Exception
-                ):  # if the others do not get the message, they will notice that this node is gone
+                with suppress(Exception):  # if the others are not told, they will miss this node
                     self._store.set(OVER, "1")
                 os._exit(1)
 

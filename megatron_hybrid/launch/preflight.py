@@ -75,7 +75,7 @@ def _save(argv: list[str]) -> Path:
 
 def _once_only(argv: list[str], save: Path) -> None:
     """Refuses flags that are meant for one start and would be repeated by each."""
-    load = flags.value(argv, "--load") or str(save)
+    load = value(argv, "--load") or str(save)
     if os.path.realpath(load) != os.path.realpath(save):
         return  # then it is for the first start: the others go on from the run's own checkpoints
     given = {word.partition("=")[0] for word in argv}

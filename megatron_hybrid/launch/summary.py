@@ -12,7 +12,7 @@ from megatron_hybrid.run_folder.progress import Progress, duration
 
 FACTS = ("state", "iteration", "tokens", "loss", "validation", "speed", "checkpoint")
 SHOWN = 5
-"""The last failures."""
+"""Failures that are shown: the last ones."""
 
 
 def start(allocation: Allocation, plan: Plan, logs: Path, restarts: int, grace: float) -> str:
@@ -49,10 +49,10 @@ def end(job: str, run: Progress, logs: Path, said: bool, seen: Sequence[Event], 
     rows += [(name, facts[name]) for name in FACTS if name in facts]
     rows += [("signal", f"{event.reason} on {event.node}") for event in seen if event.kind == "signal"][:1]
     firsts = {event.restart: event for event in reversed(deaths)}  # seen is in the order of time
-    rows.append(("failures", f"{len(firsts)} of the starts of all ranks" if firsts else "none"))
+    rows.append(("failures", f"in {len(firsts)} of the starts of all ranks" if firsts else "none"))
     for restart, event in sorted(firsts.items())[-SHOWN:]:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.time))
-        rows.append(("first error", f"rank {event.rank} on {event.node}, {when}, restart {restart}: {event.reason}"))
+        rows.append(("first failure", f"rank {event.rank} on {event.node}, {when}, restart {restart}: {event.reason}"))
         if event.last_words:
             rows.append(("", _short(event.last_words)))
     rows += [("logs", str(logs)), ("next", next_)]

@@ -110,7 +110,7 @@ def test_a_dead_rank_starts_all_again_and_is_named(local, tmp_path):
     death = run.events()
     assert [(e.kind, e.rank, e.local_rank, e.pid, e.code, e.restart) for e in death] == [("death", 1, 1, second, -9, 0)]
     assert death[0].reason.startswith("SIGKILL") and "out-of-memory" in death[0].reason
-    assert f"first error rank 1 on {death[0].node}" in said and "restart 1 of at most 2" in said
+    assert f"first failure rank 1 on {death[0].node}" in said and "restart 1 of at most 2" in said
     log = next(tmp_path.glob("run/logs/*/rank_001.log")).read_text().splitlines()
     assert log[0] == "rank 1 of 2, node None, restart 0" and log[-1] == "rank 1 of 2, node None, restart 1"
     assert "restarted" in log[-2]

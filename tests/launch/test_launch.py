@@ -301,8 +301,8 @@ def test_the_last_screen(tmp_path):
     seen = [replace(DEATH, last_words="RuntimeError: of rank 1"), later]
     found = rows(summary.end("7", run, tmp_path / "logs", True, seen, "requeued: told", 90.0))
     assert found["state"] == "stopped (signal)" and found["loss"] == "2.5000" and found["checkpoint"] == "5"
-    assert found["first error"].startswith("rank 1 on n1, ") and found["first error"].endswith("restart 0: SIGKILL")
+    assert found["first failure"].startswith("rank 1 on n1, ") and found["first failure"].endswith("restart 0: SIGKILL")
     assert found[""] == "RuntimeError: of rank 1" and found["next"] == "requeued: told"
-    assert found["failures"] == "1 of the starts of all ranks"
+    assert found["failures"] == "in 1 of the starts of all ranks"
     silent = rows(summary.end("7", run, tmp_path / "logs", False, [], "no more: x", 90.0))
     assert silent["state"].startswith("unknown") and silent["failures"] == "none"
