@@ -1,4 +1,9 @@
-"""Causal softmax attention, full or with a sliding window and sinks, inside documents, with V of any width."""
+"""Causal softmax attention: full or with a sliding window and sinks, inside packed documents, with V of any width.
+
+Shape letters: b batch, h query heads, hk key and value heads, sq queries, sk keys, d head size of Q and K, dv head size
+of V, nq and nk blocks of queries and of keys. The kernel knows nothing of parallelism: h and hk are the heads of this
+rank, and under context parallelism sq are the queries of one chunk, with ``offset`` as its place in the sequence.
+"""
 
 import functools
 from collections.abc import Callable
@@ -25,9 +30,8 @@ def attention(
     """Attention of queries at positions ``offset, offset + 1, ...`` to keys at ``0, 1, ...``.
 
     A query at position i sees the keys j <= i; with a window, only those with i - j < window or j < sinks
-    (Bae et al., arXiv:2510.04800, section 2: the window of the paper is 512 with 64 sinks). With documents it sees
-    only keys of its own, and the sinks are the first keys of each document: every document is attended to as if it
-    were alone.
+    (Bae et al., arXiv:2510.04800, section 2: the paper's window is 512 with 64 sinks). With documents it sees only keys
+    of its own document, and the sinks are the first keys of each document: the result is that of each document alone.
 
     On CUDA no [sq, sk] matrix is stored: full attention uses torch's fused kernels; windows and documents use
     FlexAttention, which has no dropout. On CPU windows and documents are a boolean mask. The masks of a ``documents``
@@ -39,12 +43,12 @@ def attention(
         k: [b, hk, sk, d]; h must be a multiple of hk (grouped queries: head i reads head i // (h / hk) of k and v).
         v: [b, hk, sk, dv].
         scale: Factor of the scores.
-        window: Keys that a query sees, itself included.
-        sinks: First keys of the sequence (or document) that every query (of it) sees besides its window.
-        offset: Position of the first query; keys beyond the last query are never read.
+        window: Keys that a query sees, including its own position; None for all.
+        sinks: First keys of the sequence (or of each document) that every query sees in addition to its window.
+        offset: Position of the first query; keys after the last query are never read.
         dropout: Probability of dropping an attention weight.
         documents: [b, at least offset + sq], any integer dtype: the document of each key, and of the query at the
-            same position. Tokens of one document are contiguous.
+            same position. The tokens of a document are contiguous.
 
     Returns:
         [b, h, sq, dv] in q's dtype.
@@ -122,14 +126,14 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tens
     """Full causal attention, the last query at the last key: arguments and result of :func:`attention`."""
     d, dv = q.shape[-1], v.shape[-1]
     if d != dv:
-        # torch's fused kernels want equal head sizes, and without them stores the scores: zeros change no score, and
-        # are removed (tools/benchmark_attention.py compares the methods)
+        # torch's fused kernels need equal head sizes; the others store the scores. Zeros in Q and K change no score,
+        # and those in V are cut off (tools/benchmarks/attention.py compares the alternatives).
         width = max(d, dv)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))  # [b, h or hk, sq or sk, width]
         if dv < width:
             return _full(q, k, v, scale, dropout)[..., :dv]
     if q.is_cuda and q.dtype == torch.float32:  # the fused kernel for fp32 has no grouped queries
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # [b, h, sk, d]
     if q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
     if q.is_cuda:
@@ -143,8 +147,8 @@ _masks = WeakTensorKeyDictionary()
 """Tensor of document ids to its masks, by the arguments that each was made with."""
 
 
-def _of_documents(documents: Tensor | None, rule: tuple, make: Callable[[Tensor | None], Any]) -> Any:
-    """``make(documents)``, cached with the tensor if there is one."""
+def _cached_mask(documents: Tensor | None, rule: tuple, make: Callable[[Tensor | None], Any]) -> Any:
+    """``make(documents)``, cached for as long as ``documents`` lives and is not changed; not cached without one."""
     if documents is None:
         return make(None)
     known = _masks.setdefault(documents, {})
@@ -197,10 +201,10 @@ _window_blocks = functools.lru_cache(maxsize=16)(_blocks)
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex_attention() -> Any:
-    """FlexAttention, compiled for each shape, window and offset.
+    """FlexAttention, compiled for each combination of shapes, window and offset.
 
-    Uncompiled it stores the scores, and torch silently falls back to that after eight compilations of one function:
-    window and full layers, head sizes, and two chunks under context parallelism soon make more.
+    Uncompiled it stores the scores, and torch silently falls back to that after eight compilations of one function.
+    Windowed and full layers, several head sizes, and the two chunks of context parallelism soon exceed eight.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

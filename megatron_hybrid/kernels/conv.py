@@ -57,7 +57,7 @@ def causal_conv1d_fn(
     """Causal depthwise convolution, differentiable in x, weight, bias and initial_states.
 
     The signature is that of ``causal_conv1d.causal_conv1d_fn``. Products are summed in fp32 (fp64
-    for fp64 ``x``). Any strides are accepted; the result has those of ``x``, so that a transposed
+    for fp64 ``x``). ``x`` may have any strides, and the result has the same ones: a transposed
     [b, l, d] tensor costs no copy.
 
     Args:

@@ -4,10 +4,8 @@ Each head has a state ``S`` of shape [p, n] that starts at ``initial_states`` or
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t
 
-:func:`ssd_recurrence` is this recurrence as a loop: the reference. :func:`ssd_chunk_scan` computes
-the same in chunks ("Transformers are SSMs", arXiv:2405.21060, section 6): inside a chunk a masked
-matrix product, between chunks the recurrence. Its backward is written by hand, so that nothing of
-size [heads, chunk, chunk] outlives one segment of the sequence.
+:func:`ssd_recurrence` is this recurrence as a loop over the tokens. :func:`ssd_chunk_scan` computes the same in
+chunks ("Transformers are SSMs", arXiv:2405.21060, section 6); ``ssd_chunks.py`` has its forward and backward pass.
 
 Shape letters: b batch, l length, h heads, p head dim, g groups, n state dim. The kernel knows nothing of parallelism:
 its sizes are those of one rank.
@@ -118,11 +116,11 @@ def ssd_chunk_scan(
     # enormous step would be lost in the rounding of the running sum.
     a = (dt * A.to(dtype)).clamp(min=math.log(torch.finfo(dtype).tiny))  # [b, l, h]
     if D is not None:
-        D = (D if D.dim() == 2 else D[:, None]).to(dtype).expand(x.shape[2:])
-    doc = None if seq_idx is None else document_number(seq_idx)
-    # Chosen once: forward and backward must divide the sequence in the same way, compiled or not.
-    step = _chunks_per_segment(x, chunk_size)
-    y, final_states = _ChunkScan.apply(x, dt, a, B, C, D, z, initial_states, doc, chunk_size, step)
+        D = (D if D.dim() == 2 else D[:, None]).to(dtype).expand(x.shape[2:])  # [h, p]
+    doc = None if seq_idx is None else document_number(seq_idx)  # [b, l]
+    # Chosen once: forward and backward must cut the sequence alike, compiled or not.
+    step = chunks_per_segment(x, chunk_size)
+    y, final_states = ChunkScan.apply(x, dt, a, B, C, D, z, initial_states, doc, chunk_size, step)
     return (y, final_states) if return_final_states else y
 
 
