@@ -1,4 +1,4 @@
-"""Runs as they go, in a terminal: their facts, curves and expert loads."""
+"""Running runs in a terminal: facts, curves and expert loads."""
 
 import time
 from collections.abc import Sequence

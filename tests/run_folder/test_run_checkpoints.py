@@ -311,14 +311,14 @@ def test_the_tool_says_what_is_whole(tmp_path):
     point(tmp_path, "20")
     tear(folders[0])
     done = verify(str(tmp_path))
-    assert done.returncode == 0 and done.stdout.startswith(str(folders[1])) and done.stdout.endswith("whole\n")
+    assert done.returncode == 0 and done.stdout.startswith(str(folders[1])) and done.stdout.endswith("valid\n")
     every = verify(str(tmp_path), "--all", "--json")
     assert every.returncode == 1
     told = json.loads(every.stdout)
     assert [finding["folder"] for finding in told] == [str(path) for path in reversed(folders)]
     assert [bool(finding["problems"]) for finding in told] == [False, False, True]
     lines = verify(str(folders[0]))
-    assert lines.returncode == 1 and "NOT WHOLE\n    __1_0.distcp (4 bytes) is not what was saved" in lines.stdout
+    assert lines.returncode == 1 and "NOT VALID\n    __1_0.distcp (4 bytes) is not what was saved" in lines.stdout
 
 
 def test_the_tool_seals_what_has_no_manifest(tmp_path):

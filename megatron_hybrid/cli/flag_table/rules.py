@@ -268,7 +268,7 @@ def _optimizer(args: Namespace) -> Rules:
         ),
         (
             args.optimizer == "sgd" and args.use_distributed_optimizer,
-            "--optimizer sgd does not go together with --use-distributed-optimizer, which takes Adam: drop one.",
+            "--optimizer sgd cannot be combined with --use-distributed-optimizer, which takes Adam: drop one.",
         ),
         (
             args.ckpt_format == "torch" and args.use_distributed_optimizer and not (args.bf16 or args.fp16),
