@@ -151,7 +151,7 @@ class _Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.meeting = True
         if self.stop_at is not None:
-            raise SignalException("told to stop", signal.SIGTERM)
+            raise SignalException("asked to stop", signal.SIGTERM)
         super()._rendezvous(worker_group)
         worker_group.master_addr, worker_group.master_port = self.node.address, self._store_of_the_ranks()
         self.meeting = False
@@ -210,7 +210,7 @@ class _Agent(LocalElasticAgent):
         elif number == signal.SIGINT:
             self.stop_at = now
         if self.meeting:
-            raise SignalException("told to stop", signal.SIGTERM)
+            raise SignalException("asked to stop", signal.SIGTERM)
         if not again:
             name, grace = signal.Signals(number).name, self.node.grace
             _say(f"{self.node.name}: {name}; the ranks save and stop, and are killed after {grace:.0f} s")
@@ -292,7 +292,7 @@ class _Agent(LocalElasticAgent):
                 handler.proc.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _say(f"{self.node.name}: process {handler.proc.pid} survives kill -9; this node is given up")
-                with suppress(Exception):  # if the others are not told, they will miss this node
+                with suppress(Exception):  # the others will notice without this message, later
                     self._store.set(OVER, "1")
                 os._exit(1)
 

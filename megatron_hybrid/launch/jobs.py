@@ -23,7 +23,7 @@ from megatron_hybrid.run_folder.state import State, read_state
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
 TELL_AGAIN_S = 10.0
-"""Between two tries to reach SLURM's controller."""
+"""Seconds between two attempts to reach SLURM's controller."""
 REQUEUE_TRIES = 30
 
 

@@ -77,7 +77,7 @@ def _once_only(argv: list[str], save: Path) -> None:
     """Refuses flags that are meant for one start and would be repeated by each."""
     load = value(argv, "--load") or str(save)
     if os.path.realpath(load) != os.path.realpath(save):
-        return  # then it is for the first start: the others go on from the run's own checkpoints
+        return  # then it is for the first start: the others resume from the run's own checkpoints
     given = {word.partition("=")[0] for word in argv}
     for flag in ("--ckpt-step", "--finetune", "--no-load-optim", "--no-load-rng"):
         if flag in given and flag.replace("load", "save") not in given - {"--ckpt-step", "--finetune"}:
