@@ -5,7 +5,7 @@ TRIES ?= 5
 PY := .venv/bin/python
 # Where it is set, each of the many processes that tests start would compile torch and Megatron anew: 12 s each.
 export PYTHONDONTWRITEBYTECODE :=
-SOURCES := megatron_hybrid tools tests pretrain_hybrid.py
+SOURCES := megatron_hybrid tools tests examples docs pretrain_hybrid.py
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \

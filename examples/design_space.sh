@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains five designs of P with equally many parameters on 2 CPU processes, and compares their losses: a table, a plot.
-# Needs `make setup`; 10 minutes or so on 2 cores. Called again, it skips finished runs and continues a cut-off one.
+# Trains five designs of P with equal parameters on 2 CPU processes and compares their losses in a table and a plot.
+# Needs `make setup`; about 10 minutes on 2 cores. A second call skips finished runs and resumes an interrupted one.
 #   [SEEDS="1 2 3"] [ITERATIONS=160] [OUT=runs/design_space] examples/design_space.sh [FLAGS]
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-DATA=${DATA:-$root/runs/quickstart/data} # that of make quickstart, or made here in the same way
+DATA=${DATA:-$root/runs/quickstart/data} # of make quickstart, or built here in the same way
 OUT=${OUT:-$root/runs/design_space}
 ITERATIONS=${ITERATIONS:-160} # of 2,048 tokens
 SEEDS=${SEEDS:-1234}
 PATH=$PATH:$root/.venv/bin
-torchrun=$(command -v torchrun) || { echo "$0: there is no torchrun on the PATH; run make setup first" >&2; exit 2; }
+torchrun=$(command -v torchrun) || { echo "$0: torchrun is not on the PATH; run make setup first" >&2; exit 2; }
 python=$(dirname "$torchrun")/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# Widths for 0.78 million parameters beside the embedding, the same within 0.2%. They are ours: the paper gives its
-# designs equal parameters by their number of blocks, which is too coarse for four blocks.
+# Widths for 0.78 million parameters without the embedding, equal within 0.2%. They are ours: the paper equalises
+# parameters by the number of blocks, which is too coarse for four blocks.
 widths() {
     case $1 in
         paper | falcon-h1) echo --intra-qk-dim 64 --intra-value-dim 128 --intra-ssm-dim 128 ;;
@@ -39,13 +39,13 @@ for seed in $SEEDS; do
         run=$OUT/$preset-seed$seed
         runs+=("$run")
         read -ra widths <<<"$(widths "$preset")"
-        # The demo's batch and schedule, but a third of its learning rate, at which some of the designs are unstable.
+        # The demo's batch and schedule, with a third of its learning rate: at the full rate some designs are unstable.
         flags=(--recipe demo --device cpu --ffn dense --expert-model-parallel-size 1 --hybrid-layer-pattern P-P-P-P-
             --ffn-hidden-size 256 --intra-preset "$preset" "${widths[@]}" --seed "$seed" --split 970,30,0 --lr 1e-3
             --train-iters "$ITERATIONS" --eval-interval "$((ITERATIONS < 4 ? 1 : ITERATIONS / 4))" --eval-iters 16 "$@")
         mkdir -p "$run"
         if [[ -e $run/flags && $(<"$run/flags") != "${flags[*]}" ]]; then
-            echo "$0: $run has a run with other flags; remove it or set OUT to another directory" >&2
+            echo "$0: $run contains a run with other flags; remove it or set OUT to another directory" >&2
             exit 2
         fi
         echo "${flags[*]}" >"$run/flags"
@@ -64,7 +64,7 @@ done
 "$python" "$root/tools/compare_runs.py" "${runs[@]}" --by intra-preset --plot "$OUT/design_space.png"
 cat <<END
 This shows how to run a comparison, not which design is best. At about a million parameters and some hundred thousand
-tokens, differences are noise as much as design, and say how soon a model learns its first patterns, not where it ends:
-another seed or learning rate can change the order, and the paper's own differences at 1B are about 0.01 nats.
+tokens, differences are noise as much as design, and show how soon a model learns its first patterns rather than its
+final loss: another seed or learning rate can change the order. The paper's differences at 1B are about 0.01 nats.
 SEEDS="1 2 3" shows the spread.
 END

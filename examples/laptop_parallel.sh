@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A cluster's parallel run on a laptop without a GPU: 4 processes, tensor 2 (with sequence parallelism) x pipeline 2.
-# Needs `make setup` and nothing else; the data are made up. Takes a minute or two, and leaves no files.
+# Needs only `make setup`; uses mock data. Takes a minute or two and leaves no files.
 #   examples/laptop_parallel.sh [FLAGS]
 set -euo pipefail
 
-PATTERN='M-P-|MEW-'  # | is the boundary of the two pipeline stages
+PATTERN='M-P-|MEW-'  # | separates the two pipeline stages
 PATH=$PATH:$(dirname "$0")/../.venv/bin
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# The two ranks of a stage also share its experts out, and the one group of B and C.
+# The two ranks of a stage also divide its experts and share the one group of B and C.
 torchrun --standalone --nproc_per_node 4 "$(dirname "$0")/../pretrain_hybrid.py" --recipe demo --device cpu \
     --hybrid-layer-pattern "$PATTERN" --pipeline-model-parallel-size 2 \
     --tensor-model-parallel-size 2 --sequence-parallel \

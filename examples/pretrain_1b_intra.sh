@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Pretrains the paper's 1B intra-layer hybrid on one node: data parallel, the optimizer's state spread over the GPUs.
-# Needs 8 GPUs (requirements-gpu.txt) and tokenized text (tools/preprocess_data.py); called again, it continues.
+# Pretrains the paper's 1B intra-layer hybrid on one node: data parallel, optimizer state sharded over the GPUs.
+# Needs 8 GPUs (requirements-gpu.txt) and tokenized text (tools/preprocess_data.py); a second call resumes.
 #   DATA_PREFIX=data/web_text_document TOKENIZER=data/web.model RUN_DIR=runs/1b examples/pretrain_1b_intra.sh [FLAGS]
 set -euo pipefail
 
-DATA_PREFIX=${DATA_PREFIX:-}  # a .bin/.idx pair, without the ending
-TOKENIZER=${TOKENIZER:-}      # the one that made it: a SentencePiece file, or what TOKENIZER_TYPE takes
+DATA_PREFIX=${DATA_PREFIX:-}  # a .bin/.idx pair, without the extension
+TOKENIZER=${TOKENIZER:-}      # its tokenizer: a SentencePiece file, or what TOKENIZER_TYPE takes
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-SentencePieceTokenizer} # HuggingFaceTokenizer takes a name or a folder
 RUN_DIR=${RUN_DIR:-}          # checkpoints, metrics.jsonl and run.json
 GPUS=${GPUS:-8}
 
 for name in DATA_PREFIX TOKENIZER RUN_DIR; do
-    [[ -n ${!name} ]] || { echo "$0: $name is not set; the first lines of this script say what it is" >&2; exit 2; }
+    [[ -n ${!name} ]] || { echo "$0: $name is not set; see the first lines of this script" >&2; exit 2; }
 done
 PATH=$PATH:$(dirname "$0")/../.venv/bin
 

@@ -1,4 +1,4 @@
-"""Show what a data set of Megatron holds, and check that it is whole.
+"""Show the content of a Megatron data set, and verify it.
 
     python tools/inspect_dataset.py data/corpus_text_document
     python tools/inspect_dataset.py data/corpus_text_document --documents 0 3:6 -1
@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("prefix", help="the data set without its .bin or .idx")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help="draw the lengths of documents")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of documents")
     show = parser.add_argument_group("documents")
     show.add_argument(
         "--documents",
@@ -33,10 +33,8 @@ def parse_args() -> argparse.Namespace:
     show.add_argument("--tokens", action="store_true", help="print them as token ids")
     show.add_argument("--max-chars", type=int, default=2000, help="characters of each; 0 for all (default: 2000)")
     check = parser.add_argument_group("checks")
-    check.add_argument("--verify", action="store_true", help="check the whole against its index and manifest")
-    check.add_argument(
-        "--verify-inputs", action="store_true", help="check whether the files it was made of are the same"
-    )
+    check.add_argument("--verify", action="store_true", help="check everything against its index and manifest")
+    check.add_argument("--verify-inputs", action="store_true", help="check whether its input files are unchanged")
     tool.add_tokenizer_flags(parser)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Start pretrain_hybrid.py on all nodes of a SLURM job, or on this machine, and again when a rank dies.
+"""Run pretrain_hybrid.py on all nodes of a SLURM job or on this machine, and restart it when a rank fails.
 
     tools/launch.py slurm [launcher's flags] -- pretrain_hybrid.py's flags        (in a batch step)
     tools/launch.py local --nproc 2 -- --recipe demo --save runs/demo ...

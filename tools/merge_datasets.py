@@ -2,8 +2,8 @@
 
     python tools/merge_datasets.py --input data/corpus_text_document.shard-* --output-prefix data/corpus_text_document
 
-The documents stay in the order of --input, shards in their own. Input that is damaged, incomplete or does not go
-together is refused.
+The documents stay in the order of --input, shards in their own. Corrupt, incomplete and
+incompatible input is refused.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a run would cost, before anyone pays for it.
+"""Estimate the cost of a run: parameters, FLOPs, memory, communication, time.
 
     python tools/plan.py --recipe paper-1b-intra
     python tools/plan.py --recipe paper-1b-intra --gpus 64 --gpu h100-80gb --pipeline-model-parallel-size 2
 
-takes every flag of pretrain_hybrid.py beside its own and checks them as the run itself would.
+takes every flag of pretrain_hybrid.py besides its own and checks them as a run does.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
 def picture(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text} ends in none of .png, .svg, .pdf")
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .svg or .pdf")
     return path
 
 
@@ -43,19 +43,21 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--json", action="store_true", help="print all figures as JSON")
-    made.add_argument("--plot", type=picture, metavar="FILE", help="draw it: .png, .svg or .pdf")
-    made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the run would be")
+    made.add_argument("--plot", type=picture, metavar="FILE", help="plot the results: .png, .svg or .pdf")
+    made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="hardware of the run")
     made.add_argument("--no-mamba-ssm", action="store_true", help="mamba_ssm is not installed there: torch's scan")
     gpus = made.add_argument_group("machine")
     gpus.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
     gpus.add_argument("--gpu", help="kind of GPU, such as h100-80gb: adds expected times")
     gpus.add_argument("--gpus-per-node", type=int, help="default 8")
-    gpus.add_argument("--efficiency", type=float, help="of the dense peak that products reach; default 0.40")
     gpus.add_argument(
-        "--peak-tflops", type=float, help="dense peak of a GPU in the run's precision, in place of the table's"
+        "--efficiency", type=float, help="share of the dense peak that matrix products reach; default 0.40"
     )
-    gpus.add_argument("--memory-gib", type=float, help="memory of a GPU, in place of the table's")
-    gpus.add_argument("--memory-bandwidth", type=float, help="GB/s of a GPU's memory, in place of the table's")
+    gpus.add_argument(
+        "--peak-tflops", type=float, help="dense peak of a GPU in the run's precision, instead of the table's"
+    )
+    gpus.add_argument("--memory-gib", type=float, help="memory of a GPU, instead of the table's")
+    gpus.add_argument("--memory-bandwidth", type=float, help="GB/s of a GPU's memory, instead of the table's")
     gpus.add_argument("--nvlink-gbps", type=float, help="Gbit/s of a GPU inside a node, one direction")
     gpus.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU between nodes; default 400")
     made.add_argument_group("layouts").add_argument(
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--compare",
         nargs="+",
         metavar="NAME",
-        help="recipes, or layer patterns for the sizes of the other flags, side by side",
+        help="recipes, or layer patterns with the sizes of the other flags, to compare",
     )
     compare.add_argument(
         "--match",

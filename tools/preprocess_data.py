@@ -26,8 +26,10 @@ def parse_args() -> argparse.Namespace:
     out.add_argument("--output-prefix", type=Path, required=True, help="_KEY_document.bin, .idx and .json are appended")
     out.add_argument("--resume", action="store_true", help="continue an interrupted run, if there is one")
     out.add_argument("--overwrite", action="store_true", help="replace an earlier output, or an unfinished one")
-    out.add_argument("--shard", default="0/1", metavar="I/N", help="do the I-th of N parts of the input, from 0")
-    out.add_argument("--save-every", type=float, default=10, help="seconds between states on disk (default: 10)")
+    out.add_argument("--shard", default="0/1", metavar="I/N", help="process the I-th of N parts of the input, from 0")
+    out.add_argument(
+        "--save-every", type=float, default=10, help="seconds between flushes of the state to disk (default: 10)"
+    )
     tool.add_tokenizer_flags(parser)
     doc = parser.add_argument_group("documents")
     doc.add_argument("--prepend-bos", action="store_true", help="start each document with BOS")
@@ -36,12 +38,12 @@ def parse_args() -> argparse.Namespace:
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
-        help="what a bad record does; those that are skipped are listed in PREFIX_KEY_document.skipped.jsonl",
+        help="at a bad record: stop, or skip it and list it in PREFIX_KEY_document.skipped.jsonl",
     )
     doc.add_argument("--dedup", choices=["exact"], help="keep the first of documents with the same tokens")
-    doc.add_argument("--min-chars", type=int, help="leave out shorter documents")
-    doc.add_argument("--max-chars", type=int, help="leave out longer documents")
-    doc.add_argument("--min-alphanumeric", type=float, help="least share of letters and digits, such as 0.6")
+    doc.add_argument("--min-chars", type=int, help="drop shorter documents")
+    doc.add_argument("--max-chars", type=int, help="drop longer documents")
+    doc.add_argument("--min-alphanumeric", type=float, help="minimum share of letters and digits, such as 0.6")
     work = parser.add_argument_group("work")
     work.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: all cores)")
     work.add_argument(

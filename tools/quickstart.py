@@ -2,7 +2,7 @@
 
     make quickstart        (or, with the requirements installed: python tools/quickstart.py)
 
-Each step is skipped when it was done before; an interrupted training goes on from its checkpoint.
+Finished steps are skipped; an interrupted training resumes from its last checkpoint.
 """
 
 import argparse

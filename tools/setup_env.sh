@@ -105,7 +105,7 @@ install() {
     grep '==' "$2" | grep -E '^(nvidia|cuda|triton)' >"$VENV/cuda.txt"
     grep '==' "$2" | grep -v -E '^(nvidia|cuda|triton)' >"$VENV/other.txt"
     began=$(date +%s)
-    trap 'kill $pids 2>/dev/null; echo "setup: interrupted; run it again to go on" >&2; exit 130' \
+    trap 'kill $pids 2>/dev/null; echo "setup: interrupted; run it again to continue" >&2; exit 130' \
         INT TERM HUP
     pip_install "$VENV/pip-other.log" -r "$VENV/other.txt" &
     pids=$!
@@ -153,7 +153,7 @@ show_progress() {
 install_failed() {
     tail -n 15 "$1" >&2
     echo "setup: an install failed; the end of $1 is above. What was installed is kept: once the" \
-        "cause is mended (network, disk space: 6 GB), the same command goes on from there." >&2
+        "cause is fixed (network, disk space: 6 GB), the same command continues from there." >&2
     exit 1
 }
 

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         "--normalization",
         default="identity",
         help="SentencePiece: identity (default), nfkc, nmt_nfkc, nfkc_cf, nmt_nfkc_cf; Hugging Face: identity, nfc, "
-        "nfkc. With any but identity, ids do not give the exact text back",
+        "nfkc. With others than identity, ids do not restore the exact text",
     )
     sample = parser.add_argument_group("sample")
     sample.add_argument(
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         help="UTF-8 bytes to train on, documents drawn from the whole input (default: 64,000,000); training takes 5 "
         "(Hugging Face), 13 (SentencePiece's BPE) or 30 (unigram) times as much memory",
     )
-    sample.add_argument("--seed", type=int, default=1234, help="which documents are drawn (default: 1234)")
+    sample.add_argument("--seed", type=int, default=1234, help="seed of the sample (default: 1234)")
     return parser.parse_args()
 
 

@@ -1,14 +1,14 @@
-"""Check by hand whether checkpoints are whole: every file against the SHA-256 that was written when it was saved.
+"""Verify checkpoints: every file against the SHA-256 that was written when it was saved.
 
     python tools/verify_checkpoint.py runs/mine                  the one that a run would load
     python tools/verify_checkpoint.py runs/mine --all            each one
     python tools/verify_checkpoint.py runs/mine/iter_0000030     that one
     python tools/verify_checkpoint.py --seal OTHER/iter_0000030  write a manifest for one that has none
 
-Exit code 0: all that were checked are whole. 1: something is wrong. 2: a mistake in the command.
+Exit code 0: all checkpoints are valid. 1: at least one is not. 2: a mistake in the command.
 
-Hashes find what is torn or corrupt. They do not say who wrote it: weights may be anyone's, and pickles may name what
-no checkpoint has, which a run refuses. Load, and seal, checkpoints from trusted folders only. This tool itself
+Hashes detect what is incomplete or corrupt, not who wrote it: weights may come from anyone, and pickles may name
+classes that no checkpoint has, which a run refuses. Load and seal checkpoints only from trusted folders. This tool
 unpickles nothing.
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the --save folder of a run, or the folder of one checkpoint")
     parser.add_argument("--all", action="store_true", help="of a run: every checkpoint, newest first")
     parser.add_argument("--seal", action="store_true", help="write the manifest of a checkpoint that has none")
-    parser.add_argument("--json", action="store_true", help="a JSON list in place of lines")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
     args = parser.parse_args()
     folders = to_check(args.folder, args.all)
     if args.seal:

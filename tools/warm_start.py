@@ -4,19 +4,19 @@
         --recipe paper-1b-intra --hybrid-layer-pattern M-P-M- --intra-qk-dim 2048 ...the flags of the new run
 
 Layers count from 1, in the pattern without "|". "3:attention=3,mamba=1" fills the branches of layer 3, a P, with the
-mixers of layers 3 (* or W) and 1 (M) of the old model; in "2.7" the 7 is a layer of the second folder behind --from.
+mixers of layers 3 (* or W) and 1 (M) of the old model; "2.7" is layer 7 of the second folder of --from.
 "5=7" copies a layer as it is. All other layers, the embedding and the norms come from the first folder, where it has
-the same symbol in the same place; what is not found there, branches without a source, scales and gates start fresh.
+the same symbol in the same place; what is not found there, branches without a source, scales and gates are initialised.
 The new run starts with --load runs/start, in any parallel layout.
 
 What a branch computes then:
-- Each branch reads what its stock layer read: where the norms in front of two mixers differ, the ratio of their weights
+- Each branch reads what its stock layer read: if the input norms of two mixers differ, the ratio of their weights
   goes into one branch's input projection.
-- An attention branch equals its layer exactly with --intra-norm none; else the norm behind it is new to it. A W layer's
+- An attention branch equals its layer exactly with --intra-norm none; else the norm after it is new. A W layer's
   window and RoPE base are flags of the run (--intra-window, --rotary-base), not weights.
 - A Mamba branch equals its layer exactly with --intra-norm group --intra-norm-groups N, N being --mamba-num-groups:
-  its own norm goes over these groups, and that of a P layer over heads unless it is told otherwise. With
-  --intra-norm none its norm's weight goes into the output projection, and the norm itself is left out.
+  its own norm is over these groups, and that of a P layer over heads by default. With
+  --intra-norm none its norm's weight goes into the output projection, and the norm itself is dropped.
 - With an output projection for each branch both are added: --intra-fusion diff stores the second one with its sign.
   One for both (--intra-output joint with add or diff) can take one branch alone.
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 from megatron_hybrid.cli import flags, tool
 from megatron_hybrid.layers.intra.design import design
 
-# One process holds the whole model; the checkpoint loads in any layout. Batches and data play no part.
+# One process has the whole model; the checkpoint loads in any layout. Batches and data do not matter.
 ALONE = [
     "--tensor-model-parallel-size=1",
     "--pipeline-model-parallel-size=1",
@@ -55,7 +55,7 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
         ValueError: A mistake in the flags, or weights that do not fit.
     """
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        raise ValueError(f"--save {save} is there already: give a new folder, nothing is overwritten.")
+        raise ValueError(f"--save {save} exists: give a new folder; nothing is overwritten.")
     from megatron_hybrid.checkpoint import warm_start_sources, weights
     from megatron_hybrid.cli import arguments
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--load-unverified", action="store_true", help="also from checkpoints without a manifest")
     known = parser.parse_args(argv[:split])
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream speaks of a training that does not take place
+        warnings.simplefilter("ignore")  # upstream's messages are about a training that does not happen
         made = make(known.froms, known.layers, known.save, argv[split + 1 :], known.load_unverified)
     print(made)
 

@@ -1,12 +1,12 @@
-"""Watch training runs: how far they are and how they go, live in a terminal and as PNG.
+"""Monitor training runs: progress, loss, speed and expert loads, live in a terminal and as PNG.
 
     python tools/watch_run.py runs/quickstart/run
     python tools/watch_run.py runs/a runs/b --last 5000 --png runs.png
     python tools/watch_run.py runs/a --once > now.txt
 
 reads metrics.jsonl, state.json, run.json and the checkpoint pointer of each run's directory; it needs no GPU and does
-not touch the run. It ends with Ctrl-C, or when all runs are finished or have failed. Where the output is no terminal it
-is printed once. Where a plot has no room for all records, it shows the means of neighbours.
+not touch the run. It ends with Ctrl-C, or when all runs are finished or have failed. If the output is not a terminal,
+it prints once. A plot without room for all records shows the means of neighbours.
 """
 
 import argparse
@@ -42,9 +42,13 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="--save directories; several are overlaid")
     made.add_argument("--once", action="store_true", help="print once, also on a terminal")
-    made.add_argument("--every", type=float, default=5, metavar="SECONDS", help="look again (default: 5)")
-    made.add_argument("--last", type=int, metavar="N", help="plot the last N iterations only")
-    made.add_argument("--png", type=Path, metavar="FILE", help="draw the plots there as well, whenever there is news")
+    made.add_argument(
+        "--every", type=float, default=5, metavar="SECONDS", help="seconds between refreshes (default: 5)"
+    )
+    made.add_argument("--last", type=int, metavar="N", help="plot only the last N iterations")
+    made.add_argument(
+        "--png", type=Path, metavar="FILE", help="also write the plots to this file when there are new records"
+    )
     return made
 
 
@@ -58,7 +62,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"{len(options.runs)} runs are too many to tell apart; give at most {len(COLORS)}.")
     for run in options.runs:
         if not run.is_dir():
-            raise ValueError(f"{run} is no directory; give the --save directory of a run.")
+            raise ValueError(f"{run} is not a directory; give the --save directory of a run.")
     if options.png and options.png.is_dir():
         raise ValueError(f"--png {options.png} is a directory; give a file.")
 

@@ -35,7 +35,7 @@ _TORCH_BACKEND_FLAGS = [
     "--no-rope-fusion",
 ]
 USAGE = """pretrain_hybrid.py --list-recipes
-       pretrain_hybrid.py --recipe NAME [--print-config] [any flag below, which wins over the recipe]
+       pretrain_hybrid.py --recipe NAME [--print-config] [any flag below; overrides the recipe]
        pretrain_hybrid.py --hybrid-layer-pattern 'M-M-P-' [any flag below]"""
 # torch.compile is off on the CPU engine, so upstream's jitted fusions would only add work.
 _CPU_FLAGS = ["--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-bias-gelu-fusion"]
@@ -62,7 +62,7 @@ def choose_device(asked: str) -> str:
         if has_module(module):  # upstream copies their CUDA kernels into its modules on import
             raise ValueError(
                 f"The CPU engine does not run where {module} is installed, since Megatron would call its CUDA kernels: "
-                "use an environment with requirements.txt alone, such as that of `make setup` in another clone."
+                "use an environment with only requirements.txt, such as that of `make setup` in another clone."
             )
     if device == "cpu":
         cpu.install()
@@ -77,7 +77,7 @@ def choose_backend(asked: str, device: str) -> str:
     """
     installed = has_module("transformer_engine")
     if asked == "te" and (device == "cpu" or not installed):
-        reason = "it runs on CUDA alone" if device == "cpu" else "it is not installed (requirements-gpu.txt)"
+        reason = "it runs only on CUDA" if device == "cpu" else "it is not installed (requirements-gpu.txt)"
         raise ValueError(f"--backend te: Transformer Engine is not available: {reason}. Use --backend torch.")
     if asked == "auto":
         return "te" if device == "cuda" and installed else "torch"
@@ -233,8 +233,8 @@ def balance(command: Command, device: str, launched: bool = True) -> Command:
     args.vocab_size = data_checks.vocabulary(args)
     if args.vocab_size is None:
         raise ValueError(
-            "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; a rounded "
-            "number will do where the tokenizer is not at hand."
+            "--balance-pipeline needs --vocab-size, since the output head is the work of several layers; an "
+            "approximate number is enough without the tokenizer."
         )
     from megatron_hybrid.cli.checks import check_sizes
 

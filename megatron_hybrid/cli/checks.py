@@ -1,4 +1,4 @@
-"""What a model and a layout must satisfy, said before anything is built."""
+"""Rules for models and layouts, checked before anything is built."""
 
 import math
 from argparse import Namespace
@@ -79,7 +79,7 @@ def check_batch(args: Namespace) -> None:
     free = args.step_batch_size_schedule or args.decrease_batch_size_if_needed
     if args.global_batch_size and not free and batch > 0 and args.global_batch_size % batch:
         raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is no multiple of --micro-batch-size "
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
             f"{args.micro_batch_size} times {replicas} model replicas: change one of them, or the number of processes."
         )
     if batch > 0 and args.global_batch_size and not args.step_batch_size_schedule:
@@ -90,7 +90,7 @@ def check_batch(args: Namespace) -> None:
         names = "--eval-global-batch-size and --eval-micro-batch-size"
         if evaluated % at_once:
             raise ValueError(
-                f"{names}: {evaluated} samples are no multiple of {at_once // replicas} times {replicas} model "
+                f"{names}: {evaluated} samples are not a multiple of {at_once // replicas} times {replicas} model "
                 "replicas: change one of them, or the number of processes."
             )
         _check_micro_batches(args, evaluated // at_once, names)
@@ -106,7 +106,7 @@ def _check_micro_batches(args: Namespace, count: int, names: str) -> None:
     if 0 < count % group < pp:
         raise ValueError(
             f"{names} give {count} micro-batches on each model replica, and with virtual pipeline stages their "
-            f"remainder by {group} has to be 0 or at least --pipeline-model-parallel-size {pp}: change the batch, or "
+            f"remainder by {group} must be 0 or at least --pipeline-model-parallel-size {pp}: change the batch, or "
             "drop the virtual stages."
         )
 
@@ -135,7 +135,7 @@ def check_positions(args: Namespace) -> None:
 def check_unsupported(args: Namespace) -> None:
     """Values of upstream's flags that our layers would ignore, or that need what is not installed.
 
-    Flags that no value of theirs would do for stand in model/flags/.
+    Flags that are refused with every value are in cli/flag_table/.
     """
     check_packing(args)
     own_norms = any(layer.own_norm for layer in layers_of(args.hybrid_layer_pattern))
@@ -173,14 +173,14 @@ def check_bad_steps(args: Namespace) -> None:
             "of the first 100 micro-batches."
         )
     if args.rerun_mode == "report_stats":
-        raise ValueError("--rerun-mode report_stats is not supported: this Megatron ends with an error there. Drop it.")
+        raise ValueError("--rerun-mode report_stats is not supported: this Megatron fails with it. Drop it.")
     if args.on_bad_step == "skip":
         for name, why in (
-            ("fp16", "its loss scaling skips steps that are not finite by itself"),
-            ("optimizer_cuda_graph", "a captured update cannot be left out"),
+            ("fp16", "its loss scaling already skips non-finite steps"),
+            ("optimizer_cuda_graph", "a captured update cannot be skipped"),
         ):
             if getattr(args, name):
-                raise ValueError(f"--on-bad-step skip does not go together with {flag(name)}: {why}. Drop one.")
+                raise ValueError(f"--on-bad-step skip cannot be combined with {flag(name)}: {why}. Drop one.")
 
 
 def check_packing(args: Namespace) -> None:
@@ -195,14 +195,18 @@ def check_packing(args: Namespace) -> None:
     dropped_on_cuda = args.device == "cuda" and args.attention_dropout
     carry = [layer.symbol for layer in layers_of(args.hybrid_layer_pattern) if not layer.keeps_documents_apart]
     refused = (
-        (bool(carry), f"{' '.join(carry)} layers", "they carry their state over boundaries: take M layers"),
-        (args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers take no boundaries: drop it"),
-        (not args.use_mamba_mem_eff_path, "--disable-mamba-mem-eff-path", "that path takes no boundaries: drop it"),
+        (bool(carry), f"{' '.join(carry)} layers", "they carry their state over boundaries: use M layers"),
+        (args.cuda_graph_impl != "none", "--cuda-graph-impl", "captured layers do not support boundaries: drop it"),
+        (
+            not args.use_mamba_mem_eff_path,
+            "--disable-mamba-mem-eff-path",
+            "that path does not support boundaries: drop it",
+        ),
         (dropped_on_cuda, "--attention-dropout", "the fused kernel has none: set it to 0"),
     )
     for wrong, what, why in refused:
         if wrong:
-            raise ValueError(f"--reset-attention-mask does not go together with {what}: {why}.")
+            raise ValueError(f"--reset-attention-mask cannot be combined with {what}: {why}.")
 
 
 def _tp(args: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The settings that Megatron lacks; each field is also a command-line flag.
+"""Settings that Megatron does not have; each field is also a command-line flag.
 
 ``pretrain_hybrid.py --help`` shows the docstrings below as the help texts, and a field
 ``swa_window`` is the flag ``--swa-window``. Everything that Megatron already has a flag for
@@ -11,23 +11,23 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class HybridConfig:
-    """Settings of a hybrid run beside Megatron's own."""
+    """Settings of a hybrid run besides Megatron's own."""
 
     recipe: str | None = None
-    """Named run that supplies defaults for all other flags; see --list-recipes."""
+    """Named set of defaults for all other flags; see --list-recipes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run. auto takes CUDA when there is a device, else the CPU engine."""
+    """Where to run. auto: CUDA if there is a device, else the CPU engine."""
 
     backend: Literal["auto", "te", "torch"] = "auto"
-    """Layer implementations. auto takes Transformer Engine on CUDA when it is installed, else torch."""
+    """Layer implementations. auto: Transformer Engine on CUDA if it is installed, else torch."""
 
     peak_tflops: float | None = None
-    """Dense peak of one GPU in TFLOP/s, against which the log states MFU. Default: that of the GPU and the run's
-    precision where it is known (megatron_hybrid/costs/hardware.py)."""
+    """Dense peak of one GPU in TFLOP/s, the reference of the logged MFU. Default: that of the GPU in the run's
+    precision, if known (megatron_hybrid/costs/hardware.py)."""
 
     data_blend: str | None = None
-    """YAML file of the training data: sources with a name, a path, a weight and the most epochs; in place of
+    """YAML file of the training data: sources with a name, a path, a weight and the maximum epochs; replaces
     --data-path."""
 
     layers_from: list[str] = field(default_factory=list, metadata={"argparse_meta": {"nargs": "*", "metavar": "FILE"}})
@@ -40,7 +40,7 @@ class HybridConfig:
     """Attention-bearing blocks to other blocks, such as 1:5, 1:0 (all) or 0:1 (none)."""
 
     block_placement: Literal["scatter", "cluster", "sandwich", "front", "middle", "end"] = "scatter"
-    """Where the attention-bearing blocks stand."""
+    """Placement of the attention-bearing blocks."""
 
     block_mixers: str = "P:M"
     """Mixer symbol of the attention-bearing blocks and of the others, in the order of --block-ratio."""
@@ -49,11 +49,11 @@ class HybridConfig:
     """Feed-forward layer of each block: dense (-), moe (E) or none."""
 
     balance_pipeline: int | None = None
-    """Cut the layers into this many pipeline segments of equal work (output head and MTP heads included), in place of
-    | in the pattern. Without --pipeline-model-parallel-size that is the number of stages, else a multiple of it."""
+    """Divide the layers into this many pipeline segments of equal work (including output head and MTP heads), instead
+    of | in the pattern. Without --pipeline-model-parallel-size this is the number of stages, else a multiple of it."""
 
     swa_window: int = 512
-    """W layers: tokens that a query sees, itself included, beside the sinks."""
+    """W layers: tokens that a query sees, itself included, besides the sinks."""
 
     swa_sinks: int = 64
     """W layers: first tokens of the sequence, or of each packed document, that every query sees."""
@@ -67,31 +67,31 @@ class HybridConfig:
     """M and P layers: range of the uniform distribution that -A starts from (the paper: 0.01 2.0)."""
 
     keep_last: int | None = None
-    """Keep so many of the newest checkpoints, and remove an older one when a new one is saved whole. Default: keep
+    """Keep this many of the newest checkpoints; an older one is removed when a new one is complete. Default: keep
     all."""
 
     keep_every: int | None = None
-    """Keep the checkpoints of all multiples of this number, too, beside --keep-last."""
+    """With --keep-last: also keep the checkpoints of all multiples of this number."""
 
     load_unverified: bool = False
-    """Load checkpoints that have no manifest (integrity.json), from trusted folders that cannot be written. One that
-    differs from its manifest is refused all the same. tools/verify_checkpoint.py --seal makes a manifest."""
+    """Load checkpoints without a manifest (integrity.json), from trusted read-only folders. One that differs from
+    its manifest is still refused. tools/verify_checkpoint.py --seal writes a manifest."""
 
     allow_changed: list[str] = field(default_factory=list, metadata={"argparse_meta": {"nargs": "*"}})
-    """Settings that may differ from those stored in the checkpoint although they say what a layer computes, such as
-    rotary_base or swa_window. Without it a difference is refused. Layout, batch, schedule and logging need none."""
+    """Settings that may differ from those stored in the checkpoint although they change what a layer computes, such
+    as rotary_base or swa_window; other differences are refused. Layout, batch, schedule and logging do not need it."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a step whose loss or gradient is not finite, or whose loss jumps under --check-for-spiky-loss:
-    stop ends the run with exit code 16 or 17 and saves nothing, skip goes on with the next batch without an update.
-    Either way bad_batches.jsonl in the --save folder has the samples (docs/faults.md)."""
+    stop ends the run with exit code 16 or 17 and saves nothing, skip continues with the next batch without an update.
+    Both record the samples in bad_batches.jsonl of the --save folder (docs/faults.md)."""
 
     max_skipped_steps: int = 10
-    """--on-bad-step skip: bad steps in a row that may be skipped. One more stops the run."""
+    """--on-bad-step skip: consecutive bad steps that may be skipped. One more stops the run."""
 
     spike_threshold: float = 10.0
-    """--check-for-spiky-loss: the mean loss of a micro-batch is a spike from this many times the largest of the first
-    100 micro-batches that the process has seen."""
+    """--check-for-spiky-loss: the mean loss of a micro-batch is a spike if it is this many times the largest of the
+    first 100 micro-batches that the process has seen."""
 
     hybrid_recompute: list[str] = field(
         default_factory=list, metadata={"argparse_meta": {"nargs": "*", "choices": ["ssm", "intra"]}}
@@ -115,11 +115,11 @@ class IntraConfig:
     """P layers: RMSNorm of each branch's output (group), of their fusion (fused), or none."""
 
     intra_norm_groups: int | None = None
-    """P layers: groups of channels that the norm takes in each branch. Default: one for each head."""
+    """P layers: groups of channels of the norm in each branch. Default: one per head."""
 
     intra_scale: Literal["none", "vector", "scalar", "gate", "interpolate", "diff-lambda"] | None = None
-    """P layers: factor of each branch behind its norm: learned for each channel (vector) or branch (scalar), from the
-    token (gate: a sigmoid for each branch; interpolate: a for the second branch and 1 - a for the first), or the
+    """P layers: factor of each branch after its norm: learned per channel (vector) or branch (scalar), computed from
+    the token (gate: a sigmoid per branch; interpolate: a for the second branch and 1 - a for the first), or the
     Differential Transformer's lambda on the second branch."""
 
     intra_fusion: Literal["add", "diff", "concat"] | None = None
@@ -129,7 +129,7 @@ class IntraConfig:
     """P layers: shared makes both branches read one value (V of attention, x of Mamba before its convolution)."""
 
     intra_output: Literal["separate", "joint"] | None = None
-    """P layers: an output projection for each branch, before the fusion, or one behind it."""
+    """P layers: an output projection per branch, before the fusion, or one after it."""
 
     intra_num_attention_heads: int | None = None
     """P layers: attention heads of a branch. Default: half of --num-attention-heads."""
@@ -142,19 +142,19 @@ class IntraConfig:
 
     intra_value_dim: int | None = None
     """P layers: output width of an attention branch, all heads together. Default: --hidden-size, or --intra-ssm-dim
-    where values are shared with a Mamba branch."""
+    if values are shared with a Mamba branch."""
 
     intra_ssm_dim: int | None = None
     """P layers: inner width of a Mamba branch. Default: --hidden-size."""
 
     intra_ssm_head_dim: int | None = None
-    """P layers: head size of a Mamba branch. Default: --mamba-head-dim. Tensor-parallel ranks take whole heads."""
+    """P layers: head size of a Mamba branch. Default: --mamba-head-dim. Tensor-parallel ranks get whole heads."""
 
     intra_window: int | None = None
     """P layers: keys that a query of an attention branch sees, itself included. Default: all before it."""
 
     intra_sinks: int = 0
-    """P layers: first tokens of the sequence, or of each packed document, that every query sees beside
+    """P layers: first tokens of the sequence, or of each packed document, that every query sees besides
     --intra-window."""
 
     intra_overlap: bool = True

@@ -43,7 +43,7 @@ class Command:
     """As the user said: auto, cpu or cuda."""
     print_config: bool
     balance: int | None = None
-    """Pipeline segments that are still to be cut by cost (:func:`megatron_hybrid.cli.arguments.balance`), which
+    """Pipeline segments that are still to be balanced by cost (:func:`megatron_hybrid.cli.arguments.balance`), which
     needs the sizes of the model."""
 
     def with_pattern(self, balanced: Pattern, pp: int) -> "Command":
@@ -68,7 +68,7 @@ def resolve(argv: list[str]) -> Command:
 
     Raises:
         ValueError: Unknown recipe, bad pattern, no pattern at all, a pattern that the pipeline cannot split, a file
-            that is no blend, or a flag with a value that it cannot have; the text says what to change.
+            that is not a blend, or a flag with an invalid value; the text says what to change.
     """
     argv = [_renamed(arg) for arg in argv]
     first = _known(argv)
@@ -164,7 +164,7 @@ def _without_ours(argv: list[str]) -> list[str]:
 
 
 def with_mock_data(argv: list[str]) -> list[str]:
-    """``argv`` with random tokens in place of the data that it names, for programs that read none."""
+    """``argv`` with random tokens instead of the data that it names, for programs that read none."""
     kept, skip = [], False
     for arg in argv:
         if arg.startswith("--"):

@@ -6,7 +6,7 @@ Source: arXiv:2510.04800v3. From its text: AdamW with clipping; learning rates o
 windows of 512 with 64 sinks and base 10,000; -A from [0.01, 2]. Attention crosses documents, so recipes leave
 ``--reset-attention-mask`` out. Scaling runs (Tables 14 and 15) take half a million tokens a step and a warm-up of a
 quarter of the smallest budget's steps; runs on 16K and 32K tokens (Table 12) as many tokens as the FLOPs of the 1B
-Transformer at 8K pay for. docs/recipes.md tells how to prepare the data, and what of it is not settled.
+Transformer at 8K pay for. docs/recipes.md describes how to prepare the data, and what the paper leaves open.
 
 OURS, where the text is silent:
 
@@ -94,7 +94,7 @@ _ARCHITECTURES = {
     "intra": ("P:M", "scatter", "intra-layer hybrid"),
 }
 
-# Ratios of Tables 9 and 10 beside those of Table 8's models, attention-bearing blocks first.
+# Ratios of Tables 9 and 10 besides those of Table 8's models, attention-bearing blocks first.
 _RATIOS = {
     "1b": {
         "swa": ("1:1", "1:3", "1:15", "0:1"),
@@ -104,7 +104,7 @@ _RATIOS = {
     "350m": {"inter": ("1:1", "1:3", "1:10"), "intra": ("1:0", "1:1", "1:3", "1:10")},
 }
 
-# Tables 11 and 17 beside the rows that Tables 9 and 10 have: the middle, but for Table 9's windows of 1:1, whose
+# Tables 11 and 17 without the rows that Tables 9 and 10 have: the middle, but for Table 9's windows of 1:1, whose
 # losses are those of the front.
 _FIRST = {("swa", "1:1"): "front"}
 _PLACEMENTS = {
@@ -201,7 +201,7 @@ def _blocks(scale: _Scale, architecture: str, ratio: str) -> int:
     if architecture in ("llama", "swa"):
         return scale.llama_blocks
     if architecture == "inter" and ratio == "1:1" and scale.inter_blocks % 2:
-        return scale.inter_blocks + 1  # Tables 9 and 10 have 7:7 and 6:6 beside the other ratios' 13 and 11 blocks.
+        return scale.inter_blocks + 1  # Tables 9 and 10 have 7:7 and 6:6, next to 13 and 11 blocks at the other ratios.
     return getattr(scale, f"{architecture}_blocks")
 
 
@@ -243,7 +243,7 @@ def _flags(size: str, architecture: str, ratio: str, moe: bool = False, placemen
 
 
 def _intra_widths(size: str, architecture: str, ratio: str) -> Flags:
-    if (architecture, ratio) == ("intra", "1:0"):  # at 350M other widths than beside Mamba, see intra_recipes
+    if (architecture, ratio) == ("intra", "1:0"):  # at 350M other widths than in hybrids with Mamba, see intra_recipes
         return {**intra_recipes.width_flags(intra_recipes.SCALES[size].own)}
     scale = _SCALES[size]
     return {**intra_recipes.width_flags((scale.intra_qk_dim, scale.hidden_size, scale.intra_ssm_dim))}
@@ -262,7 +262,7 @@ def _length(tokens: float, batch: int = _BATCH_TOKENS, context: int = _CONTEXT) 
 
 
 def _tokens(flags: Flags, budget: float) -> float:
-    """Tokens that so many training FLOPs pay for, as the paper counts them."""
+    """Tokens that a budget of training FLOPs allows, as the paper counts them."""
     args = Namespace(**{flag[2:].replace("-", "_"): value for flag, value in flags.items()}, add_bias_linear=False)
     layers = from_blocks(args.num_blocks, args.block_ratio, args.block_placement, args.block_mixers, args.ffn)
     return costs.match_flops(budget, layers, costs.sizes_of(args), "paper")
@@ -375,7 +375,7 @@ def listed() -> list[Recipe]:
 
 
 def smaller_budgets() -> list[Recipe]:
-    """The scaling runs beside those to the largest budget, which are listed."""
+    """The scaling runs to smaller budgets; those to the largest are listed."""
     return [_scaling(s, a, budget) for s in _SCALES for a in _LARGEST for budget in _budgets(s, a)[:-1]]
 
 

@@ -14,7 +14,7 @@ def run_ranks(command: list[str], processes: int, log: Path, look: Callable[[], 
     Args:
         command: torchrun, the program and its flags.
         processes: Ranks, which share the cores.
-        log: Written anew.
+        log: Overwritten.
         look: Called twice a second.
 
     Returns:

@@ -74,7 +74,7 @@ class Quickstart:
     def preprocess(self) -> None:
         prefix = self.corpus.with_suffix("")
         arguments = ["--input", str(self.corpus), "--output-prefix", str(prefix)]
-        # Seconds of work: after an interruption it is done anew, as it has to be for another tokenizer.
+        # Seconds of work: after an interruption it is repeated, as it has to be for another tokenizer.
         arguments += ["--tokenizer-model", str(self.tokenizer), "--append-eod", "--overwrite"]
         self.call_tool("preprocess_data.py", *arguments)
 
@@ -84,7 +84,7 @@ class Quickstart:
         if self.run_dir.exists():
             old = self.run_dir.with_name(f"run.{time.strftime('%Y%m%d-%H%M%S')}")
             shutil.move(self.run_dir, old)
-            print(f"the data were made anew, so the earlier run was moved to {old}", flush=True)
+            print(f"the data were rebuilt, so the earlier run was moved to {old}", flush=True)
 
     def pretrain_command(self) -> list[str]:
         """Return the training command; --standalone picks a free port for the rendezvous."""
@@ -167,7 +167,7 @@ class Progress:
 
 
 def failure_lines(log: Path, count: int = 30) -> str:
-    """Return the last lines of a log before the launcher's own report, which never holds the cause."""
+    """Return the last lines of a log before the launcher's own report, which never has the cause."""
     lines = log.read_text("utf-8", errors="replace").splitlines()
     launcher = [
         i for i, line in enumerate(lines) if "torch/distributed/elastic" in line and line.startswith(("E", "W"))

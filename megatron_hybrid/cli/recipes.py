@@ -1,7 +1,7 @@
 """Named runs: the paper's, and a CPU demo.
 
-A recipe is nothing but default values for command-line flags (Megatron's and ours); any flag
-that the user gives wins, see :func:`merge`. The paper's stand in :mod:`megatron_hybrid.cli.paper_recipes`.
+A recipe is a set of default values for command-line flags (Megatron's and ours); flags that the
+user gives override it, see :func:`merge`. The paper's are in :mod:`megatron_hybrid.cli.paper_recipes`.
 
 This module imports neither torch nor Megatron.
 """

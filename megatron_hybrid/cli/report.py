@@ -1,4 +1,4 @@
-"""What a run is, in words and in figures."""
+"""Describes a run: recipe, layout, sizes, data."""
 
 import itertools
 from argparse import Namespace
@@ -26,7 +26,7 @@ def list_recipes() -> str:
 def figures(args: Namespace) -> dict[str, Any]:
     """Sizes that follow from the arguments: parameters as counts, FLOPs per token.
 
-    Before the vocabulary is known (``--print-config`` without ``--vocab-size``), parameters are those beside the
+    Before the vocabulary is known (``--print-config`` without ``--vocab-size``), parameters are those without the
     embeddings, and ``parameters_embedding`` and the FLOPs are None.
     """
     known = args.padded_vocab_size or args.vocab_size

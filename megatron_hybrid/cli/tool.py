@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def run(main: Callable[[], None]) -> None:
     """Call a tool's ``main``; a user's mistake is one paragraph and exit code 2, no traceback.
 
-    SIGTERM ends a tool as Ctrl-C does, so that it can bring its work to disk.
+    SIGTERM ends a tool as Ctrl-C does, so that it can flush its work to disk.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files can be any bytes
@@ -25,7 +25,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = ". The disk is full, or a limit on files is reached: make room." if full else ""
+        hint = ". The disk is full, or a file limit is reached: free some space." if full else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -61,13 +61,13 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--input-format",
         choices=["auto", "jsonl", "parquet", "text"],
         default="auto",
-        help="auto goes by the files' endings; standard input is then JSON lines",
+        help="auto: by the files' extensions; standard input is JSON lines",
     )
     group.add_argument(
         "--text-key",
         nargs="+",
         action="extend",
-        help="key or column of the text, with dots for nested ones; several make a data set each (default: text)",
+        help="key or column of the text, dots for nested keys; several keys make one data set each (default: text)",
     )
     group.add_argument(
         "--text-split",
@@ -83,10 +83,10 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer-type",
         help="SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer or ByteTokenizer "
-        "(default: a .model file is the first, a folder or tokenizer.json the second)",
+        "(default: the first for a .model file, the second for a folder or tokenizer.json)",
     )
     group.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file or folder")
-    group.add_argument("--bos-token", help="Hugging Face: BOS by name (default: as tokenizer_config.json says)")
+    group.add_argument("--bos-token", help="Hugging Face: BOS by name (default: that of tokenizer_config.json)")
     group.add_argument("--eod-token", help="Hugging Face: end of document (default: tokenizer_config.json's eos_token)")
     group.add_argument("--tiktoken-pattern", default="v2", help="TikTokenizer: v1 or v2 (default: v2)")
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000, help="TikTokenizer (default: 1000)")
@@ -101,7 +101,7 @@ def text_keys(args: argparse.Namespace) -> tuple[str, ...]:
 def print_passed_over(files: list[str]) -> None:
     """Say which files of folders were not read."""
     for path in files[:3]:
-        print(f"passed over, not a known kind of file: {path}")
+        print(f"skipped, unknown kind of file: {path}")
     if len(files) > 3:
         print(f"and {len(files) - 3:,} more files")
 

@@ -1,4 +1,4 @@
-"""The content of a corpus as a stream of batches, and how it is cut into shards.
+"""The content of a corpus as a stream of batches, and how it is divided into shards.
 
 JSON lines and plain text may be compressed (gzip, zstd). A batch is about a megabyte, or one document where that is
 longer. Nothing is parsed here.
@@ -18,18 +18,18 @@ from megatron_hybrid.files import checksum_text
 
 BEGINNING = Position(0, 0, 0)
 _COMPRESSED_BYTES = 1 << 12
-"""Bytes that are decompressed at a time: few, because zstd can make 30,000 times as many of them."""
+"""Bytes that are decompressed at a time: few, because zstd can expand them 30,000 times."""
 
 
 def shard(sources: list[Source], index: int, count: int, text_split: str = "file") -> list[Segment]:
     """Return the contiguous part of the corpus that shard ``index`` of ``count`` reads.
 
-    Shards have about equal bytes. Files of plain lines are cut between lines and Parquet files between row groups; a
+    Shards have about equal bytes. Files of plain lines are divided between lines, Parquet files between row groups; a
     compressed file, or a text file that is not split by lines, belongs to the shard in which it begins. All shards,
     one after the other, are the corpus. Raises ValueError for a shard of standard input.
     """
     if count > 1 and any(source.path == STANDARD_INPUT for source in sources):
-        raise ValueError("--shard cuts files; standard input has no parts. Write it to a file first.")
+        raise ValueError("--shard divides files, and standard input cannot be divided. Write it to a file first.")
     if count == 1:
         return [Segment(source) for source in sources]
     total = sum(source.size for source in sources)
@@ -52,7 +52,7 @@ def shard(sources: list[Source], index: int, count: int, text_split: str = "file
 
 
 def _line_at(source: Source, offset: int) -> int:
-    """The first start of a line at or behind ``offset``."""
+    """The first start of a line at or after ``offset``."""
     if offset <= 0:
         return 0
     if offset >= source.size:
@@ -67,7 +67,7 @@ def _line_at(source: Source, offset: int) -> int:
 
 
 class Unreadable(Exception):
-    """The rest of a file cannot be read: a damaged or truncated compressed file."""
+    """The rest of a file cannot be read: a corrupt or truncated compressed file."""
 
 
 def read_batches(
@@ -75,7 +75,7 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yield the corpus from ``at`` on in batches of about a megabyte, in order.
 
-    keys: the columns to read of Parquet files. Raises ValueError if a file changed its size meanwhile, or is no
+    keys: the columns to read of Parquet files. Raises ValueError if a file changed its size meanwhile, or is not a
     Parquet file; OSError if it cannot be read.
     """
     for number, segment in enumerate(segments[at.segment :], at.segment):
@@ -113,7 +113,7 @@ class _Raw:
         wanted = (source.size if end is None else end) - start
         if source.path != STANDARD_INPUT and (changed or self.count != wanted):
             raise ValueError(
-                f"{source.path} changed while it was read ({self.count:,} bytes of {wanted:,}); begin anew with "
+                f"{source.path} changed while it was read ({self.count:,} bytes of {wanted:,}); start over with "
                 "--overwrite when nobody writes to it."
             )
 
@@ -144,7 +144,7 @@ def _records(block: bytes, split: str) -> int:
 
 
 def _decompressed(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """Yield all that can be decompressed, then raise Unreadable if the file is damaged or ends too early."""
+    """Yield all that can be decompressed, then raise Unreadable if the file is corrupt or ends too early."""
     if not compression:
         yield from raw
         return
@@ -161,7 +161,7 @@ def _decompressed(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
                     yield content
                 piece = state.unused_data if state.eof else b""
     except _errors(compression) as error:
-        raise Unreadable(f"damaged {compression} data ({error})") from None
+        raise Unreadable(f"corrupt {compression} data ({error})") from None
     if state is None or not state.eof:
         raise Unreadable(f"truncated {compression} file: it ends {'in the middle' if state else 'before it begins'}")
 
@@ -198,7 +198,7 @@ def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
 
 
 def _blocks(pieces: Iterator[bytes], split: str) -> Iterator[bytes]:
-    """Yield blocks of whole lines, or the whole file; at a fault, all whole lines before it and no more."""
+    """Yield blocks of complete lines, or the whole file; at a fault, only the complete lines before it."""
     if split == "file":
         yield b"".join(pieces)
         return
@@ -222,7 +222,7 @@ def _blocks(pieces: Iterator[bytes], split: str) -> Iterator[bytes]:
 
 
 def _divided(content: bytes) -> Iterator[bytes]:
-    """Yield whole lines in parts of about a batch: one piece of a compressed file can be many."""
+    """Yield complete lines in parts of about a batch: one piece of a compressed file can be many."""
     if len(content) < 2 * BATCH_BYTES:
         yield content
         return

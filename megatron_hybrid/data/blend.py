@@ -1,6 +1,6 @@
-"""Blends: how much of the training data comes from which data set, and how often that passes over each.
+"""Blends: how much of the training data comes from which data set, and for how many epochs.
 
-A YAML file names the sources, with a share of the tokens or a number of passes each; Megatron reads the result as
+A YAML file names the sources, with a share of the tokens or a number of epochs each; Megatron reads the result as
 ``--data-path WEIGHT PREFIX WEIGHT PREFIX ...``. docs/data.md shows a file.
 """
 
@@ -27,9 +27,9 @@ class Source:
     path: str
     """Prefix of its .bin and .idx."""
     weight: float | None = None
-    """Share of the training tokens, as given; None if the shares follow from the passes."""
+    """Share of the training tokens, as given; None if the shares follow from the epochs."""
     epochs: float | None = None
-    """Most passes over it, or with no weights how many there are to be; None for no limit."""
+    """Maximum epochs, or without weights the number of epochs; None for no limit."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class Draw(NamedTuple):
     drawn: float | None
     """Tokens that the run takes, some of them several times; None where its length is not known."""
     allowed: float | None
-    """Most passes; None for no limit."""
+    """Maximum epochs; None for no limit."""
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the source."""
+        """Epochs of the source."""
         return None if self.drawn is None else self.drawn / self.available
 
 
 def read_blend(file: Path) -> list[Source]:
-    """Read a blend file; paths in it start from its folder.
+    """Read a blend file; paths in it are relative to its folder.
 
     Raises ValueError, with the source's name, if it is not a blend, or a source's files are not there.
     """
@@ -88,7 +88,7 @@ def read_blend(file: Path) -> list[Source]:
         )
     unknown = [str(key) for key in found if key != "sources"]
     if unknown:
-        raise ValueError(f"--data-blend {file}: unknown key {', '.join(unknown)} beside `sources`; drop it.")
+        raise ValueError(f"--data-blend {file}: unknown key {', '.join(unknown)} next to `sources`; drop it.")
     sources = [_source(file, number, entry) for number, entry in enumerate(entries, 1)]
     _check_together(file, sources)
     for source in sources:
@@ -96,14 +96,14 @@ def read_blend(file: Path) -> list[Source]:
         if missing:
             raise ValueError(
                 f"--data-blend {file}, source {source.name}: there is no {missing[0]}. path is the prefix of a "
-                ".bin/.idx pair, without the ending, from the folder of the blend file."
+                ".bin/.idx pair, without the extension, relative to the folder of the blend file."
             )
     names = {source.path: source.name for source in sources}
     twins = first_twins(names)
     if twins:
         raise ValueError(
             f"--data-blend {file}: the sources {names[twins[0]]} ({twins[0]}) and {names[twins[1]]} ({twins[1]}) are "
-            "the same data, so that a limit of epochs on one would say nothing; make them one."
+            "the same data, so that a limit of epochs on one has no effect; make them one."
         )
     return sources
 
@@ -111,7 +111,7 @@ def read_blend(file: Path) -> list[Source]:
 def _source(file: Path, number: int, entry: Any) -> Source:
     """One entry of the list, checked by itself."""
     if not isinstance(entry, dict):
-        raise ValueError(f"--data-blend {file}: source {number} is {entry!r}; it has to have keys: {', '.join(KEYS)}.")
+        raise ValueError(f"--data-blend {file}: source {number} is {entry!r}; it needs the keys: {', '.join(KEYS)}.")
     where = f"--data-blend {file}, source {entry.get('name', number)}"
     unknown = [str(key) for key in entry if key not in KEYS]
     if unknown:
@@ -125,7 +125,7 @@ def _source(file: Path, number: int, entry: Any) -> Source:
         entry["name"],
         str(file.parent / entry["path"]),
         _positive(where, "weight", entry.get("weight"), "the share of the training tokens"),
-        _positive(where, "epochs", entry.get("epochs"), "how often the source may be passed over"),
+        _positive(where, "epochs", entry.get("epochs"), "the maximum number of epochs"),
     )
 
 
@@ -178,7 +178,7 @@ def split_fractions(split: str, trains: bool = True) -> list[float]:
 
 
 def check_parts(path: str, split: str, trains: bool = True) -> None:
-    """Refuse a data set that is too small for its validation or test part, where upstream would count epochs for ever.
+    """Refuse a data set that is too small for its validation or test part, where upstream would loop forever.
 
     Raises:
         ValueError: With the number of sequences, or an index that cannot be read.
@@ -226,7 +226,7 @@ def weights(sources: Sequence[Source], available: Sequence[int]) -> list[float]:
 
 
 def data_path(file: Path, split: str) -> list[str]:
-    """Return the words behind --data-path that a blend file stands for."""
+    """Return the values of --data-path that a blend file stands for."""
     sources = read_blend(file)
     if len(sources) == 1:
         return [sources[0].path]
@@ -245,7 +245,7 @@ def draws(sources: Sequence[Source], split: str, length: Length | None) -> list[
 
 
 def check_epochs(file: str, drawn: Sequence[Draw], length: Length | None) -> None:
-    """Refuse a run that passes over a source more often than its blend file allows.
+    """Refuse a run with more epochs of a source than its blend file allows.
 
     Raises:
         ValueError: With the sources and their numbers, and the longest run that there may be.
@@ -254,7 +254,7 @@ def check_epochs(file: str, drawn: Sequence[Draw], length: Length | None) -> Non
     if limited and length is None:
         raise ValueError(
             f"--data-blend {file} limits the epochs of {limited[0].name}, but the flags do not say how many tokens the "
-            "run has: give --train-samples in place of --train-iters."
+            "run has: give --train-samples instead of --train-iters."
         )
     over = {d.name: d.epochs / d.allowed for d in limited if d.epochs and d.allowed}
     if length is None or max(over.values(), default=0.0) <= 1 + 1e-9:  # a factor of 1, but for rounding

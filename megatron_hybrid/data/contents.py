@@ -1,4 +1,4 @@
-"""What a run has to know of a data set before it draws from it: that it is whole, its content, its largest id."""
+"""What a run has to know of a data set before it reads it: that it is complete, its content, its largest id."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +22,22 @@ class Contents(NamedTuple):
     known: Range | None
     """Its ids, by the manifest; None where that does not say, or is older than the ids."""
     limit: int | None
-    """A bound that the ids are below, where they are known to have one."""
+    """An exclusive upper bound of the ids, if one is known."""
 
 
 def examine(prefix: str) -> Contents:
     """Look at a data set's index and manifest and at the size of its ids' file; the ids are not read.
 
     Raises:
-        ValueError: Files are missing, damaged, of different data sets, or hold no token.
+        ValueError: Files are missing, corrupt, of different data sets, or without tokens.
     """
     path = Path(prefix)
     files = (idx_path(path), bin_path(path))
     missing = next((file for file in files if not file.is_file()), None)
     if missing:
         raise ValueError(
-            f"there is no {missing}: give the prefix of a .bin/.idx pair, without the ending; tools/preprocess_data.py "
-            "makes one from text."
+            f"there is no {missing}: give the prefix of a .bin/.idx pair, without the extension; "
+            "tools/preprocess_data.py makes one from text."
         )
     index = read_index(path)
     _check_index(path, index)
@@ -52,14 +52,14 @@ def examine(prefix: str) -> Contents:
 
 
 def _check_index(path: Path, index: Index) -> None:
-    remedy = f"Make it again (tools/inspect_dataset.py {path} --verify lists all that is wrong)."
+    remedy = f"Rebuild it (tools/inspect_dataset.py {path} --verify lists all that is wrong)."
     if fault := index_fault(index):
-        raise ValueError(f"{idx_path(path)} is damaged: {fault}. {remedy}")
+        raise ValueError(f"{idx_path(path)} is corrupt: {fault}. {remedy}")
     size, needed = bin_path(path).stat().st_size, index.tokens * index.dtype.itemsize
     if size != needed:
         raise ValueError(
             f"{bin_path(path)} has {size:,} bytes, but by its index {index.tokens:,} tokens of {index.dtype} take "
-            f"{needed:,}: it is cut, or the two files are of different data sets. {remedy}"
+            f"{needed:,}: it is truncated, or the two files are of different data sets. {remedy}"
         )
     if not index.tokens:
         raise ValueError(
@@ -69,12 +69,12 @@ def _check_index(path: Path, index: Index) -> None:
 
 
 def _check_manifest(path: Path, said: dict[str, Any], index_checksum: str) -> None:
-    """A manifest that was left beside other files would speak for them."""
+    """A manifest that was left next to other files would describe the wrong data."""
     size, (noted_size, noted_index) = bin_path(path).stat().st_size, manifest.noted_files(said)
     if noted_size == size and noted_index == index_checksum:
         return
     raise ValueError(
-        f"{manifest.manifest_path(path)} is not the manifest of the files beside it: it says {noted_size} bytes for "
-        f".bin, which has {size}, and {noted_index} for .idx, which has {index_checksum}. Make the data set again, or "
+        f"{manifest.manifest_path(path)} is not the manifest of the files next to it: it says {noted_size} bytes for "
+        f".bin, which has {size}, and {noted_index} for .idx, which has {index_checksum}. Rebuild the data set, or "
         "delete the .json to go without a manifest."
     )

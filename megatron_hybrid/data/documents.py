@@ -14,7 +14,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Fault(NamedTuple):
-    """A record that is no document, or a file that cannot be read any further."""
+    """A record that is not a document, or a file that cannot be read further."""
 
     path: str
     record: int
@@ -32,15 +32,15 @@ class Fault(NamedTuple):
 
 
 class BadRecord(ValueError):
-    """Why one record is no document."""
+    """Why one record is not a document."""
 
 
 def parse(
     batch: Batch, keys: list[str], text_split: str = "file", stop: bool = False
 ) -> tuple[list[list[str]], list[Fault]]:
-    """Return the texts of a batch, a list for each key, and its faults; with ``stop`` up to the first fault alone.
+    """Return the texts of a batch, a list for each key, and its faults; with ``stop`` only up to the first fault.
 
-    A record with a fault is left out under every key; blank lines are passed over. Line numbers are
+    A record with a fault is dropped under every key; blank lines are skipped. Line numbers are
     those of the file.
     """
     source = batch.segment.source
@@ -152,14 +152,14 @@ def _names(value: object, most: int = 10) -> str:
 
 
 def check_text(text: str) -> str:
-    """Return ``text``; raises BadRecord if it holds a null character or half a surrogate pair."""
+    """Return ``text``; raises BadRecord if it contains a null character or half a surrogate pair."""
     if "\0" in text:
-        raise BadRecord("the text holds a null character (U+0000).")
+        raise BadRecord("the text contains a null character (U+0000).")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise BadRecord("the text holds half a surrogate pair, which is no Unicode character.") from None
+            raise BadRecord("the text contains half a surrogate pair, which is not a Unicode character.") from None
     return text
 
 
@@ -167,7 +167,7 @@ def _load_leniently(line: bytes, error: ValueError) -> Any:
     """What Python's own json makes of a line that orjson refused; raises BadRecord with the reason if nothing."""
     reason = str(error).partition(": line 1")[0]
     if b"\0" in line:
-        raise BadRecord(f"null byte at byte {line.index(0) + 1} of the line; a damaged file?")
+        raise BadRecord(f"null byte at byte {line.index(0) + 1} of the line; a corrupt file?")
     try:
         return json.loads(line.decode())  # Python's json writes NaN and Infinity, and reads them
     except UnicodeDecodeError as fault:
@@ -195,9 +195,9 @@ def _parse_text(content: bytes, texts: list[list[str]], faults: list[tuple[int, 
 
 
 def decode(content: bytes) -> str:
-    """Return UTF-8 bytes as a text; raises BadRecord if they are none, or hold a null byte."""
+    """Return UTF-8 bytes as a text; raises BadRecord if they are not, or contain a null byte."""
     if b"\0" in content:
-        raise BadRecord("null byte; a damaged or binary file?")
+        raise BadRecord("null byte; a corrupt or binary file?")
     try:
         return content.decode()
     except UnicodeDecodeError:

@@ -33,7 +33,7 @@ class Encoding:
     append_eod: bool = False
     filters: Filters = Filters()
     skip_faults: bool = False
-    """Leave bad records out and list them in a report, rather than stop at the first."""
+    """Skip bad records and list them in a report, rather than stop at the first."""
     digests: bool = False
     """Whether each document's digest is wanted, for de-duplication."""
     engine: str = "auto"
@@ -54,14 +54,14 @@ class Documents:
     text_bytes: int = 0
     """UTF-8 bytes of the documents' texts."""
     empty: int = 0
-    """Documents without a text, or whose text has no tokens; they are left out."""
+    """Documents without text or tokens; they are dropped."""
     filtered: dict[str, int] = field(default_factory=dict)
-    """Documents that a filter left out, by its name."""
+    """Documents that a filter dropped, by its name."""
 
 
 @dataclass
 class Encoded:
-    """What became of one batch."""
+    """The result of one batch."""
 
     batch: Batch
     documents: list[Documents]
@@ -108,7 +108,7 @@ class Encoder:
         ids, lengths = self._ids(filled, encoded)
         found = range_of(ids)
         if found and (fault := found.fault(self.tokenizer.vocab_size)):
-            raise ValueError(f"the tokenizer gave {fault}; nothing is written for them. Is its file damaged?")
+            raise ValueError(f"the tokenizer gave {fault}; nothing is written for them. Is its file corrupt?")
         texts_without = int((lengths == 0).sum())
         ids, lengths = mark(ids, lengths[lengths > 0], self.head, self.tail, self.dtype)
         documents = Documents(ids, lengths, filtered=filtered)
@@ -136,13 +136,13 @@ def special(token: int | None, name: str, flag: str, by_name: str, wanted: bool)
         return []
     if token is None:
         raise ValueError(
-            f"{flag}: the tokenizer names no {name} token; leave the flag out, or (Hugging Face) give {by_name}."
+            f"{flag}: the tokenizer defines no {name} token; leave the flag out, or (Hugging Face) give {by_name}."
         )
     return [token]
 
 
 def mark(ids: np.ndarray, lengths: np.ndarray, head: list[int], tail: list[int], dtype: np.dtype) -> Ids:
-    """Put ``head`` before each document and ``tail`` behind it; ids ``[tokens]``, lengths ``[documents]`` above 0."""
+    """Put ``head`` before each document and ``tail`` after it; ids ``[tokens]``, lengths ``[documents]`` above 0."""
     if not head and not tail:
         return Ids(ids.astype(dtype), lengths)
     marked = lengths + len(head) + len(tail)
@@ -185,12 +185,12 @@ def make_encoders(encoding: Encoding, workers: int, sample: list[str]) -> tuple[
 
 
 def _builder_note(tokenizer: HuggingFaceTokenizer) -> str:
-    """What a user should know of a tokenizer whose class transformers may build anew; empty for others."""
+    """What a user should know of a tokenizer whose class transformers may rebuild; empty for others."""
     if not tokenizer.builder:
         return ""
     return (
         f"\nthe ids are those of tokenizer.json; transformers may build the class that its folder names, "
-        f"{tokenizer.builder}, with others: training compares both and refuses what differs"
+        f"{tokenizer.builder}, with other ids: training compares both and refuses differences"
     )
 
 
@@ -221,7 +221,7 @@ def _gigatoken(
 
 
 def in_order(batches: Iterator[Batch], encoders: list[Encoder]) -> Iterator[Encoded]:
-    """Yield what became of the batches, in their order, worked on by as many threads as there are encoders.
+    """Yield the results of the batches, in their order, worked on by as many threads as there are encoders.
 
     A batch that takes long holds up the order but not the other threads, until IN_FLIGHT_BYTES for each of them wait.
     """

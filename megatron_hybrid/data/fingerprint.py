@@ -1,4 +1,4 @@
-"""What a data set is by its content, wherever its files lie and whatever they are called."""
+"""The identity of a data set's content, independent of the location and name of its files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +35,7 @@ def fingerprint(prefix: Path) -> Fingerprint:
 
 
 def first_twins(prefixes: Iterable[str]) -> tuple[str, str] | None:
-    """Return the first two prefixes that name one data set, or copies of one; None if there are none.
+    """Return the first two prefixes that name one data set, or copies of one; None if all differ.
 
     Only data sets whose files have the same sizes are read.
     """

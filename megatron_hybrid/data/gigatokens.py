@@ -1,7 +1,7 @@
 """Hugging Face byte-level BPE by gigatoken: the same ids as the tokenizers library, many times faster.
 
 Equality is checked, not assumed: before a run on a sample of its own text and on the texts of :func:`hard_texts`, and
-under --verify-tokens on everything. gigatoken's file readers are not used: they lose the rest of a file behind a
+under --verify-tokens on everything. gigatoken's file readers are not used: they lose the rest of a file after a
 malformed line. Nor are its SentencePiece models, whose ids differ in some documents.
 """
 
@@ -18,9 +18,9 @@ UNLIKE = (
     "16FF2-16FF6 187F8-187FF 18D09-18D1E 18D80-18DF2 1E6C0-1E6DE 1E6E0-1E6E2 1E6E4-1E6E5 1E6E7-1E6ED 1E6F0-1E6F4 "
     "1E6FE-1E6FF 2B73A-2B73F 2CEA2-2CEAD 323B0-33479"
 )
-"""Characters that gigatoken 0.10.0 takes for letters or digits and tokenizers 0.23.3 does not: new ones of Unicode 17.
+"""Characters that gigatoken 0.10.0 classifies as letters or digits, and tokenizers 0.23.3 does not: new in Unicode 17.
 
-Found by comparing every code point; texts that hold one are left to the slower library. A test compares them again.
+Found by comparing every code point; texts with one of them go to the slower library. A test compares them again.
 """
 _CHECK_BYTES = 8_000_000
 """Text that is encoded between two looks at the memory."""
@@ -30,11 +30,11 @@ class GigatokenTokenizer:
     """The ids of a HuggingFaceTokenizer.
 
     gigatoken keeps every word that it has seen: up to 8 bytes for each byte of text when words do not repeat. The
-    tokenizer is made anew (about 0.1 s) when the process has grown by ``memory_limit`` bytes.
+    tokenizer is rebuilt (about 0.1 s) when the process has grown by ``memory_limit`` bytes.
     """
 
     def __init__(self, reference: HuggingFaceTokenizer, memory_limit: int = 1 << 30) -> None:
-        """Load the reference's file; raises ValueError if gigatoken does not take it. See :func:`unsuitable` first."""
+        """Load the reference's file; raises ValueError if gigatoken refuses it. See :func:`unsuitable` first."""
         self.vocab_size, self.bos_id, self.eod_id = reference.vocab_size, reference.bos_id, reference.eod_id
         self.fingerprint, self._reference = reference.fingerprint, reference
         self.memory_limit = memory_limit
@@ -48,9 +48,9 @@ class GigatokenTokenizer:
             # From memory: a path of the form name/name would be looked up on a model hub.
             self._backend = load_hf_json(self._reference.content)
         except Exception as error:  # what a Rust extension raises is not said
-            raise ValueError(f"gigatoken does not take the tokenizer ({error})") from None
+            raise ValueError(f"gigatoken does not support the tokenizer ({error})") from None
         if not isinstance(self._backend, BPETokenizer):
-            raise ValueError("gigatoken does not take the tokenizer as byte-level BPE")
+            raise ValueError("gigatoken does not accept the tokenizer as byte-level BPE")
         self._encoded = 0
 
     def encode(self, texts: list[str]) -> Ids:
@@ -107,7 +107,7 @@ def _unlike() -> np.ndarray:
 
 
 def unsuitable(reference: HuggingFaceTokenizer) -> str:
-    """Return why gigatoken cannot stand in for a tokenizer; empty if it can be tried."""
+    """Return why gigatoken cannot replace a tokenizer; empty if it can be tried."""
     if not version():
         return "the package gigatoken is not installed"
     config = json.loads(reference.content)

@@ -1,7 +1,7 @@
 """Megatron's indexed data sets, byte for byte what upstream's builder writes.
 
-The format is that of megatron/core/datasets/indexed_dataset.py: PREFIX.bin holds the token ids of
-all documents, one after the other; PREFIX.idx holds, little-endian,
+The format is that of megatron/core/datasets/indexed_dataset.py: PREFIX.bin contains the token ids of
+all documents, one after the other; PREFIX.idx contains, little-endian,
 
     magic "MMIDIDX\\0\\0", uint64 version 1, uint8 code of the ids' dtype,
     uint64 number of sequences S, uint64 length of the document index D = documents + 1,
@@ -49,7 +49,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class Index(NamedTuple):
-    """What a PREFIX.idx holds; the arrays are maps of the file."""
+    """The content of a PREFIX.idx; the arrays are memory maps of the file."""
 
     dtype: np.dtype
     lengths: np.ndarray
@@ -66,15 +66,15 @@ class Index(NamedTuple):
 
 
 def read_index(prefix: Path) -> Index:
-    """Map PREFIX.idx; raises ValueError if it is missing, cut short or of another format."""
+    """Map PREFIX.idx; raises ValueError if it is missing, truncated or of another format."""
     path = idx_path(prefix)
     if not path.is_file():
-        raise ValueError(f"there is no {path}; give the prefix of a .bin/.idx pair, without the ending.")
+        raise ValueError(f"there is no {path}; give the prefix of a .bin/.idx pair, without the extension.")
     size = path.stat().st_size
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise ValueError(f"{path} is not an index of Megatron's data sets (it does not begin with their mark).")
+        raise ValueError(f"{path} is not an index of Megatron's data sets (its header is wrong).")
     _, version, code, sequences, documents = _HEADER.unpack(header)
     dtype = {known: dtype for dtype, known in DTYPE_CODES.items()}.get(code)
     if version != 1 or dtype is None:
@@ -84,7 +84,7 @@ def read_index(prefix: Path) -> Index:
         )
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if size < expected:
-        raise ValueError(f"{path} is cut short: {size:,} bytes, but {sequences:,} sequences need {expected:,}.")
+        raise ValueError(f"{path} is truncated: {size:,} bytes, but {sequences:,} sequences need {expected:,}.")
     if size > expected:
         raise ValueError(f"{path} has {size - expected:,} bytes too many; multimodal data sets are not supported.")
     content = np.memmap(path, mode="r")
@@ -128,7 +128,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 class Sizes(NamedTuple):
-    """How far the files of a writer have got."""
+    """Progress of a writer's files."""
 
     documents: int
     tokens: int
@@ -140,13 +140,13 @@ NOTHING = Sizes(0, 0)
 class IndexedWriter:
     """Appends documents to FOLDER/NAME.bin and makes NAME.idx of them at the end.
 
-    The files are meant for a folder that is not yet the data set's place. ``sync`` brings them to disk; a later
-    writer at the sizes that it returned goes on as if there had been no other. The length of each document waits in
+    The files are meant for a folder that is not yet the data set's place. ``sync`` flushes them to disk; a later
+    writer at the sizes that it returned continues as if there had been no other. The length of each document waits in
     NAME.lengths, so that memory does not grow with the corpus.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, at: Sizes = NOTHING) -> None:
-        """Open the files, cut to ``at``. Raises ValueError if they are shorter, or the dtype is not Megatron's."""
+        """Open the files, truncated to ``at``. Raises ValueError if they are shorter, or Megatron has no such dtype."""
         if dtype not in DTYPE_CODES:
             raise ValueError(f"dtype {dtype} of token ids: Megatron reads {', '.join(map(str, DTYPE_CODES))}.")
         self.prefix, self.dtype = folder / name, dtype
@@ -173,7 +173,7 @@ class IndexedWriter:
         self.tokens += ids.size
 
     def sync(self) -> Sizes:
-        """Bring all that was added to disk; returns the sizes to go on from."""
+        """Flush all that was added to disk; returns the sizes to resume from."""
         for stream in (self._bin, self._lengths):
             to_disk(stream)
         return Sizes(self.documents, self.tokens)

@@ -15,7 +15,7 @@ from megatron_hybrid.files import atomic_write
 
 
 def read_whole_index(prefix: Path) -> Index:
-    """Map PREFIX.idx; raises ValueError if it is damaged or PREFIX.bin has another size."""
+    """Map PREFIX.idx; raises ValueError if it is corrupt or PREFIX.bin has another size."""
     index = read_index(prefix)
     fault = index_fault(index)
     path = bin_path(prefix)
@@ -35,7 +35,7 @@ def statistics(prefix: Path) -> dict[str, Any]:
     """Return the figures of a data set; those of the manifest are None without one.
 
     Lengths are tokens of documents; the percentiles are exact (the length of the document of that rank). Raises
-    ValueError for a damaged index.
+    ValueError for a corrupt index.
     """
     index = read_whole_index(prefix)
     said = manifest.read_manifest(prefix) or {}
@@ -160,7 +160,7 @@ def table(figures: dict[str, Any]) -> str:
 def parse_numbers(texts: list[str], count: int) -> list[int]:
     """Return the documents that numbers and ranges name, as in Python: ``-1`` is the last, ``3:6`` is 3, 4 and 5.
 
-    Raises ValueError for what is no number, or names no document of ``count``.
+    Raises ValueError for what is not a number, or is outside of ``count`` documents.
     """
     found: list[int] = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""What a data set says of itself: PREFIX.json, beside PREFIX.bin and PREFIX.idx."""
+"""The manifest of a data set: PREFIX.json, next to PREFIX.bin and PREFIX.idx."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def manifest_path(prefix: Path) -> Path:
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """Return what PREFIX.json says; None without one. Raises ValueError if it is not one of ours."""
+    """Return the content of PREFIX.json; None without one. Raises ValueError if it is not a manifest."""
     path = manifest_path(prefix)
     if not path.is_file():
         return None
@@ -63,7 +63,7 @@ class Scanned(NamedTuple):
 def describe(prefix: Path, files: Path | None = None, scanned: Scanned | None = None, **fields: Any) -> dict[str, Any]:
     """Return a manifest: the figures that follow from the files, and ``fields``.
 
-    prefix: the name in the manifest; files: where the files lie now, if elsewhere; scanned: of the .bin, if it is known
+    prefix: the name in the manifest; files: where the files are now, if elsewhere; scanned: of the .bin, if it is known
     already.
     """
     files = files or prefix

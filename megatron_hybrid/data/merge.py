@@ -1,7 +1,7 @@
 """From several data sets to one, byte for byte what upstream's IndexedDatasetBuilder.add_index makes of them.
 
 Everything is read once, in blocks (twice to remove duplicates), so memory does not grow with the corpus. Shards of one
-run of preprocessing are put in their order and have to be there all, so that their merge is the single run.
+run of preprocessing are put in their order and have to be complete, so that their merge is the single run.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from megatron_hybrid.files import checksum_text, to_disk
 
 @dataclass(frozen=True)
 class MergeJob:
-    """All that a merge is told."""
+    """The settings of a merge."""
 
     inputs: tuple[str, ...]
     prefix: Path
@@ -58,7 +58,7 @@ class Merge:
                         "document can be de-duplicated."
                     )
         if not any(one.documents for one in self.inputs):
-            raise ValueError("the inputs hold no document; there is nothing to merge.")
+            raise ValueError("the inputs contain no documents; there is nothing to merge.")
         unknown = [one.prefix.name for one in self.inputs if one.manifest is None]
         if unknown:
             more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
@@ -73,14 +73,14 @@ class Merge:
         """Write the merged data set; returns its manifest.
 
         progress gets the bytes that were read since the last call. Raises ValueError if the output exists or an input
-        is not what its manifest says; OSError as it comes. Whatever ends the merge early, no output appears; a later
-        one begins anew.
+        is not what its manifest says; OSError as it comes. If the merge is interrupted, no output appears; the next
+        one starts over.
         """
         prefix = self.job.prefix
         prefix.parent.mkdir(parents=True, exist_ok=True)
         left_over = self.work.exists
         state = self.work.open()
-        # A merge that was killed while its files took their names: what stands there is its own, and not whole.
+        # A merge that was killed while its files were renamed: these files are its own, and incomplete.
         half_done = state is not None and state.get("phase") == "publish"
         finals = (bin_path(prefix), idx_path(prefix), manifest.manifest_path(prefix))
         half_done = half_done and not all(path.exists() for path in finals)
@@ -184,7 +184,7 @@ class Merge:
 
 
 def _append_documents(path: Path, one: Input, sequences: int, most: int = 1 << 20) -> None:
-    """Append an input's document index, without its first entry, behind ``sequences`` sequences."""
+    """Append an input's document index, without its first entry, after ``sequences`` sequences."""
     documents = read_index(one.prefix).documents
     with path.open("ab") as stream:
         for at in range(1, len(documents), most):

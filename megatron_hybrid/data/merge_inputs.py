@@ -1,4 +1,4 @@
-"""The inputs of a merge: which they are, whether they are whole, and whether they go together."""
+"""The inputs of a merge: which they are, whether they are complete, and whether they are compatible."""
 
 import glob
 import re
@@ -77,24 +77,24 @@ def find_prefixes(names: tuple[str, ...] | list[str]) -> list[Path]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A name without the ending of a data set's file, and the ending."""
+    """A name without the extension of a data set's file, and the ending."""
     match = re.fullmatch(r"(.+)(\.bin|\.idx|\.json|\.skipped\.jsonl)", name)
     return (match[1], match[2]) if match and not idx_path(Path(name)).exists() else (name, "")
 
 
 def open_input(prefix: Path) -> Input:
-    """Check a data set against its index and manifest, but for the ids; raises ValueError if it is damaged."""
+    """Check a data set against its index and manifest, except for the ids; raises ValueError if it is corrupt."""
     index = read_index(prefix)
     path = bin_path(prefix)
     if not path.is_file():
-        raise ValueError(f"there is no {path}; {idx_path(prefix).name} alone holds no tokens.")
+        raise ValueError(f"there is no {path}; {idx_path(prefix).name} alone contains no tokens.")
     if fault := index_fault(index):
-        raise ValueError(f"{idx_path(prefix)} is damaged: {fault}.")
+        raise ValueError(f"{idx_path(prefix)} is corrupt: {fault}.")
     count, tokens = len(index.documents) - 1, index.tokens
     size = tokens * index.dtype.itemsize
     if path.stat().st_size != size:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, but its index says {size:,}; it is cut or replaced."
+            f"{path} has {path.stat().st_size:,} bytes, but its index says {size:,}; it is truncated or replaced."
         )
     found = manifest.read_manifest(prefix)
     if found is not None:
@@ -116,7 +116,7 @@ def _is_range(values: np.ndarray, most: int = 1 << 20) -> bool:
 
 
 def shard_of(prefix: Path, found: dict[str, Any] | None) -> Shard | None:
-    """Return which shard a data set is by its manifest, or by its name without one; None if it is whole."""
+    """Return which shard a data set is by its manifest, or by its name without one; None if it is not a shard."""
     match = _SHARD.fullmatch(str(found.get("name")) if found else prefix.name)
     if found is None:
         return Shard(match[1], int(match[2]), int(match[3])) if match else None
@@ -144,12 +144,12 @@ def read_blocks(one: Input) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     wanted, found = (one.manifest or {}).get("bin", {}).get("checksum"), checksum_text(state)
     if wanted and wanted != found:
         raise ValueError(
-            f"{path} is not what its manifest says (checksum {found}, not {wanted}): damaged, or "
-            "replaced. Make it again, or delete the .json to merge it as it is."
+            f"{path} is not what its manifest says (checksum {found}, not {wanted}): corrupt, or "
+            "replaced. Rebuild it, or delete the .json to merge it as it is."
         )
 
 
-# --- what does not go together ---------------------------------------------------------------------
+# --- what is incompatible ---------------------------------------------------------------------
 
 
 def check_output(prefix: Path, inputs: list[Path]) -> None:
@@ -170,7 +170,7 @@ def check_alike(inputs: list[Input]) -> None:
         if one.dtype != first.dtype:
             raise ValueError(
                 f"{first.prefix} has ids of {first.dtype}, {one.prefix} of {one.dtype}: vocabularies of different "
-                "sizes do not go together. Tokenize both with one tokenizer."
+                "sizes are incompatible. Tokenize both with one tokenizer."
             )
     known = [(one, _marking(one)) for one in inputs if one.manifest and one.manifest.get("tokenizer")]
     for one, marking in known:
@@ -178,7 +178,7 @@ def check_alike(inputs: list[Input]) -> None:
             if known[0][1][what] != value:
                 raise ValueError(
                     f"{known[0][0].prefix} and {one.prefix} differ in {what}: {known[0][1][what]} and {value}. "
-                    "Data sets that go together have the same tokenizer and marks; preprocess one of them again."
+                    "Data sets of one merge need the same tokenizer, BOS and EOD; preprocess one of them again."
                 )
 
 
@@ -247,14 +247,14 @@ def _check_complete(members: list[Input]) -> None:
 
 
 def _check_pieces(members: list[Input]) -> None:
-    """Each file that the shards have in common is cut where the next one begins, and has not changed in between."""
+    """Each file that the shards have in common is divided where the next one begins, and has not changed in between."""
     seen: dict[str, tuple[Input, dict[str, Any]]] = {}
     for one in members:
         for entry in (one.manifest or {}).get("inputs") or []:
             before, last = seen.get(entry["path"], (one, {"size": entry["size"], "end": 0}))
             if entry["size"] != last["size"] or entry.get("start", 0) != last.get("end"):
                 raise ValueError(
-                    f"{before.prefix.name} and {one.prefix.name} do not fit together at {entry['path']}: the file "
-                    "changed, or was not at the same place of --input. Preprocess all shards with the same inputs."
+                    f"{before.prefix.name} and {one.prefix.name} do not continue each other at {entry['path']}: the "
+                    "file changed, or was not at the same place of --input. Preprocess all shards with the same inputs."
                 )
             seen[entry["path"]] = one, entry

@@ -1,4 +1,4 @@
-"""The unfinished files of a run of preprocessing, and the one record that says how far they are."""
+"""The unfinished files of a run of preprocessing, and the record of their progress."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from megatron_hybrid.files import open_at, to_disk
 
 @dataclass(frozen=True)
 class Totals:
-    """What a key of the corpus came to, so far."""
+    """Totals of a key of the corpus, so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -42,9 +42,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Done:
-    """What of the input is in the files. It is replaced as a whole, after a batch is in all of them.
+    """Which part of the input is in the files. It is replaced atomically, after a batch is in all of them.
 
-    What lies behind these sizes in the files, after an interruption, belongs to no batch and is cut off.
+    What the files have beyond these sizes, after an interruption, belongs to no batch and is truncated.
     """
 
     totals: tuple[Totals, ...]
@@ -70,7 +70,7 @@ class Output:
     """The files: ids and lengths for each key, their digests if wanted, the report of faults, the inputs' checksums."""
 
     def __init__(self, folder: Path, dtype: np.dtype, digests: bool, done: Done) -> None:
-        """Open the files, cut to what is done."""
+        """Open the files, truncated to what is done."""
         self.done = done
         with ExitStack() as opened:
             self.writers = [
@@ -87,7 +87,7 @@ class Output:
             self._opened = opened.pop_all()
 
     def add(self, encoded: Encoded) -> None:
-        """Append what became of one batch."""
+        """Append the result of one batch."""
         done = self.done
         for key, documents in enumerate(encoded.documents):
             self.writers[key].add(documents.ids, documents.lengths)
@@ -108,7 +108,7 @@ class Output:
         )
 
     def sync(self) -> dict[str, Any]:
-        """Bring everything to disk; returns what is done, for the state."""
+        """Flush everything to disk; returns what is done, for the state."""
         done = self.done
         for writer in self.writers:
             writer.sync()
@@ -121,7 +121,7 @@ class Output:
         self._opened.close()
 
     def checksums(self) -> Sequence[str]:
-        """Of each segment that is done; empty where a damaged file was given up."""
+        """Of each segment that is done; empty if a corrupt file was abandoned."""
         path = Path(self._checksums.name)
         return path.read_text().splitlines()
 

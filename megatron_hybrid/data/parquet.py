@@ -1,4 +1,4 @@
-"""Rows of Parquet files, and where such files can be cut."""
+"""Rows of Parquet files, and where such files can be divided."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ _ROWS = 64
 
 
 def open_parquet(source: Source) -> Any:
-    """Return the pyarrow.parquet.ParquetFile of a source; raises ValueError if it is none."""
+    """Return the pyarrow.parquet.ParquetFile of a source; raises ValueError if it is not one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -25,7 +25,7 @@ def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch
     """Yield the rows of a segment from ``at`` on, a list of values for each key.
 
     The last batch is empty and has the checksum of the file, or the fault that ends it. Raises ValueError if the file
-    lacks a column, or one is no text.
+    lacks a column, or one is not text.
     """
     import pyarrow
 
@@ -46,7 +46,7 @@ def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch
             read = segment.source.size * (row - first) // total
             yield Batch(segment, first, columns, Position(at.segment, row, row), read, size)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Batch(segment, row, None, end, 0, error=f"damaged Parquet file ({_sentence(error)})")
+        yield Batch(segment, row, None, end, 0, error=f"corrupt Parquet file ({_sentence(error)})")
         return
     yield Batch(segment, row, None, end, 0, checksum=checksum(Path(segment.source.path)))
 
@@ -54,7 +54,7 @@ def read_rows(segment: Segment, at: Position, keys: list[str]) -> Iterator[Batch
 def _columns(
     file: Any, groups: range, keys: list[str], skip: int
 ) -> Iterator[tuple[list[list[str | bytes | None]], int]]:
-    """The values of the rows behind the first ``skip``, in parts of about a batch, and their bytes."""
+    """The values of the rows after the first ``skip``, in parts of about a batch, and their bytes."""
     held: list[list[str | bytes | None]] = [[] for _ in keys]
     size = 0
     for group in groups:
@@ -100,7 +100,7 @@ def _check_column(file: Any, key: str, path: str) -> None:
                 )
                 if any(is_text(type_) for is_text in texts):
                     return
-                raise ValueError(f'{path}: the column "{key}" holds {type_}, but a document is a string.')
+                raise ValueError(f'{path}: the column "{key}" has the type {type_}, but a document is a string.')
     raise ValueError(
         f'{path}: no column "{key}" (the file has: {", ".join(schema.names)}). Name the one with the text with '
         "--text-key."
@@ -129,7 +129,7 @@ def _sentence(error: Exception) -> str:
 
 
 def row_group_at(source: Source, offset: int) -> int:
-    """Return the first row group that begins at or behind ``offset``, counting compressed bytes."""
+    """Return the first row group that begins at or after ``offset``, counting compressed bytes."""
     metadata = open_parquet(source).metadata
     begin = 0
     for group in range(metadata.num_row_groups):

@@ -29,7 +29,7 @@ SAMPLE_BYTES = 250_000
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run of preprocessing is told."""
+    """The settings of a run of preprocessing."""
 
     inputs: tuple[str, ...]
     prefix: Path
@@ -69,7 +69,7 @@ class Preprocessing:
     # --- before the work -------------------------------------------------------------------------------
 
     def start(self) -> str:
-        """Take up an earlier run or begin a new one; returns a line that says which.
+        """Resume an earlier run or start a new one; returns a line that says which.
 
         Raises ValueError if outputs exist, an earlier run was different, or the tokenizer cannot do what is asked.
         """
@@ -94,10 +94,10 @@ class Preprocessing:
         except BaseException:
             self.work.close() if state is not None else self.work.delete()
             raise
-        return "nothing to resume, so from the start" if self.job.resume else ""
+        return "nothing to resume: starting from the beginning" if self.job.resume else ""
 
     def _require_permission(self) -> None:
-        """Refuses to touch what is there, unless a flag says what to do with it."""
+        """Refuses to overwrite existing files, unless a flag permits it."""
         paths = [path for prefix in self.prefixes for path in _files_of(prefix)]
         folders = [path for path in paths if path.is_dir()]
         if folders:
@@ -109,7 +109,7 @@ class Preprocessing:
             raise ValueError(f"{existing[0]} exists; give --overwrite to replace it, or another --output-prefix.")
         if self.work.exists:
             raise ValueError(
-                f"an unfinished run left {self.work.path}; give --resume to continue, --overwrite to begin anew, or "
+                f"an unfinished run left {self.work.path}; give --resume to continue, --overwrite to start over, or "
                 "another --output-prefix."
             )
 
@@ -160,7 +160,7 @@ class Preprocessing:
             changed = ", ".join(name for name, value in self.config.items() if earlier.get(name) != value)
             raise ValueError(
                 f"--resume: the unfinished run in {self.work.path} was another one (changed: {changed}). Give the same "
-                "inputs and flags, or --overwrite to begin anew."
+                "inputs and flags, or --overwrite to start over."
             )
         raise ValueError(
             f"--resume: {self.prefixes[0]}.bin is complete, but of other inputs or flags. Give --overwrite to replace "
@@ -198,7 +198,7 @@ class Preprocessing:
         """Write the data sets; returns their manifests.
 
         progress is called after each batch. Raises ValueError at a bad record unless they are skipped; OSError as it
-        comes, such as for a full disk. Whatever ends the run early, its work can be resumed from the last state.
+        comes, such as for a full disk. An interrupted run can be resumed from the last state.
         """
         if not self.complete:
             if self.state.get("phase") != "publish":
@@ -225,7 +225,7 @@ class Preprocessing:
                 output.close()
             finally:
                 if not self.state or self._from_standard_input:
-                    self.work.delete()  # there is nothing in it that could be taken up again
+                    self.work.delete()  # it contains nothing that could be resumed
             raise
 
     def _require_documents(self, done: Done) -> None:
@@ -305,7 +305,7 @@ class Preprocessing:
 
 
 def remove_duplicates(prefix: Path, digests: Path) -> tuple[Path, int]:
-    """Write the documents of a data set that are the first of their kind as PREFIX.unique; returns it and their number.
+    """Write the first of equal documents of a data set as PREFIX.unique; returns it and their number.
 
     digests: a file of :func:`dedup.digests`, one for each document.
     """
@@ -360,7 +360,7 @@ def _check(job: Job) -> None:
     if job.resume and STANDARD_INPUT in job.inputs:
         raise ValueError("--resume: standard input cannot be read again from its beginning; write it to a file first.")
     if job.resume and job.overwrite:
-        raise ValueError("--resume continues an earlier run, and --overwrite throws it away: give one of them.")
+        raise ValueError("--resume continues an earlier run, and --overwrite discards it: give one of them.")
     if len(set(job.encoding.keys)) < len(job.encoding.keys):
         raise ValueError(f"--text-key {' '.join(job.encoding.keys)}: a key is named twice.")
 

@@ -1,4 +1,4 @@
-"""What preprocessing says of its work: counts, speeds, and the flags with which training reads the result."""
+"""Messages of preprocessing: counts, speeds, and the flags with which training reads the result."""
 
 import time
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def work(run: Preprocessing, threads: int) -> str:
-    """Say what is about to be done."""
+    """Print what will be done."""
     counts = ((len(run.segments), "file"), (threads, "thread"))
     return ", ".join([*(f"{n:,} {what}{'s' * (n != 1)}" for n, what in counts), run.engine])
 
 
 def lines(run: Preprocessing, manifests: list[dict], speed: "Speed") -> Iterator[str]:
-    """Say what was made, how fast, and how training reads it."""
+    """Print what was made, how fast, and how training reads it."""
     for prefix, manifest in zip(run.prefixes, manifests, strict=True):
         yield summary(prefix, manifest)
     if run.done.skipped:
@@ -35,7 +35,7 @@ def lines(run: Preprocessing, manifests: list[dict], speed: "Speed") -> Iterator
         yield speed.report()
     yield f"training reads it with {training_flags(run.prefixes[0], manifests[0]['tokenizer'])}"
     if not run.encoding.append_eod:
-        yield "documents have no end of their own: give --append-eod unless the model is to read on across them"
+        yield "documents have no end token: give --append-eod, unless the model is meant to read across them"
 
 
 def training_flags(prefix: Path, tokenizer: dict) -> str:
@@ -51,7 +51,7 @@ def training_flags(prefix: Path, tokenizer: dict) -> str:
 
 
 def summary(prefix: Path, manifest: dict) -> str:
-    """Say in one line what a data set holds and what was left out."""
+    """One line on what a data set contains and what was left out."""
     encoded = manifest["encoded"]
     left_out = {"empty": encoded["empty"], **encoded["filtered"], "duplicates": manifest["duplicates"]}
     notes = "".join(f", {count:,} {name} left out" for name, count in left_out.items() if count)

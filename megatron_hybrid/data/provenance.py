@@ -11,7 +11,7 @@ from megatron_hybrid.data.tokenizers import TOKENIZERS, Tokenizer, TokenizerSpec
 
 @dataclass(frozen=True)
 class RunTokenizer:
-    """What a run's flags say of its tokenizer, and what the run uses of it."""
+    """A run's flags for its tokenizer, and what the run uses of it."""
 
     spec: TokenizerSpec
     """As for preprocessing; of NullTokenizer too, with its --vocab-size."""
@@ -73,7 +73,7 @@ def unknown(spec: TokenizerSpec) -> str:
         if not model.exists():
             return f"{model} is a name on a hub; give --tokenizer-model a local folder to have it compared"
         if model.is_dir() and not (model / "tokenizer.json").is_file():
-            return f"{model} holds no tokenizer.json"
+            return f"{model} contains no tokenizer.json"
     return ""
 
 

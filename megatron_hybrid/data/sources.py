@@ -1,4 +1,4 @@
-"""What a corpus is on disk: a list of files in a fixed order, and the parts and places of it that others speak of."""
+"""What a corpus is on disk: a list of files in a fixed order, and parts and positions in it."""
 
 import glob
 import os
@@ -80,9 +80,9 @@ def find_sources(inputs: Iterable[str], format: str = "auto") -> tuple[list[Sour
     """List the files of a corpus: in the order of ``inputs``, folders and globs sorted by name.
 
     inputs: files, globs, folders (with everything below them) or ``-`` for standard input.
-    format: ``auto`` goes by the file's ending; ``jsonl``, ``parquet`` or ``text`` is taken as said.
+    format: ``auto`` infers it from the file's extension; else ``jsonl``, ``parquet`` or ``text``.
 
-    Returns the sources, and the files of folders that were passed over because their ending says nothing.
+    Returns the sources, and the files of folders that were skipped because their extension is unknown.
     Raises ValueError if an input names no file, or a file twice.
     """
     sources: list[Source] = []
@@ -95,15 +95,15 @@ def find_sources(inputs: Iterable[str], format: str = "auto") -> tuple[list[Sour
             found = _source(path, format)
             if found is None and chosen:
                 raise ValueError(
-                    f"input {path}: its ending does not say what it is; give --input-format jsonl, parquet or text. "
-                    f"Known endings: {', '.join(FORMATS)}, with {', '.join(COMPRESSIONS)} behind them."
+                    f"input {path}: unknown extension; give --input-format jsonl, parquet or text. "
+                    f"Known extensions: {', '.join(FORMATS)}, with {', '.join(COMPRESSIONS)} appended."
                 )
             if found is None:
                 passed_over.append(str(path))
             else:
                 sources.append(found)
     if not sources:
-        raise ValueError(f"no input file in {', '.join(inputs)}; known endings: {', '.join(FORMATS)}.")
+        raise ValueError(f"no input file in {', '.join(inputs)}; known extensions: {', '.join(FORMATS)}.")
     seen: set[tuple[int, int]] = set()
     for source in sources:
         identity = _identity(Path(source.path)) if source.path != STANDARD_INPUT else (-1, -1)
@@ -139,7 +139,7 @@ def _files(name: str) -> list[tuple[Path, bool]]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files below a folder, also behind links, by name; without hidden ones and what these tools write.
+    """All files below a folder, following links, by name; without hidden ones and what these tools write.
 
     Raises OSError for a folder that cannot be read, ValueError for a link to nothing or in a circle.
     """
@@ -171,6 +171,6 @@ def _source(path: Path, format: str) -> Source | None:
     if kind is None:
         return None
     if kind == "parquet" and compression:
-        raise ValueError(f"input {path}: Parquet files hold their own compression; decompress this one first.")
+        raise ValueError(f"input {path}: Parquet files have their own compression; decompress this one first.")
     status = path.stat()
     return Source(str(path), kind, compression, status.st_size, status.st_mtime_ns)

@@ -1,8 +1,8 @@
-"""What the files beside a tokenizer.json add to it: tokens that training's own tokenizer has, under the ids it gives.
+"""What the files next to a tokenizer.json add to it: the tokens of training's tokenizer, with the same ids.
 
 Megatron's HuggingFaceTokenizer loads a folder by transformers' AutoTokenizer. Tokens that tokenizer_config.json,
-special_tokens_map.json or added_tokens.json name and tokenizer.json lacks are put behind its vocabulary then, one after
-the other. The same calls are made here, in the same order, on the same Rust library, without an import of transformers.
+special_tokens_map.json or added_tokens.json name and tokenizer.json lacks are then appended to its vocabulary in
+order. The same calls are made here, in the same order, on the same Rust library, without an import of transformers.
 
 Source: transformers 5.23, tokenization_utils_base.py:1781 (_from_pretrained) and :995 (__init__),
 tokenization_utils_tokenizers.py:360 (TokenizersBackend.__init__); Megatron's
@@ -25,16 +25,16 @@ REMEDY = 'set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.j
 
 @dataclass(frozen=True)
 class Special:
-    """What a folder's files say of special tokens."""
+    """The special tokens that a folder's files name."""
 
     bos: str | None = None
     eos: str | None = None
     builder: str = ""
-    """The class that transformers may build anew from the vocabulary, rather than take tokenizer.json as it is."""
+    """The class that transformers may rebuild from the vocabulary, rather than take tokenizer.json as it is."""
 
 
 def add_special_tokens(tokenizer: Tokenizer, file: Path) -> Special:
-    """Add to a tokenizer what the files beside its ``tokenizer.json`` name and it lacks.
+    """Add to a tokenizer what the files next to its ``tokenizer.json`` name and it lacks.
 
     Returns the tokens that start and end documents for Megatron. Raises ValueError for files that transformers refuses,
     and for tokens whose ids only it knows.
@@ -49,8 +49,8 @@ def add_special_tokens(tokenizer: Tokenizer, file: Path) -> Special:
         _add(tokenizer, {name: token for name, token in named.items() if token}, extra, decoder)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{config_file} and the files beside it: their tokens cannot be read as transformers reads them ({error}). "
-            "Write each special token as a text, or as an object as in added_tokens_decoder."
+            f"{config_file} and the files next to it: their tokens cannot be read as transformers reads them "
+            f"({error}). Write each special token as a text, or as an object as in added_tokens_decoder."
         ) from None
     tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     after = tokenizer.get_vocab(with_added_tokens=True)
@@ -66,7 +66,7 @@ def add_special_tokens(tokenizer: Tokenizer, file: Path) -> Special:
     if added and builder:
         raise ValueError(
             f"{config_file.parent} names {len(added)} tokens that {file.name} lacks, and the class {builder}: their "
-            f"ids depend on how transformers builds that class. To have them behind the vocabulary, in their order, "
+            f"ids depend on how transformers builds that class. To append them to the vocabulary, in their order, "
             f"{REMEDY}."
         )
     text = {
@@ -90,7 +90,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _builder(settings: dict[str, Any], file: Path) -> str:
-    """The class that may be built anew; empty where tokenizer.json is taken as it is."""
+    """The class that may be rebuilt; empty where tokenizer.json is taken as it is."""
     name = settings.get("tokenizer_class") or _read(file.with_name("config.json")).get("tokenizer_class")
     kind = str(name or _read(file.with_name("config.json")).get("model_type") or "").removesuffix("Fast")
     return "" if kind in PLAIN_CLASSES else kind
@@ -180,7 +180,7 @@ def _add(tokenizer: Tokenizer, named: dict[str, Any], extra: list[Any], decoder:
         if token.content in names:
             token.special = True
     tokenizer.add_tokens(tokens)
-    # Megatron lets the separator stand for a missing end, the class token for a missing start, and the other way round
+    # Megatron uses the separator for a missing end, the class token for a missing start, and the other way round
     pairs = (("sep_token", "eos_token"), ("cls_token", "bos_token"))
     stand_ins = [named.get(a) or named.get(b) for a, b in pairs if bool(named.get(a)) != bool(named.get(b))]
     same = [AddedToken(_text(token), rstrip=False, lstrip=False, normalized=False, special=True) for token in stand_ins]

@@ -37,8 +37,7 @@ def documents(root: Path) -> list[str]:
                 found.setdefault(hashlib.sha256(text.encode()).hexdigest(), text)
     if not found:
         raise ValueError(
-            f"{root} holds no Python sources to make documents of; give the directory of a "
-            "complete standard library with --source."
+            f"{root} contains no Python sources; give the directory of a complete standard library with --source."
         )
     return [found[digest] for digest in sorted(found)]
 

@@ -53,7 +53,7 @@ def draw_sample(texts: Iterable[str], limit: int, seed: int) -> Sample:
     """Draw documents until their UTF-8 is ``limit`` bytes; every document of the corpus is equally likely.
 
     Each document that is not empty draws a random key, in order; those with the smallest keys are the sample. The last
-    of these is cut to what fits. A corpus of no more than ``limit`` bytes is used whole.
+    of these is truncated to fit. A corpus of at most ``limit`` bytes is used completely.
     """
     if limit < 1:
         raise ValueError(f"--sample-bytes {limit}: training needs text; give 1 or more.")
@@ -69,7 +69,7 @@ def draw_sample(texts: Iterable[str], limit: int, seed: int) -> Sample:
         if size >= limit and key < heap[0][0]:
             complete = False
             continue
-        content = text.encode()[: limit + 1]  # one byte more than fits: it is known to be cut
+        content = text.encode()[: limit + 1]  # one byte more than fits shows that it is truncated
         heapq.heappush(heap, (key, number, content))
         size += len(content)
         while size - len(heap[0][2]) >= limit:
@@ -151,8 +151,8 @@ class Settings:
 def check_output(output: Path, library: str, overwrite: bool) -> None:
     """Raise ValueError if a tokenizer cannot be written to ``output``.
 
-    SentencePiece's is a file, Hugging Face's a folder. Something that is there is replaced with ``overwrite`` only, and
-    a folder only if it holds a tokenizer and nothing else.
+    SentencePiece's is a file, Hugging Face's a folder. An existing output is replaced only with ``overwrite``, and
+    a folder only if it contains a tokenizer and nothing else.
     """
     folder = library == "huggingface"
     if folder and output.suffix in (".json", ".model"):
@@ -163,11 +163,14 @@ def check_output(output: Path, library: str, overwrite: bool) -> None:
         others = sorted(path.name for path in output.iterdir() if path.name not in _FILES)
         if others:
             raise ValueError(
-                f"--output {output} holds other files ({', '.join(others[:3])}), so it stays as it is; name another."
+                f"--output {output} contains other files ({', '.join(others[:3])}), so it is not replaced; name "
+                "another."
             )
     elif folder or not output.is_file():
         kind = "folder" if folder else "file"
-        raise ValueError(f"--output {output} exists and is no {kind}, which --library {library} writes; name another.")
+        raise ValueError(
+            f"--output {output} exists and is not a {kind}, which --library {library} writes; name another."
+        )
     if not overwrite:
         raise ValueError(f"--output {output} exists; give --overwrite to replace it, or another name.")
 
@@ -187,7 +190,7 @@ def train(settings: Settings, sample: Sample, progress: bool = False) -> dict[st
 
 
 def write(files: dict[str, bytes], output: Path, library: str, overwrite: bool = False) -> None:
-    """Write what :func:`train` returned: ``output`` is there whole or not at all.
+    """Write what :func:`train` returned: ``output`` appears complete or not at all.
 
     Raises ValueError as :func:`check_output`, OSError if it cannot be written.
     """
@@ -236,9 +239,7 @@ def _train_sentencepiece(settings: Settings, sample: Sample) -> bytes:
     model.LoadFromSerializedProto(content)
     for token in settings.special_tokens:
         if model.encode(token) != [model.piece_to_id(token)]:
-            raise ValueError(
-                f"--special-tokens {token!r}: SentencePiece does not keep this in one piece; name another."
-            )
+            raise ValueError(f"--special-tokens {token!r}: SentencePiece splits this token; name another.")
     return content
 
 
@@ -250,7 +251,7 @@ def _lines(texts: list[bytes]) -> Iterator[str]:
 
 
 def _remedy(settings: Settings, sample: Sample, error: str) -> str:
-    """A SentencePiece error in words that help."""
+    """A SentencePiece error as a helpful message."""
     size = settings.vocab_size
     if found := re.search(r"Vocabulary size too high.* <= (\d+)", error):
         return _too_high(settings, sample, int(found[1]))
@@ -312,7 +313,7 @@ def _train_huggingface(settings: Settings, sample: Sample, progress: bool) -> di
 
 
 def _write_folder(output: Path, files: dict[str, bytes]) -> None:
-    """Write a folder that is there whole or not at all; one that is there is replaced."""
+    """Write a folder that appears complete or not at all; an existing one is replaced."""
     temporary = temporary_path(output)
     old = temporary.with_suffix(".old")
     try:

@@ -1,7 +1,7 @@
 """Tokenizers for preprocessing, with the ids that Megatron's tokenizer of the same type gives.
 
-The fingerprint of a tokenizer follows from what decides its ids alone, so that the data know whether a run reads them
-with the tokenizer that wrote them, wherever its files lie.
+The fingerprint of a tokenizer depends only on what decides its ids, so that a manifest shows whether a run reads the
+data with the tokenizer that wrote them, wherever its files are.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer, in Megatron's words."""
+    """Which tokenizer, in Megatron's terms."""
 
     kind: str
     """As --tokenizer-type has it: one of TOKENIZERS."""
@@ -64,7 +64,7 @@ class TokenizerSpec:
     """Its file or folder (--tokenizer-model)."""
     bos_token: str | None = None
     eod_token: str | None = None
-    """Hugging Face only: tokens by name, in place of those that the folder's tokenizer_config.json names."""
+    """Hugging Face only: tokens by name, instead of those that the folder's tokenizer_config.json names."""
     pattern: str = "v2"
     num_special_tokens: int = 1000
     vocab_size: int = 131072
@@ -138,14 +138,14 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` of the Hugging Face tokenizers library, or a folder that holds one.
+    """A ``tokenizer.json`` of the Hugging Face tokenizers library, or a folder that contains one.
 
     The ids are those of Megatron's HuggingFaceTokenizer with --tokenizer-hf-no-include-special-tokens: the tokens that
     a post-processor would add are left to --prepend-bos and --append-eod. Those two tokens, and tokens that
-    ``tokenizer.json`` lacks, are what the files beside it say, as for upstream (:mod:`.special_tokens`).
+    ``tokenizer.json`` lacks, come from the files next to it, as in Megatron (:mod:`.special_tokens`).
 
     Attributes:
-        builder: The class that transformers may build anew; training compares its ids with these. Often empty.
+        builder: The class that transformers may rebuild; training compares its ids with these. Often empty.
         content: A ``tokenizer.json`` with all added tokens.
         vocabulary: All tokens and their ids.
     """
@@ -308,7 +308,7 @@ def _tokenizer_json(model: Path) -> Path:
     file = model / "tokenizer.json" if model.is_dir() else model
     if not file.is_file():
         raise ValueError(
-            f"{model} holds no tokenizer.json: copy tokenizer.json, tokenizer_config.json and, if there are any, "
+            f"{model} contains no tokenizer.json: copy tokenizer.json, tokenizer_config.json and, if there are any, "
             "special_tokens_map.json and added_tokens.json from where the tokenizer was published, as they are; "
             "transformers' save_pretrained may write others."
         )

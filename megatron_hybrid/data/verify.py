@@ -1,4 +1,4 @@
-"""Is a data set whole, and what its manifest says? Everything is read once, in blocks."""
+"""Checks that a data set is complete and matches its manifest. Everything is read once, in blocks."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ _BLOCK = 1 << 20
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """One check."""
 
     name: str
     fault: str
@@ -68,7 +68,7 @@ def documents_fault(index: Index) -> str:
 
 
 def document_lengths(index: Index, most: int = 1 << 16) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document, int64, in blocks; the index has to be without fault."""
+    """Yield the tokens of each document, int64, in blocks; the index has to be valid."""
     for start in range(0, len(index.documents) - 1, most):
         bounds = index.documents[start : start + most + 1]
         lengths = index.lengths[bounds[0] : bounds[-1]]
@@ -77,7 +77,7 @@ def document_lengths(index: Index, most: int = 1 << 16) -> Iterator[np.ndarray]:
 
 
 def verify(prefix: Path, progress: Callable[[int], None] = lambda size: None) -> Iterator[Check]:
-    """Check a data set, one thing after the other; what depends on a thing that is wrong is left out.
+    """Check a data set; checks that depend on a failed one are skipped.
 
     progress gets the bytes of PREFIX.bin that were read since the last call. Raises ValueError if there is no such
     data set at all.
@@ -191,7 +191,7 @@ class _Scan:
 def _scan_checks(
     prefix: Path, index: Index | None, said: dict[str, Any] | None, progress: Callable[[int], None]
 ) -> Iterator[Check]:
-    """Check what lies in PREFIX.bin; the ids only with an index that is without fault."""
+    """Check PREFIX.bin; the ids only if the index is valid."""
     path = bin_path(prefix)
     if not path.is_file():
         return

@@ -1,8 +1,8 @@
 """The folder of a run that is not finished: its files, its lock, and its state on disk.
 
-Everything is written into a hidden folder beside the output. ``state.json`` is replaced as a whole, after the files
-that it speaks of are on disk, so a killed run can always be taken up from it. At the end the files take their names;
-that step, too, can be repeated after a kill.
+Everything is written into a hidden folder next to the output. ``state.json`` is replaced atomically, after the files
+that it describes are on disk, so a killed run can always be resumed from it. At the end the files are renamed; that
+step, too, can be repeated after a kill.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from megatron_hybrid.files import atomic_write, sync_directory
 
 
 class WorkFolder:
-    """The unfinished files of a run; a second run on the same folder is refused while one is at work."""
+    """The unfinished files of a run; a second run on the same folder is refused while one is running."""
 
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is made yet."""
@@ -25,7 +25,7 @@ class WorkFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether an earlier run left a state to go on from."""
+        """Whether an earlier run left a state to resume from."""
         return (self.path / "state.json").exists()
 
     def open(self) -> dict[str, Any] | None:
@@ -40,7 +40,7 @@ class WorkFolder:
         except BlockingIOError:
             self._lock.close()
             raise ValueError(
-                f"another process is writing the same output (it holds {self.path}); wait for it, or end it."
+                f"another process is writing the same output (it has locked {self.path}); wait for it, or stop it."
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -51,22 +51,22 @@ class WorkFolder:
             return json.loads(state.read_text("utf-8"))
         except ValueError:
             self.close()
-            raise ValueError(f"{state} is damaged; delete {self.path} to begin anew.") from None
+            raise ValueError(f"{state} is corrupt; delete {self.path} to start over.") from None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the state; the files that it speaks of have to be on disk."""
+        """Replace the state; the files that it describes have to be on disk."""
         with atomic_write(self.path / "state.json") as stream:
             stream.write(json.dumps(state).encode())
 
     def clear(self) -> None:
         """Delete the files of an earlier run, but for the lock."""
-        (self.path / "state.json").unlink(missing_ok=True)  # first: a state without its files would be a lie
+        (self.path / "state.json").unlink(missing_ok=True)  # first: there must be no state without its files
         for file in self.path.iterdir():
             if file.name != "lock":
                 file.unlink()
 
     def publish(self, names: dict[str, str], stale: Sequence[str] = ()) -> None:
-        """Give the files their names beside the folder, in this order, and delete the folder.
+        """Rename the files to their final names, in this order, and delete the folder.
 
         names: the final name of each file of the folder. Those that are gone have their name already, from an
         earlier attempt. Old files of these names go first, last one first, so that old and new never stand together

@@ -57,7 +57,7 @@ class Node:
     """Of the first node, where all meet."""
     port: int
     restarts: int
-    """How often all ranks of all nodes may be started again."""
+    """How often all ranks of all nodes may be restarted."""
     grace: float
     """Seconds from SIGTERM to SIGKILL: one iteration and one checkpoint must fit."""
     logs: Path
@@ -119,7 +119,7 @@ def _own_name(node: Node) -> str:
 
 
 class _Logs(LogsSpecs):
-    """Leaves both streams to the program in front of the rank, which appends to one file."""
+    """Leaves both streams to rank.py, which appends them to one file."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         none = dict.fromkeys(envs, "")
@@ -131,7 +131,7 @@ class _Logs(LogsSpecs):
 
 
 class _Agent(LocalElasticAgent):
-    """torchrun's agent (torch/distributed/elastic/agent/server/local_elastic_agent.py) with other ways to end."""
+    """torchrun's agent (torch/distributed/elastic/agent/server/local_elastic_agent.py) with another way to stop."""
 
     def __init__(self, spec: WorkerSpec, node: Node):
         super().__init__(spec, _Logs())
@@ -142,7 +142,7 @@ class _Agent(LocalElasticAgent):
         """Local ranks to the time of their end, by the threads that wait for it."""
         self.tails: list[Tail] = []
         self.stop_at: float | None = None
-        """When to kill the ranks that are still there; None: nobody has said to stop."""
+        """When to kill the ranks that are still there; None: no stop was requested."""
         self.told_at = 0.0
         self.meeting = True
 
@@ -151,7 +151,7 @@ class _Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self.meeting = True
         if self.stop_at is not None:
-            raise SignalException("told to stop", signal.SIGTERM)
+            raise SignalException("asked to stop", signal.SIGTERM)
         super()._rendezvous(worker_group)
         worker_group.master_addr, worker_group.master_port = self.node.address, self._store_of_the_ranks()
         self.meeting = False
@@ -160,7 +160,7 @@ class _Agent(LocalElasticAgent):
         """The port of a new store, served by the first node.
 
         Upstream keeps one for all restarts (rendezvous/dynamic_rendezvous.py), and ranks would find in it the addresses
-        of the dead.
+        of failed ranks.
         """
         if self.node.number == 0:
             self._ranks_store = TCPStore(self.node.address, 0, is_master=True, wait_for_workers=False)
@@ -201,7 +201,7 @@ class _Agent(LocalElasticAgent):
     # The ranks end -------------------------------------------------------------------------------------------
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal: the ranks are told at the next poll, and have the grace from now on."""
+        """Handles a signal: the ranks get it at the next poll, and the grace period starts now."""
         again = self.stop_at is not None
         now = time.monotonic()
         if not again:
@@ -210,7 +210,7 @@ class _Agent(LocalElasticAgent):
         elif number == signal.SIGINT:
             self.stop_at = now
         if self.meeting:
-            raise SignalException("told to stop", signal.SIGTERM)
+            raise SignalException("asked to stop", signal.SIGTERM)
         if not again:
             name, grace = signal.Signals(number).name, self.node.grace
             _say(f"{self.node.name}: {name}; the ranks save and stop, and are killed after {grace:.0f} s")
@@ -231,14 +231,14 @@ class _Agent(LocalElasticAgent):
                 self._store.set(OVER, "1")
             else:
                 number = self.node.restarts - self._remaining_restarts + 1
-                _say(f"starting all ranks again: restart {number} of at most {self.node.restarts}")
+                _say(f"restarting all ranks: restart {number} of at most {self.node.restarts}")
         elif self._store.check([OVER]):
             self._kill()
             self._remaining_restarts = 0
         return super()._monitor_workers(worker_group)
 
     def _stop_in_order(self, worker_group: WorkerGroup, codes: dict[int, int | None]) -> RunResult:
-        """Tells the ranks again and again, since one that is still importing may not have listened."""
+        """Signals the ranks repeatedly, since one that is still importing may have no handler yet."""
         now = time.monotonic()
         assert self.stop_at is not None  # for mypy
         if any(codes.values()):
@@ -262,7 +262,7 @@ class _Agent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL) -> None:
-        """Upstream waits 30 s for ranks that hang in a collective; nothing that they could still do is of use."""
+        """Upstream waits 30 s for ranks that hang in a collective, which cannot do anything useful any more."""
         self._kill()
         super()._shutdown(signal.SIGKILL)
         for tail in self.tails:
@@ -291,13 +291,13 @@ class _Agent(LocalElasticAgent):
             try:
                 handler.proc.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _say(f"{self.node.name}: process {handler.proc.pid} outlives kill -9; this node is given up")
-                with suppress(Exception):  # if the others are not told, they will miss this node
+                _say(f"{self.node.name}: process {handler.proc.pid} survives kill -9; this node is given up")
+                with suppress(Exception):  # the others will notice without this message, later
                     self._store.set(OVER, "1")
                 os._exit(1)
 
     def _record(self, codes: dict[int, int | None]) -> None:
-        """Notes the ranks that have ended and not as they should, by time; the first one's code is the node's."""
+        """Records the failed ranks by time; the first one's exit code is the node's."""
         dead = [local_rank for local_rank, code in codes.items() if code]
         dead.sort(key=lambda local_rank: self.deaths.get(local_rank, time.time()))
         first = codes[dead[0]] or 1
@@ -314,17 +314,17 @@ class _Agent(LocalElasticAgent):
             log = self.node.logs / f"rank_{worker.global_rank:03}.log"
             dead = {"rank": worker.global_rank, "local_rank": local_rank, "pid": worker.id, "code": code}
             dead |= {"time": self.deaths.get(local_rank, time.time())}
-            if code != -signal.SIGKILL:  # it had no time for any; its children's would stand there
+            if code != -signal.SIGKILL:  # it had no time to write any; its children's would be there
                 dead |= {"last_words": events.last_words(log)}
-            _say(f"rank {worker.global_rank} on {self.node.name} (process {worker.id}) died: {reason}; see {log}")
+            _say(f"rank {worker.global_rank} on {self.node.name} (process {worker.id}) failed: {reason}; see {log}")
         restart = self._worker_group.spec.max_restarts - self._remaining_restarts
         event = events.Event(
             kind=kind, node=self.node.name, requeue=self.node.requeue, restart=restart, reason=reason, **dead
         )
         try:
             events.append(self.node.logs, event)
-        except OSError as error:  # a full disk is often what the ranks died of
-            _say(f"{self.node.logs} lacks this event: {error}")
+        except OSError as error:  # a full disk is often the cause of the failure
+            _say(f"{self.node.logs} misses this event: {error}")
 
 
 def _say(text: str) -> None:

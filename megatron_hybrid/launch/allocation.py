@@ -1,4 +1,4 @@
-"""What a job was given: nodes, processes on each, and the address where they meet."""
+"""The allocation of a job: nodes, processes per node, and the rendezvous address."""
 
 import re
 import socket
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 FIRST_PORT, PORTS = 20000, 10000
-"""Ports that jobs meet on: the job's number says which, so that two jobs hardly share one."""
+"""Ports for the rendezvous, chosen by the job id, so that two jobs rarely share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +15,14 @@ class Allocation:
     """The machines of a job."""
 
     job: str
-    """Its number, or a time stamp on one machine: the name of its folder of logs."""
+    """Its id, or a time stamp on one machine: the name of its folder of logs."""
     nodes: tuple[str, ...]
     processes: int
     """Ranks on each node."""
     cpus: int | None = None
     """Cores of the smallest node."""
     requeues: int = 0
-    """How often SLURM has started the job again."""
+    """How often SLURM has requeued the job."""
 
     @property
     def world(self) -> int:
@@ -38,7 +38,7 @@ def from_slurm(env: Mapping[str, str], processes: int | None, device: str) -> Al
         device: Of the run's --device: auto, cuda or cpu.
 
     Raises:
-        ValueError: This is no batch step, or it has no GPUs and the run wants them.
+        ValueError: This is not a batch step, or it has no GPUs and the run needs them.
     """
     missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if not env.get(name)]
     if missing:
@@ -51,14 +51,14 @@ def from_slurm(env: Mapping[str, str], processes: int | None, device: str) -> Al
     if processes is None:
         if not gpus and device != "cpu":
             raise ValueError(
-                "The job has no GPUs: SLURM_GPUS_ON_NODE and SLURM_GPUS_PER_NODE are not set. Ask for some with "
+                "The job has no GPUs: SLURM_GPUS_ON_NODE and SLURM_GPUS_PER_NODE are not set. Request some with "
                 "#SBATCH --gpus-per-node=8, say how many with --nproc, or train with --device cpu."
             )
         processes = 1 if device == "cpu" else gpus
     elif gpus and device != "cpu" and processes != gpus:
         raise ValueError(
-            f"--nproc {processes}, and the job has {gpus} GPUs on each node: each process takes one. Ask for "
-            f"--gpus-per-node={processes}, or leave --nproc out."
+            f"--nproc {processes}, and the job has {gpus} GPUs on each node: each process takes one. Request "
+            f"--gpus-per-node={processes}, or drop --nproc."
         )
     return Allocation(
         job=env["SLURM_JOB_ID"],
@@ -107,7 +107,7 @@ def expand(nodelist: str) -> list[str]:
     """The names in SLURM's short form, in its order: ``n[01-03,7],login`` is n01 n02 n03 n7 login.
 
     Raises:
-        ValueError: Brackets that do not match, or a range that is none.
+        ValueError: Brackets that do not match, or an invalid range.
     """
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist):
@@ -126,7 +126,7 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
     for one in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", one)
         if not match:
-            raise ValueError(f"SLURM_JOB_NODELIST is {nodelist!r}, and {one!r} in it is no range such as 01-03.")
+            raise ValueError(f"SLURM_JOB_NODELIST is {nodelist!r}, and {one!r} in it is not a range such as 01-03.")
         first, last = match[1], match[2] or match[1]
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
@@ -145,7 +145,7 @@ def meeting_address(first: str) -> str:
     if found and _resolves(found[1]):
         return found[1]
     raise ValueError(
-        f"{first}, the first node's name, does not resolve to an address: give one that all nodes reach with "
+        f"{first}, the first node's name, does not resolve to an address: give one that all nodes can reach with "
         "--master-addr."
     )
 
@@ -159,7 +159,7 @@ def _resolves(name: str) -> bool:
 
 
 def free_port(first: int) -> int:
-    """The first port from ``first`` on that nothing listens at on this machine, of the next hundred.
+    """The first free port of this machine among the hundred from ``first`` on.
 
     Raises:
         ValueError: None is free.

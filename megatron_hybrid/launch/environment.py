@@ -18,10 +18,10 @@ def defaults(env: Mapping[str, str], address: str, processes: int, cpus: int | N
     (cli/connections.py).
     """
     wanted = {
-        "PYTHONUNBUFFERED": "1",  # a killed rank's last lines are in its log
+        "PYTHONUNBUFFERED": "1",  # the last lines of a killed rank are in its log
         "NCCL_DEBUG": "WARN",  # INFO names the networks that NCCL chose: read it once
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a failed or hanging collective ends its process
-        # torch would start a thread for each core in every rank; on GPUs the host's arithmetic is small
+        # torch would start a thread per core in every rank; on GPUs the host computes little
         "OMP_NUM_THREADS": str(max(1, (cpus or 1) // processes)) if device == "cpu" else "1",
     }
     if _is_loopback(address):  # all "nodes" are this machine, and its name may lead Gloo to another interface

@@ -1,4 +1,4 @@
-"""events_NODE.jsonl in a job's folder of logs: signals and failures of ranks, one line each, appended by the node."""
+"""events_NODE.jsonl in a job's folder of logs: signals and failed ranks, one line each, appended by the node."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that a node's agent saw."""
+    """An event on a node."""
 
     kind: Literal["signal", "death"]
-    """signal: the agent was told to stop. death: a rank failed."""
+    """signal: the agent was asked to stop. death: a rank failed."""
     node: str
     requeue: int
     """SLURM's count of starts of the job before this one."""
@@ -45,7 +45,7 @@ def append(folder: Path, event: Event) -> None:
 
 
 def read(folder: Path) -> list[Event]:
-    """All nodes' events by time; a line that was cut is left out."""
+    """All nodes' events by time; incomplete lines are skipped."""
     events = []
     for path in folder.glob("events_*.jsonl"):
         with suppress(OSError):
@@ -60,8 +60,8 @@ def reason(code: int) -> str:
     if code >= 0:
         return {
             2: "exit code 2: a mistake in the flags or files",
-            16: "exit code 16: a bad step, the same when it was tried again",
-            17: "exit code 17: a bad step, other when it was tried again, or without a second try",
+            16: "exit code 16: a bad step, with the same result when repeated",
+            17: "exit code 17: a bad step, with another result when repeated, or not repeated",
         }.get(code, f"exit code {code}")
     try:
         name = signal.Signals(-code).name

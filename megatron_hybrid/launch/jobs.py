@@ -23,19 +23,19 @@ from megatron_hybrid.run_folder.state import State, read_state
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "tools" / "launch.py"
 TELL_AGAIN_S = 10.0
-"""Between two tries to reach SLURM's controller."""
+"""Seconds between two attempts to reach SLURM's controller."""
 REQUEUE_TRIES = 30
 
 
 def slurm(args: argparse.Namespace, argv: list[str]) -> int:
-    """The batch step: checks, starts `launch.py node` on every node, waits, and queues the job again.
+    """The batch step: checks, starts `launch.py node` on every node, waits, and requeues the job.
 
     Args:
         args: The launcher's own flags.
         argv: pretrain_hybrid.py's.
 
     Returns:
-        An exit code: 0 if the run is finished or queued again.
+        An exit code: 0 if the run is finished or requeued.
     """
     device = value(argv, "--device", "auto")
     allocation = allocations.from_slurm(os.environ, args.nproc, device)
@@ -49,7 +49,7 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
     told: list[subprocess.Popen] = []
 
     def tell(number: int, frame: object) -> None:
-        """Neither srun nor the ranks get SIGUSR1: they would die of it. scancel reaches all steps, not this one."""
+        """Neither srun nor the ranks get SIGUSR1, which would end them. scancel reaches all steps, not this one."""
         told.append(_scancel(allocation.job))
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -58,7 +58,7 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
     # A group of its own: a signal to the batch step's would make srun kill all ranks at once
     code = _wait(subprocess.Popen(step, start_new_session=True), told, allocation.job)
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # nobody is left to be told, and SLURM's requeue signals this step
+        signal.signal(number, signal.SIG_IGN)  # no step is left to signal, and SLURM's requeue signals this step
     for signalling in told:
         signalling.wait()  # a slow one would stop the job's next start
 
@@ -66,19 +66,19 @@ def slurm(args: argparse.Namespace, argv: list[str]) -> int:
         shown = subprocess.run(["scontrol", "show", "job", allocation.job], capture_output=True, text=True).stdout
         return requeue.unless_cancelled(after, shown)
 
-    after = job.end(code, bool(told), "queued again", may_requeue)
+    after = job.end(code, bool(told), "requeued", may_requeue)
     if after.requeue:
         return _requeue(allocation.job, lambda: may_requeue(after).requeue)
     return after.code
 
 
 def _scancel(job: str) -> subprocess.Popen:
-    """Sends SIGTERM to a job's steps. A job that is being cancelled is unknown to it, and they have it already."""
+    """Sends SIGTERM to a job's steps. scancel does not know a job that is being cancelled, whose steps have SIGTERM."""
     return subprocess.Popen(["scancel", "--signal=TERM", job], stderr=subprocess.DEVNULL)
 
 
 def _requeue(job: str, still: Callable[[], bool]) -> int:
-    """Queues this very job again, which ends this process, too; tries for a while, since the controller may be busy."""
+    """Requeues this job, which also ends this process; retries for a while, since the controller may be busy."""
     for _ in range(REQUEUE_TRIES):
         code = subprocess.run(["scontrol", "requeue", job]).returncode
         if code == 0:
@@ -126,7 +126,7 @@ def node(args: argparse.Namespace, argv: list[str], device: str | None = None) -
 
 
 class _Job:
-    """What a start of a job knows from its beginning to its end."""
+    """The state of one start of a job."""
 
     def __init__(self, args: argparse.Namespace, argv: list[str], allocation: Allocation):
         """Checks the flags and makes the folders. Raises ValueError for a mistake in them."""
@@ -141,7 +141,7 @@ class _Job:
         self.measured_before = self._measured()
 
     def for_nodes(self, address: str, port: int) -> list[str]:
-        """The words behind `launch.py node`."""
+        """The arguments of `launch.py node`."""
         allocation, args = self.allocation, self.args
         words = ["--master-addr", address, "--master-port", port, "--nodes", len(allocation.nodes)]
         words += ["--nproc", allocation.processes, "--cpus", allocation.cpus or 1, "--job", allocation.job]
@@ -159,7 +159,7 @@ class _Job:
     def end(
         self, code: int, signalled: bool, again: str, may_requeue: Callable[[requeue.Next], requeue.Next] | None = None
     ) -> requeue.Next:
-        """Decides what comes next and prints the last screen, which calls another start ``again``."""
+        """Decides what comes next and prints the last screen; ``again`` is its text for another start."""
         seen = [event for event in events.read(self.logs) if event.requeue == self.allocation.requeues]
         # srun, too, signals the nodes that are left when one has failed
         signalled = signalled or code == 0 and any(event.kind == "signal" for event in seen)
@@ -179,12 +179,12 @@ class _Job:
         return after
 
     def _state(self) -> State | None:
-        """What the run has said since this start."""
+        """The state that the run has written since this start."""
         state = read_state(self.save)
         return None if state == self.state_before else state
 
     def _failed_starts(self, counts: bool) -> int:
-        """Starts in a row that left no new checkpoint, this one included if it ``counts``; kept beside the logs."""
+        """Starts in a row that left no new checkpoint, this one included if it ``counts``; kept next to the logs."""
         path = self.logs / "failed_starts.json"
         if self._pointer() != self.checkpoint_before:
             with suppress(OSError):
@@ -217,7 +217,7 @@ class _Job:
 
 
 def _wait(process: subprocess.Popen, told: list[subprocess.Popen], job: str) -> int:
-    """The exit code, as a shell gives it. A step that was told to stop is told again: it may just have been born."""
+    """The exit code, as a shell gives it. A step is signalled repeatedly: it may have no handler yet."""
     while True:
         try:
             code = process.wait(TELL_AGAIN_S)
@@ -228,29 +228,44 @@ def _wait(process: subprocess.Popen, told: list[subprocess.Popen], job: str) -> 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The launcher's own flags, which stand before ``--``."""
+    """The launcher's own flags, which come before ``--``."""
     top = argparse.ArgumentParser(
         prog="tools/launch.py",
         usage="tools/launch.py slurm|local [launcher's flags] -- pretrain_hybrid.py's flags",
-        description="Starts pretrain_hybrid.py on all nodes of a SLURM job or on this machine, and again when it dies.",
+        description="Runs pretrain_hybrid.py on all nodes of a SLURM job or on this machine; restarts failed runs.",
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="where", required=True)
     for name, about in (
         ("slurm", "in a batch step: on all nodes of the job"),
         ("local", "on this machine"),
-        ("node", "what `slurm` starts on each node"),
+        ("node", "internal: started by `slurm` on each node"),
     ):
         one = commands.add_parser(name, help=about, allow_abbrev=False)
-        default = "each GPU one; on the CPU 1" if name == "slurm" else "1"
+        default = "one per GPU; on the CPU 1" if name == "slurm" else "1"
         one.add_argument("--nproc", type=int, metavar="N", help=f"processes on each node (default: {default})")
-        one.add_argument("--max-restarts", type=int, default=3, metavar="N", help="when a rank dies (default: 3)")
-        one.add_argument("--grace", type=float, default=300.0, metavar="SECONDS", help="to save in (default: 300)")
-        one.add_argument("--master-addr", metavar="HOST", help="where nodes meet (default: the first node)")
-        one.add_argument("--master-port", type=int, metavar="PORT", help="(default: by the job's number)")
-        one.add_argument("--program", type=Path, default=ROOT / "pretrain_hybrid.py", help="with the same flags")
+        one.add_argument(
+            "--max-restarts", type=int, default=3, metavar="N", help="restarts after failures within a job (default: 3)"
+        )
+        one.add_argument(
+            "--grace", type=float, default=300.0, metavar="SECONDS", help="time to save after SIGTERM (default: 300)"
+        )
+        one.add_argument("--master-addr", metavar="HOST", help="rendezvous address (default: the first node)")
+        one.add_argument("--master-port", type=int, metavar="PORT", help="rendezvous port (default: by the job id)")
+        one.add_argument(
+            "--program",
+            type=Path,
+            default=ROOT / "pretrain_hybrid.py",
+            help="program to start, with the flags of pretrain_hybrid.py (default)",
+        )
         if name == "slurm":
-            one.add_argument("--max-requeues", type=int, default=3, metavar="N", help="failures in a row (default: 3)")
+            one.add_argument(
+                "--max-requeues",
+                type=int,
+                default=3,
+                metavar="N",
+                help="requeues in a row without a new checkpoint (default: 3)",
+            )
         if name == "node":
             for flag, kind in (("--nodes", int), ("--cpus", int), ("--requeue", int), ("--job", str), ("--logs", Path)):
                 one.add_argument(flag, type=kind, required=True)

@@ -68,22 +68,22 @@ def _save(argv: list[str]) -> Path:
     if not save.is_dir() and not save.absolute().parent.is_dir():
         raise ValueError(
             f"--save {save}: {save.absolute().parent} does not exist. Make it, if the file system of the runs is "
-            "mounted here; only the run's own folder is made by itself."
+            "mounted here; only the run's own folder is created."
         )
     return save
 
 
 def _once_only(argv: list[str], save: Path) -> None:
-    """Refuses what is meant for one start, and would be done again by each."""
+    """Refuses flags that are meant for one start and would be repeated by each."""
     load = value(argv, "--load") or str(save)
     if os.path.realpath(load) != os.path.realpath(save):
-        return  # then it is for the first start: the others go on from the run's own checkpoints
+        return  # then it is for the first start: the others resume from the run's own checkpoints
     given = {word.partition("=")[0] for word in argv}
     for flag in ("--ckpt-step", "--finetune", "--no-load-optim", "--no-load-rng"):
         if flag in given and flag.replace("load", "save") not in given - {"--ckpt-step", "--finetune"}:
             raise ValueError(
-                f"{flag}, and the run loads from its own folder {save}: each restart of the job would do so again, and "
-                "lose what was trained since. Give --load another folder; or, to go back to an iteration, write it "
+                f"{flag}, and the run loads from its own folder {save}: each restart of the job would repeat that, and "
+                "lose the progress since. Give --load another folder; or, to go back to an iteration, write it "
                 "into latest_checkpointed_iteration.txt."
             )
 
@@ -119,7 +119,7 @@ def _placement(layout: Layout, allocation: Allocation) -> list[str]:
     if len(allocation.nodes) > 1 and processes % layout.tensor:
         raise ValueError(
             f"--tensor-model-parallel-size is {layout.tensor}, and a node runs {processes} ranks: a tensor-parallel "
-            f"group would cross nodes, where each layer waits for the network. Take a size that divides {processes}, "
+            f"group would cross nodes, where each layer waits for the network. Choose a size that divides {processes}, "
             "and pipeline stages for the rest."
         )
     if len(allocation.nodes) > 1 and processes % (layout.tensor * layout.context):

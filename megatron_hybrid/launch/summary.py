@@ -16,7 +16,7 @@ SHOWN = 5
 
 
 def start(allocation: Allocation, plan: Plan, logs: Path, restarts: int, grace: float) -> str:
-    """What is about to run, where, and what happens when it fails."""
+    """What will run, where, and what happens when it fails."""
     again = f" (start {allocation.requeues + 1})" if allocation.requeues else ""
     rows = [
         ("job", f"{allocation.job}{again}"),
@@ -27,24 +27,24 @@ def start(allocation: Allocation, plan: Plan, logs: Path, restarts: int, grace: 
         ("run", str(plan.save)),
         ("checkpoint", _checkpoint(plan.save)),
         ("logs", f"{logs}/rank_*.log"),
-        ("restarts", f"at most {restarts} when a rank dies; {grace:.0f} s to save when told to stop"),
+        ("restarts", f"at most {restarts} when a rank fails; {grace:.0f} s to save after SIGTERM"),
         *(("note", note) for note in plan.notes),
     ]
     return _screen("start", rows)
 
 
 def end(job: str, run: Progress, logs: Path, said: bool, seen: Sequence[Event], next_: str, seconds: float) -> str:
-    """How far the run is, what went wrong first, and what happens next.
+    """The run's progress, the first failing rank and the cause, and what happens next.
 
     Args:
         run: Up to date.
         said: The run has written its state since the start.
         seen: The events of this start of the job.
-        next_: What follows, and why.
+        next_: What happens next, and why.
         seconds: From its start to its end.
     """
     deaths = [event for event in seen if event.kind == "death"]
-    facts = run.facts() | ({} if said else {"state": "unknown: the run has said nothing since this start"})
+    facts = run.facts() | ({} if said else {"state": "unknown: the run has written nothing since this start"})
     rows = [("job", f"{job}, {duration(seconds)}")]
     rows += [(name, facts[name]) for name in FACTS if name in facts]
     rows += [("signal", f"{event.reason} on {event.node}") for event in seen if event.kind == "signal"][:1]

@@ -8,7 +8,7 @@ INTERVAL_S = 0.2
 
 
 class Tail:
-    """Copies what is written to ``path`` from now on to standard output, whole lines at a time, until stop()."""
+    """Copies what is written to ``path`` from now on to standard output, in complete lines, until stop()."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -19,7 +19,7 @@ class Tail:
         self._thread.start()
 
     def stop(self) -> None:
-        """Shows the rest and ends."""
+        """Shows the rest and stops."""
         self._done.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run's --save folder: which there are, which to load, which to remove.
+"""The checkpoints of a run's --save folder: which exist, which to load, which to remove.
 
 Names are upstream's: ``iter_0000030/``, ``release/``, ``latest_checkpointed_iteration.txt`` (the pointer) and
 ``integrity.json`` in each checkpoint (the manifest, :mod:`megatron_hybrid.run_folder.checksums`).
@@ -44,7 +44,7 @@ class Checkpoint:
     folder: Path
     iteration: int
     release: bool = False
-    """Weights alone, from which a run starts at iteration 0."""
+    """Only weights, from which a run starts at iteration 0."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Choice:
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, whole or not, newest first; ``release`` is the oldest."""
+    """All checkpoints of a run, valid or not, newest first; ``release`` is the oldest."""
     try:
         entries = list(os.scandir(run))
     except (FileNotFoundError, NotADirectoryError):
@@ -75,7 +75,7 @@ def checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def pointer(run: Path) -> int | Literal["release"] | None:
-    """The iteration that the pointer names; None if there is no pointer, or none that can be read as one."""
+    """The iteration that the pointer names; None if there is no pointer, or it cannot be read."""
     try:
         text = (run / POINTER).read_text("ascii").strip()
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -95,24 +95,24 @@ def size(folder: Path) -> int:
 
 
 def point_to(run: Path, checkpoint: Checkpoint) -> None:
-    """Writes the pointer as a whole: a crash leaves the old one or the new one."""
+    """Writes the pointer atomically: a crash leaves the old one or the new one."""
     with atomic_write(run / POINTER) as stream:
         stream.write(_pointed(checkpoint).encode())
 
 
 def choose(run: Path, step: int | None, check: Callable[[Path], list[str]]) -> Choice:
-    """Finds the checkpoint to load: ``step``, else the pointer's, else the newest that is whole.
+    """Finds the checkpoint to load: ``step``, else the pointer's, else the latest valid one.
 
-    A pointer that is valid is followed although newer checkpoints may be there: a user rolls a run back by it.
+    A pointer to a valid checkpoint is followed even if newer checkpoints exist: users roll a run back with it.
 
     Args:
         run: The run's folder, or one that a run loads from.
         step: The iteration that the user asks for (``--ckpt-step``).
         check: A checkpoint's folder to what is wrong with it (:func:`problems`); called for one after the other, until
-            one is whole.
+            one is valid.
 
     Raises:
-        ValueError: There are checkpoints, or a pointer to one, and none that can be loaded; never fresh weights then.
+        ValueError: There are checkpoints, or a pointer to one, and none can be loaded; never random weights then.
     """
     found, said = checkpoints(run), pointer(run)
     if step is not None:
@@ -121,7 +121,7 @@ def choose(run: Path, step: int | None, check: Callable[[Path], list[str]]) -> C
         if (run / POINTER).exists():
             raise ValueError(
                 f"{run} has a {POINTER} and no checkpoint: restore the checkpoint that it names, or remove the file to "
-                "start from fresh weights."
+                "start from random weights."
             )
         return Choice(None)
     pointed = [c for c in found if _pointed(c) == str(said)]
@@ -132,16 +132,16 @@ def choose(run: Path, step: int | None, check: Callable[[Path], list[str]]) -> C
             return Choice(checkpoint, _notes(run, found, checkpoint, said, passed))
         passed.append(f"{checkpoint.folder.name}: {_summary(wrong)}")
     raise ValueError(
-        f"{run} has checkpoints, and none that can be loaded; a run does not start from fresh weights beside them.\n  "
+        f"{run} has checkpoints, but no valid one; a run does not start from random weights next to them.\n  "
         + "\n  ".join(passed)
-        + "\nRestore a whole one, or start with another folder; if it is its first save, interrupted, remove it. "
+        + "\nRestore a valid one, or start with another folder; if it is an interrupted first save, remove it. "
         "If one was written elsewhere, has no manifest and is trusted: tools/verify_checkpoint.py --seal FOLDER, or "
         "--load-unverified where the folder cannot be written."
     )
 
 
 def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed: Path) -> list[Path]:
-    """Removes checkpoints that retention does not keep; first those that an interrupted call left half removed.
+    """Removes checkpoints that retention does not keep; first those that an interrupted call has partly removed.
 
     Kept are ``sealed``, the last ``keep_last`` sealed ones up to it (itself among them), iterations that
     ``keep_every`` divides, and the pointer's. Newer ones (of before a roll back), releases, links and folders without
@@ -151,13 +151,13 @@ def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed:
         run: The run's folder.
         keep_last: At least 1. None: all are kept.
         keep_every: None: only the last ones are kept.
-        sealed: The checkpoint that was just written and hashed, and so is whole.
+        sealed: The checkpoint that was just written and hashed, and so is valid.
 
     Returns:
         The folders that are gone.
 
     Raises:
-        ValueError: ``keep_last`` or ``keep_every`` below 1, or ``sealed`` is no sealed checkpoint of the run.
+        ValueError: ``keep_last`` or ``keep_every`` below 1, or ``sealed`` is not a sealed checkpoint of the run.
     """
     sweep(run)
     for value, name in ((keep_last, "keep_last"), (keep_every, "keep_every")):
@@ -180,20 +180,20 @@ def remove_old(run: Path, keep_last: int | None, keep_every: int | None, sealed:
 
 
 def sweep(run: Path) -> None:
-    """Removes what :func:`remove` had no time to."""
+    """Removes what an interrupted :func:`remove` has left."""
     for leftover in run.glob(f"{DELETING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint's own folder, under another name: half of it is never taken for a checkpoint."""
+    """Removes a checkpoint's own folder under another name, so that a partly removed one is never loaded."""
     gone = folder.with_name(f"{DELETING}{folder.name}.{time.time_ns()}")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def _pointed(checkpoint: Checkpoint) -> str:
-    """What the pointer to a checkpoint says."""
+    """Content of the pointer to a checkpoint."""
     return "release" if checkpoint.release else str(checkpoint.iteration)
 
 
@@ -207,7 +207,7 @@ def _asked(run: Path, step: int, found: list[Checkpoint], check: Callable[[Path]
     if wrong:
         raise ValueError(
             f"--ckpt-step {step}: {checkpoint.folder} {_summary(wrong)}. Give another of {there}, or drop the flag: "
-            "the latest valid one is found then."
+            "the latest valid one is loaded then."
         )
     return Choice(checkpoint)
 
@@ -215,14 +215,14 @@ def _asked(run: Path, step: int, found: list[Checkpoint], check: Callable[[Path]
 def _notes(
     run: Path, found: list[Checkpoint], taken: Checkpoint, said: int | Literal["release"] | None, passed: list[str]
 ) -> list[str]:
-    """Why this one, where that is not plain."""
+    """Why this one, unless it is obvious."""
     notes = [f"skipped {text}" for text in passed]
     newer = found[: found.index(taken)]
     if _pointed(taken) == str(said):
         sealed = [c.folder.name for c in newer if is_sealed(c.folder)]
         if sealed:
             notes.append(
-                f"{POINTER} says {said}: newer checkpoints are there ({', '.join(sealed)}) and are not loaded; "
+                f"{POINTER} says {said}: newer checkpoints exist ({', '.join(sealed)}) and are not loaded; "
                 f"--ckpt-step loads one"
             )
         return notes
@@ -231,7 +231,7 @@ def _notes(
         notes.append(f"{POINTER} {'cannot be read' if is_there else 'is missing'}")
     elif _pointed(taken) != str(said) and not any(_pointed(c) == str(said) for c in found):
         notes.append(f"{POINTER} says {said}, which is not there")
-    return [*notes, f"{taken.folder.name} is the newest checkpoint that is whole, and is loaded"]
+    return [*notes, f"{taken.folder.name} is the latest valid checkpoint, and is loaded"]
 
 
 def _summary(wrong: list[str]) -> str:

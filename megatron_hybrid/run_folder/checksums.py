@@ -1,7 +1,7 @@
 """integrity.json, the manifest of a checkpoint: SHA-256 of its files, in upstream's format, hashed on threads.
 
-A hash finds what is torn or corrupt. It does not say who wrote it: load checkpoints from trusted folders only. What
-may be unpickled of them is in patches/unpickling.py.
+A hash detects what is incomplete or corrupt, not who wrote it: load checkpoints only from trusted folders. The patches
+decide which classes may be unpickled.
 """
 
 import errno
@@ -22,24 +22,24 @@ PASSING = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EINT
     *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ENETDOWN),
     *(errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE),
 }
-"""Errors of a file system that may be well again at the next try: they say nothing about a checkpoint's content."""
+"""Errors of a file system that may be gone at the next attempt: they say nothing about a checkpoint's content."""
 
 
 class Unreachable(OSError):
-    """Something that a run needs does not answer at the moment: files on a network, or other ranks."""
+    """Something that a run needs does not respond at the moment: files on a network, or other ranks."""
 
 
 def passing(error: OSError) -> bool:
-    """Whether another try may go well."""
+    """Whether another attempt may succeed."""
     return isinstance(error, Unreachable) or error.errno in PASSING
 
 
 def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint; nothing if it is sealed and whole.
+    """What is wrong with a checkpoint; empty if it is sealed and valid.
 
-    Opens files as bytes only. A listed file may be a symbolic link as long as it stays inside the folder, whose
-    content alone the manifest speaks of; files that begin with a dot, other than ``.metadata``, and folders need not be
-    listed: nothing loads them.
+    Opens files as bytes only. A listed file may be a symbolic link as long as it stays inside the folder, since
+    the manifest only describes the folder's content. Files that begin with a dot, other than ``.metadata``, and folders
+    need not be listed: nothing loads them.
 
     Args:
         folder: The checkpoint's own folder.
@@ -47,7 +47,7 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         parts: Number of shares, which together hash each file once.
 
     Raises:
-        Unreachable: A file cannot be read at the moment. To pass the checkpoint over for that would lose steps.
+        Unreachable: A file cannot be read at the moment. Skipping the checkpoint for that would lose steps.
     """
     if not folder.is_dir():
         return ["is not a folder" if folder.exists() else "is not there"]
@@ -71,18 +71,18 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def seal(folder: Path) -> None:
-    """Hashes a finished checkpoint, brings its files to disk and writes its manifest.
+    """Hashes a finished checkpoint, flushes its files to disk and writes its manifest.
 
     Raises:
         ValueError: It lacks files that every checkpoint of the format torch_dist has.
-        OSError: A file cannot be read, or the manifest not be written; there is none then.
+        OSError: A file cannot be read, or the manifest cannot be written; there is none then.
     """
     names = sorted(_to_list(folder))
     lacking = _lacking(set(names))
     if lacking:
         raise ValueError(
-            f"{folder} is not a whole checkpoint of the format torch_dist: it has no {', no '.join(lacking)}. Seal the "
-            "folder of one iteration (iter_...) of a finished save."
+            f"{folder} is not a complete checkpoint of the format torch_dist: it has no {', no '.join(lacking)}. Seal "
+            "the folder of one iteration (iter_...) of a finished save."
         )
     with ThreadPoolExecutor(_threads(len(names))) as pool:
         digests = list(pool.map(lambda name: _digest(folder / name, sync=True), names))
@@ -92,7 +92,7 @@ def seal(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether there is a manifest, right or wrong."""
+    """Whether there is a manifest, valid or not."""
     return (folder / MANIFEST).is_file()
 
 
@@ -114,7 +114,7 @@ def _read(folder: Path) -> dict[str, str]:
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a name twice")
     return found
 
 
@@ -126,7 +126,7 @@ def _to_list(folder: Path) -> set[str]:
 
 
 def _lacking(names: set[str]) -> list[str]:
-    """What every checkpoint of the format torch_dist has, and these files have not."""
+    """What every checkpoint of the format torch_dist has, and these files lack."""
     lacking = [name for name in (".metadata", "metadata.json") if name not in names]
     return lacking if any(name.endswith(".distcp") for name in names) else [*lacking, "*.distcp"]
 
@@ -147,11 +147,11 @@ def _differs(folder: Path, name: str, digest: str) -> str:
 
 
 def _lasting(error: OSError, path: Path) -> str:
-    """What is wrong with a file for good."""
+    """A permanent fault of a file."""
     if passing(error):
         raise Unreachable(
-            f"{path} cannot be read at the moment: {error.strerror}. If it stays so, move the checkpoint away: the "
-            "run goes on from an older one"
+            f"{path} cannot be read at the moment: {error.strerror}. If this persists, move the checkpoint away: the "
+            "run resumes from an older one"
         ) from error
     return error.strerror or str(error)
 

@@ -1,4 +1,4 @@
-"""Runs beside each other: a table of what they are and where their losses ended, and a plot of the losses."""
+"""Compares runs: a table of what they are and where their losses ended, and a plot of the losses."""
 
 import statistics
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ def read_run(directory: Path, flag: str | None) -> Run:
         return Run(directory.resolve().name, metrics, info)
     name = flag.replace("-", "_")
     if name not in info.get("args", {}):
-        raise ValueError(f"--by {flag}: {directory / 'run.json'} holds no such flag; see its args for those it has.")
+        raise ValueError(f"--by {flag}: {directory / 'run.json'} has no such flag; see its args for those it has.")
     return Run(str(info["args"][name]), metrics, info)
 
 
@@ -74,7 +74,7 @@ def _figures(runs: list[Run]) -> list[str]:
 
 
 def _parameters(run: Run) -> list[int]:
-    """Parameters beside the embeddings, if the run says."""
+    """Parameters without the embeddings, if recorded."""
     total, embedding = run.info.get("parameters_total"), run.info.get("parameters_embedding")
     return [] if total is None or embedding is None else [total - embedding]
 

@@ -1,8 +1,8 @@
-"""metrics.jsonl: what a run measures of itself, one JSON object a line.
+"""metrics.jsonl: the metrics of a run, one JSON object per line.
 
 Records of steps, of validations and of starts, in the order of writing; training/metrics.py says
-what they hold. The file is only ever added to. A run that goes back to a checkpoint does steps again: what was written
-of iterations beyond the checkpoint is then no part of the run any more, whether they have been done again or not.
+what they contain. The file is append-only. A run that returns to a checkpoint repeats steps: records of iterations
+beyond the checkpoint are then no longer part of the run, whether these have been repeated or not.
 """
 
 import json
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 class Balance(NamedTuple):
-    """How evenly a layer's tokens go to its experts."""
+    """How evenly a layer's tokens are routed to its experts."""
 
     max_over_mean: float
     """The busiest expert's share over an even one: 1 is even, the number of experts all to one."""
@@ -43,9 +43,9 @@ class Metrics:
     max_over_mean: dict[int, dict[str, float]] = field(default_factory=dict)
     """Of each layer of experts (:class:`Balance`), by iteration, in order."""
     expert_loads: dict[str, list[float]] = field(default_factory=dict)
-    """The newest: layer to the share of tokens of each expert. They are too many to keep all of a run of weeks."""
+    """The newest: layer to the share of tokens of each expert. Those of a long run are too many to keep."""
     starts: list[Record] = field(default_factory=list)
-    """All of them. Keys: resume (the iteration that the run went on from; 0 for a fresh one), time, processes, ..."""
+    """All of them. Keys: resume (the iteration that the run resumed from; 0 for a new one), time, processes, ..."""
 
     def add(self, record: Record, keep: Collection[str] | None = None) -> None:
         """Takes the next record of the file; ``keep``: all that is kept of a step."""
@@ -88,7 +88,7 @@ def is_start(record: Record) -> bool:
 
 
 def records_of(line: bytes) -> list[Record]:
-    """The record of a line; none where it is not one: a process that was killed leaves half a line."""
+    """The record of a line; none if it is not one: a process that was killed leaves a partial line."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -98,23 +98,23 @@ def records_of(line: bytes) -> list[Record]:
 
 
 class Follower:
-    """Reads a metrics file from where it was read last, while a run writes it."""
+    """Reads a metrics file incrementally, while a run writes it."""
 
     def __init__(self, path: Path, keep: Collection[str] | None = None):
-        """``keep``: all that is kept of a step, since a run of weeks has many."""
+        """``keep``: all that is kept of a step, since a long run has many."""
         self.path, self.metrics = path, Metrics()
         self._keep = keep
         self._offset, self._file = 0, (0, 0)
 
     def update(self) -> None:
-        """Takes the whole lines that were added since the last time into ``metrics``."""
+        """Adds the complete lines that were appended since the last call to ``metrics``."""
         for _ in self.records():
             pass
 
     def records(self) -> Iterator[Record]:
         """The same, with each record when it has been taken, all that is in it.
 
-        It starts over where the file was replaced or cut. Without a file there is nothing new.
+        It starts over if the file was replaced or truncated. Without a file there is nothing new.
         """
         try:
             file = self.path.open("rb")
@@ -142,19 +142,19 @@ def read_metrics(path: Path) -> Metrics:
 
 
 class Appender:
-    """Adds records to a metrics file. A run of weeks is worth more than its metrics: it goes on when that fails."""
+    """Appends records to a metrics file. If that fails, training continues without them."""
 
     def __init__(self, path: Path):
         self.path = path
         self._in_doubt = True
-        """Whether the file may end in half a line: of a process that was killed, or of a full disk."""
+        """Whether the file may end in a partial line: of a process that was killed, or of a full disk."""
         self._warned = False
 
     def append(self, record: Record) -> str:
         """Writes a record with the ``time`` (seconds since 1970) as one line, by one call.
 
         Returns:
-            What is to be said, if anything: the first time that it cannot be written.
+            A message for the log, the first time that it cannot be written.
         """
         line = json.dumps({**record, "time": time.time()}).encode() + b"\n"
         try:
@@ -165,10 +165,10 @@ class Appender:
                     line = line if file.read(1) == b"\n" else b"\n" + line
                 written = file.write(line)
             self._in_doubt = written != len(line)
-            reason = "the disk took a part of a record" if self._in_doubt else ""
+            reason = "the disk is full: a record was written in part" if self._in_doubt else ""
         except OSError as error:
             self._in_doubt, reason = True, str(error)
         if not reason or self._warned:
             return ""
         self._warned = True
-        return f"WARNING: {self.path} lacks records from here on: {reason}. Training goes on; this is said once."
+        return f"WARNING: {self.path} misses records from here on: {reason}. Training continues; this is logged once."

@@ -12,21 +12,21 @@ from megatron_hybrid.run_folder.run_info import read_run_info
 from megatron_hybrid.run_folder.state import State, read_state
 
 KEPT = ("loss", "grad_norm", "tokens_per_second", "tokens", "skipped", "seconds", "time")
-"""Of each step: a run of weeks has hundreds of thousands."""
+"""Of each step: a long run has hundreds of thousands."""
 RECENT = 50
 """Steps over which speeds are stated."""
 SILENT_S, SILENT_STEPS = 300.0, 20
-"""A run that says it is running, and has written nothing for as long as both, is called silent."""
+"""A run whose state is running, and that has written nothing for as long as both, is called silent."""
 
 
 class Progress:
-    """What a run's files say, read again by :meth:`update`."""
+    """The content of a run's files, refreshed by :meth:`update`."""
 
     def __init__(self, run: Path, name: str = ""):
         self.run, self.name = run, name or run.resolve().name
         self.state: State | None = None
         self.checkpoint: int | str | None = None
-        """What the pointer names."""
+        """The checkpoint that the pointer names."""
         self.train_iters: int | None = None
         self.written: float | None = None
         """When the last record was written, in seconds since 1970."""
@@ -39,19 +39,19 @@ class Progress:
     def update(self) -> None:
         """Reads what is new."""
         self.state, self.checkpoint = read_state(self.run), pointer(self.run)
-        for record in self._follower.records():  # after the state: where that says finished, all of them are here
+        for record in self._follower.records():  # after the state: if that says finished, all of them are here
             self.written = record.get("time", self.written)
         told = read_run_info(self.run).get("args", {}).get("train_iters")
         self.train_iters = self.state.train_iters if self.state and self.state.train_iters else told
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to come; a run that is stopped may be started again."""
+        """Whether no more records will come; a stopped run may be restarted."""
         return self.state is not None and self.state.status in ("finished", "failed")
 
     @property
     def iteration(self) -> int:
-        """The last one that is done; where a run has just resumed, that of its checkpoint."""
+        """The last one that is done; if the run has just resumed, that of its checkpoint."""
         started = self.metrics.starts[-1]["resume"] if self.metrics.starts else 0
         return next(reversed(self.metrics.train), started)
 
@@ -65,7 +65,7 @@ class Progress:
         return (ended["time"] - begun["time"]) / (last - first)
 
     def facts(self, now: float | None = None) -> dict[str, str]:
-        """What to tell a person, by title; what is not known is left out. ``now``: seconds since 1970."""
+        """What to show, by title; unknown facts are omitted. ``now``: seconds since 1970."""
         now = time.time() if now is None else now
         step = self.metrics.train.get(self.iteration, {})
         pace = self.seconds_per_iteration()

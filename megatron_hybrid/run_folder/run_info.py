@@ -24,7 +24,7 @@ def write_run(path: Path, args: Namespace, counted: dict[str, Any]) -> None:
     Args:
         path: The JSON file.
         args: Validated arguments; all that JSON can hold are stored.
-        counted: Derived figures (parameters, FLOPs ...), stored beside them.
+        counted: Derived figures (parameters, FLOPs ...), stored with them.
     """
     if args.rank != 0:
         return

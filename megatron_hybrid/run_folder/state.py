@@ -1,4 +1,4 @@
-"""state.json: how far a run is. Exit codes do not tell a stopped run from a finished one."""
+"""state.json: the progress of a run. Exit codes do not distinguish a stopped run from a finished one."""
 
 import json
 import time
@@ -13,12 +13,12 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run last said of itself."""
+    """The last state that a run has written."""
 
     status: Status
     """finished: all iterations are done, and saved if the run saves. stopped: it ended early and in order, with a
-    checkpoint. failed: it gave up, and starting it again as it is would not help. running: its ranks are at work, or
-    died without a word."""
+    checkpoint. failed: it ended with an error, and restarting it unchanged would not help. running: its ranks are
+    running, or were killed."""
     reason: str = ""
     """Why it is stopped or failed: ``signal``, ``flag`` (such as --exit-interval) or ``result validation``."""
     iteration: int | None = None
@@ -26,17 +26,17 @@ class State:
     train_iters: int | None = None
     """All that are to be done."""
     time: float = field(default_factory=time.time)
-    """When this was said, in seconds since 1970."""
+    """When this was written, in seconds since 1970."""
 
 
 def write_state(run: Path, state: State) -> None:
-    """Replaces state.json as a whole."""
+    """Replaces state.json atomically."""
     with atomic_write(run / "state.json") as file:
         file.write((json.dumps(asdict(state)) + "\n").encode())
 
 
 def read_state(run: Path) -> State | None:
-    """What state.json says; None if there is none that can be read."""
+    """The content of state.json; None if it is missing or cannot be read."""
     try:
         said = json.loads((run / "state.json").read_text("utf-8"))
         state = State(**said)

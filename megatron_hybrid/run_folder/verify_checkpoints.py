@@ -15,7 +15,7 @@ class Finding:
     bytes: int
     seconds: float
     problems: list[str]
-    """None: it is whole."""
+    """None: it is valid."""
 
 
 def to_check(folder: Path, every: bool) -> list[Path]:
@@ -33,7 +33,9 @@ def to_check(folder: Path, every: bool) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give the --save folder of a run, or a checkpoint's own.")
     if not any((folder / name).exists() for name in (".metadata", "metadata.json", "integrity.json")):
-        raise ValueError(f"{folder} has no checkpoints (iter_..., release), and is none of the format torch_dist.")
+        raise ValueError(
+            f"{folder} has no checkpoints (iter_..., release), and is not a checkpoint of the format torch_dist."
+        )
     return [folder]
 
 
@@ -63,6 +65,6 @@ def check(folder: Path) -> Finding:
 
 
 def line(finding: Finding) -> str:
-    """What the user reads: folder, size, time, and whether it is whole."""
-    found = "whole" if not finding.problems else "\n".join(["NOT WHOLE", *(f"    {p}" for p in finding.problems)])
+    """The line to print: folder, size, time, and whether it is valid."""
+    found = "valid" if not finding.problems else "\n".join(["NOT VALID", *(f"    {p}" for p in finding.problems)])
     return f"{finding.folder}  {finding.bytes / 1e6:,.1f} MB  {finding.seconds:.1f} s  {found}"

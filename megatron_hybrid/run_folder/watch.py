@@ -1,4 +1,4 @@
-"""Runs as they go, in a terminal: their facts, curves and expert loads."""
+"""Running runs in a terminal: facts, curves and expert loads."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from megatron_hybrid.run_folder.progress import Progress
 from megatron_hybrid.run_folder.watch_plots import key, load_lines, plots, png, terminal_plots
 
 BRIEF = ("iteration", "loss", "validation", "speed", "left")
-"""What is told of each of several runs."""
+"""Facts that are shown of each of several runs."""
 
 
 def names(runs: list[Path]) -> list[str]:
@@ -41,9 +41,9 @@ def title(runs: list[Progress]) -> str:
 
 
 def live(runs: list[Progress], last: int | None, picture: Path | None, every: float) -> None:
-    """Shows the runs until Ctrl-C, or until nothing more is to come; the terminal is as before then.
+    """Shows the runs until Ctrl-C, or until all runs have ended; then the terminal is restored.
 
-    every: Seconds between two looks.
+    every: Seconds between refreshes.
     """
     from rich.console import Console
     from rich.live import Live
@@ -71,7 +71,7 @@ def live(runs: list[Progress], last: int | None, picture: Path | None, every: fl
 
 
 def screen(runs: list[Progress], last: int | None, width: int, height: int, color: bool) -> str:
-    """What there is to see, in about so many lines of at most ``width`` characters."""
+    """The screen: about ``height`` lines of at most ``width`` characters."""
     if len(runs) == 1:
         head = header(runs[0], width, None)
         loads = load_lines(runs[0], width, min(12, height // 3, height - len(head) - 10))

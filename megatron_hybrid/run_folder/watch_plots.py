@@ -1,4 +1,4 @@
-"""What is drawn of runs that are watched: curves and expert loads of runs, in a terminal and as PNG."""
+"""Plots of monitored runs: curves and expert loads, in a terminal and as PNG."""
 
 import math
 import statistics
@@ -36,11 +36,11 @@ class Plot(NamedTuple):
     title: str
     curves: list[Curve]
     restarts: list[tuple[int, int]]
-    """Number of the run, and the iteration that it went on from; those that lie within the curves."""
+    """Number of the run, and the iteration that it resumed from; only those within the curves."""
 
 
 def plots(runs: list[Progress], last: int | None, points: int) -> list[Plot]:
-    """The curves of the runs, each thinned to at most so many points; plots that would be empty are left out.
+    """The curves of the runs, each thinned to at most ``points``; empty plots are omitted.
 
     points: A curve of dots, which would hide others, has an eighth.
     last: Where to begin, counted back from the end of the run that is least far; all runs share an axis.
@@ -132,7 +132,7 @@ def _style(run: int, color: bool) -> dict[str, str]:
 
 
 def ticks(low: float, high: float, least: int, unit: bool = False) -> tuple[list[float], list[str]]:
-    """At least so many (2 or 3) round places on an axis, not many more, and what stands there: 1,200 or 1.2 k."""
+    """At least ``least`` (2 or 3) round ticks of an axis, not many more, and their labels: 1,200 or 1.2 k."""
     power = math.floor(math.log10(high - low))
     for step in (base * 10.0 ** (power - less) for less in (0, 1) for base in (5, 2, 1)):
         places = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -145,7 +145,7 @@ def ticks(low: float, high: float, least: int, unit: bool = False) -> tuple[list
 
 
 def terminal_plots(drawn: list[Plot], width: int, height: int, color: bool) -> list[str]:
-    """All plots in ``height`` lines: two beside each other where there is room, else those that fit."""
+    """All plots in ``height`` lines: two side by side if there is room, else those that fit."""
     tight = height < 9 * len(drawn)
     columns = 2 if len(drawn) > 1 and (width >= 100 or (width >= 3 * LEAST and tight)) else 1
     rows = math.ceil(len(drawn) / columns)

@@ -22,11 +22,11 @@ def test_the_document_is_made_of_the_table():
         ("--dataloader-inter-document-masking", "Use --reset-attention-mask"),
         ("--sft", "fine-tuning"),
         ("--decoder-first-pipeline-num-layers 2", "--balance-pipeline"),
-        ("--qk-layernorm", "no norms"),
+        ("--qk-layernorm", "do not normalise"),
         ("--window-size 8,0", "--swa-window"),
         ("--rampup-batch-size 2 2 8", "--step-batch-size-schedule"),
         ("--yaml-cfg x.yaml", "flags and recipes"),
-        ("--use-megatron-fsdp", "Megatron's own DDP"),
+        ("--use-megatron-fsdp", "Megatron's DDP"),
         ("--img-h 3 --freeze-all-layers --sft", "--freeze-all-layers is not supported"),  # the first that is refused
     ],
 )

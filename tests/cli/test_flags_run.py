@@ -123,7 +123,7 @@ TRAIN = [
     ("--optimizer sgd --position-embedding-type learned_absolute --use-rotary-position-embeddings", "M-*-"),
 ]
 REFUSE = [
-    ("--experimental-attention-variant dsa", ["--experimental-attention-variant is not supported", "D is not there"]),
+    ("--experimental-attention-variant dsa", ["--experimental-attention-variant is not supported", "D layers are not"]),
     ("--init-method-xavier-uniform", ["--init-method-xavier-uniform", "Drop it"]),
     ("--spec gpt layers", ["--spec gpt layers", "--backend"]),
     ("--attention-backend local", ["--attention-backend local", "--backend torch"]),

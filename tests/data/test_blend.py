@@ -86,7 +86,7 @@ def test_epochs_alone_weigh_by_tokens(data):
         (PAIR.replace("name: code", "name: web"), ["the name web", "rename"]),
         (PAIR.replace("path: code", "path: web"), ["the path", "web"]),
         (PAIR.replace("code, weight: 1", "code, epochs: 1"), ["but not code", "all of them a weight"]),
-        (PAIR.replace("path: code", "path: cod"), ["source code: there is no", "cod.idx", "without the ending"]),
+        (PAIR.replace("path: code", "path: cod"), ["source code: there is no", "cod.idx", "without the extension"]),
     ],
 )
 def test_a_wrong_file_is_refused_by_the_sources_name(data, text, words):

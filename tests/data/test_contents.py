@@ -70,8 +70,8 @@ def test_what_is_not_whole_is_refused(tmp_path):
     assert "a.bin has 12 bytes" in damaged(prefix, ids + b"\0\0")
     offset = 34 + 2 * 4 + 8  # of the second document
     moved = index[:offset] + struct.pack("<q", 8) + index[offset + 8 :]
-    assert "a.idx is damaged: sequence 1 is said to begin at byte 8" in damaged(prefix, idx=moved)
-    assert "is cut short" in damaged(prefix, idx=index[:-1])
+    assert "a.idx is corrupt: sequence 1 is said to begin at byte 8" in damaged(prefix, idx=moved)
+    assert "is truncated" in damaged(prefix, idx=index[:-1])
     assert "has no tokens (2 documents)" in damaged(data_set(tmp_path / "hollow", [[], []]))
     assert "has no tokens (0 documents)" in damaged(data_set(tmp_path / "empty", []))
     with pytest.raises(ValueError, match="there is no .*none.idx: give the prefix"):
@@ -86,7 +86,7 @@ def test_a_manifest_that_other_files_were_put_beside_is_refused(tmp_path):
     os.utime(bin_path(prefix), ns=(0, manifest_path(prefix).stat().st_mtime_ns + 1))
     assert examine(str(prefix))[3:] == (None, 65536)
     data_set(prefix, [[1, 2, 3], [4, 5, 6, 7, 8]])  # as many bytes: the index tells them apart
-    with pytest.raises(ValueError, match=r"d_text_document.json is not the manifest of the files beside it.* delete"):
+    with pytest.raises(ValueError, match=r"d_text_document.json is not the manifest of the files next to it.* delete"):
         examine(str(prefix))
 
 

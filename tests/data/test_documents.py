@@ -85,7 +85,7 @@ def test_faults_of_plain_text(tmp_path):
     assert texts == [["good", "last"]]
     assert [str(f) for f in faults] == [
         f"{path}:2: not valid UTF-8.",
-        f"{path}:3: null byte; a damaged or binary file?",
+        f"{path}:3: null byte; a corrupt or binary file?",
     ]
     assert [f.record for f in parsed(path)[1]] == [3], "as one document it is a null byte in line 3"
 

@@ -77,9 +77,9 @@ def test_what_a_writer_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: b"x" + b[1:], "does not begin with their mark"),
-        (lambda b: b[:20], "does not begin with their mark"),
-        (lambda b: b[:-1], "cut short"),
+        (lambda b: b"x" + b[1:], "its header is wrong"),
+        (lambda b: b[:20], "its header is wrong"),
+        (lambda b: b[:-1], "truncated"),
         (lambda b: b + b"x", "1 bytes too many"),
         (lambda b: b[:17] + b"\x06" + b[18:], "dtype code 6; known are version 1 and the codes of integers, 1 .uint8"),
     ],

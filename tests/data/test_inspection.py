@@ -209,7 +209,7 @@ def test_damage_is_named(tmp_path):
     index = read_index(prefix)
     count, at = len(index.lengths), 34
     cases = [
-        (idx_path(prefix), 0, "index: header and size", "does not begin with their mark"),
+        (idx_path(prefix), 0, "index: header and size", "its header is wrong"),
         (idx_path(prefix), at + 4 * 7, "index: offsets are the sums of lengths", "sequence 8 is said to begin"),
         (idx_path(prefix), at + 4 * count + 8 * 9, "index: offsets are the sums of lengths", "sequence 9 is said"),
         (idx_path(prefix), at + 12 * count, "index: documents", "the first document begins at sequence 1"),
@@ -240,7 +240,7 @@ def test_truncated_missing_and_swapped_files_are_found(tmp_path):
     bin_path(a).write_bytes(swapped[0])
     index = idx_path(a).read_bytes()
     idx_path(a).write_bytes(index[:-1])
-    assert "cut short" in faults(a)["index: header and size"]
+    assert "truncated" in faults(a)["index: header and size"]
     idx_path(a).unlink()
     assert "there is no" in faults(a)["index: header and size"]
     # An index of other documents with as many tokens in all.

@@ -113,7 +113,7 @@ def test_a_file_that_changed_between_shards_is_refused(tmp_path):
     write(path, texts(31))
     flags = {"append_eod": True, "prepend_bos": True, "overwrite": True}
     second = preprocess([path], tmp_path / "x", shard=(1, 2), **flags).prefixes[0]
-    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
+    with pytest.raises(ValueError, match=r"do not continue each other at .*a\.jsonl"):
         merge([first, second], tmp_path / "merged")
 
 
@@ -124,7 +124,7 @@ def test_shards_of_different_inputs_are_refused(tmp_path):
         preprocess(inputs, tmp_path / "x", shard=(i, 2)).prefixes[0]
         for i, inputs in enumerate([[common], [other, common]])
     ]
-    with pytest.raises(ValueError, match=r"do not fit together at .*a\.jsonl"):
+    with pytest.raises(ValueError, match=r"do not continue each other at .*a\.jsonl"):
         merge(parts, tmp_path / "merged")
 
 

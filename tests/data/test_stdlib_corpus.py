@@ -53,5 +53,5 @@ def test_corpus_is_chosen_deduplicated_and_ordered(tmp_path):
 
 
 def test_corpus_without_sources(tmp_path):
-    with pytest.raises(ValueError, match="holds no Python sources"):
+    with pytest.raises(ValueError, match="contains no Python sources"):
         documents(tmp_path)

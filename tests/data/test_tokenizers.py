@@ -318,7 +318,7 @@ def test_each_thread_has_a_tokenizer_of_its_own(bpe, sentencepiece_model):
 def test_a_mark_that_the_tokenizer_lacks_is_refused(tmp_path, bpe):
     (tmp_path / "tokenizer.json").write_bytes((bpe / "tokenizer.json").read_bytes())
     bare = TokenizerSpec("HuggingFaceTokenizer", tmp_path)
-    with pytest.raises(ValueError, match="--append-eod: the tokenizer names no EOS token; .* --eod-token"):
+    with pytest.raises(ValueError, match="--append-eod: the tokenizer defines no EOS token; .* --eod-token"):
         make_encoders(Encoding(bare, append_eod=True), 1, [])
     with pytest.raises(ValueError, match="--eod-token </s>: the tokenizer has no such token"):
         load_tokenizer(TokenizerSpec("HuggingFaceTokenizer", tmp_path, eod_token="</s>"))

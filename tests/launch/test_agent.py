@@ -113,7 +113,7 @@ def test_a_dead_rank_starts_all_again_and_is_named(local, tmp_path):
     assert f"first failure rank 1 on {death[0].node}" in said and "restart 1 of at most 2" in said
     log = next(tmp_path.glob("run/logs/*/rank_001.log")).read_text().splitlines()
     assert log[0] == "rank 1 of 2, node None, restart 0" and log[-1] == "rank 1 of 2, node None, restart 1"
-    assert "started again" in log[-2]
+    assert "restarted" in log[-2]
 
 
 def test_a_signal_leaves_time_to_save(local, tmp_path):
@@ -125,7 +125,7 @@ def test_a_signal_leaves_time_to_save(local, tmp_path):
     assert code == 0, said
     assert {path.name for path in tmp_path.glob("saved.*")} == {"saved.0", "saved.1"}
     assert [(e.kind, e.reason) for e in run.events()] == [("signal", "SIGTERM")]
-    assert "call it again: the run was told to stop" in said
+    assert "call it again: the run was asked to stop" in said
 
 
 @pytest.mark.parametrize("how", ["the grace", "a second Ctrl-C"])

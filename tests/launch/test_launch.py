@@ -288,7 +288,7 @@ def test_the_first_screen(plan, tmp_path):
     )
     assert (found["job"], found["nodes"]) == ("7 (start 2)", "9 (n0 to n8), 8 ranks on each")
     assert found["pattern"] == "M-*-" and found["checkpoint"] == "none" and "cross nodes" in found["note"]
-    assert found["restarts"] == "at most 3 when a rank dies; 300 s to save when told to stop"
+    assert found["restarts"] == "at most 3 when a rank fails; 300 s to save after SIGTERM"
 
 
 def test_the_last_screen(tmp_path):
@@ -299,10 +299,10 @@ def test_the_last_screen(tmp_path):
     run.update()
     later = replace(DEATH, node="n2", rank=3, time=DEATH.time + 1)
     seen = [replace(DEATH, last_words="RuntimeError: of rank 1"), later]
-    found = rows(summary.end("7", run, tmp_path / "logs", True, seen, "queued again: told", 90.0))
+    found = rows(summary.end("7", run, tmp_path / "logs", True, seen, "requeued: told", 90.0))
     assert found["state"] == "stopped (signal)" and found["loss"] == "2.5000" and found["checkpoint"] == "5"
     assert found["first failure"].startswith("rank 1 on n1, ") and found["first failure"].endswith("restart 0: SIGKILL")
-    assert found[""] == "RuntimeError: of rank 1" and found["next"] == "queued again: told"
+    assert found[""] == "RuntimeError: of rank 1" and found["next"] == "requeued: told"
     assert found["failures"] == "in 1 of the starts of all ranks"
     silent = rows(summary.end("7", run, tmp_path / "logs", False, [], "no more: x", 90.0))
     assert silent["state"].startswith("unknown") and silent["failures"] == "none"

@@ -111,7 +111,7 @@ def test_stages_that_megatron_cuts_itself_are_in_the_pattern():
         ("--recipe paper-1b-intra --tensor-model-parallel-size 2", 3, "3 processes do not divide"),
         ("--recipe paper-1b-intra --tensor-model-parallel-size 3", 3, "must be a multiple"),
         ("--recipe paper-1b-intra --pipeline-model-parallel-size 4", 4, "do not divide over 4 pipeline stages"),
-        ("--recipe paper-1b-intra --micro-batch-size 3", 8, "is no multiple of --micro-batch-size 3 times 8"),
+        ("--recipe paper-1b-intra --micro-batch-size 3", 8, "is not a multiple of --micro-batch-size 3 times 8"),
         ("--recipe paper-1b-intra --vocab-size -5", 8, "--vocab-size is -5 and must be at least 1"),
         ("--recipe paper-1b-intra --train-iters -4", 8, "--train-iters is -4 and must be at least 0"),
         ("--recipe paper-1b-intra --backend te --fp8-format hybrid", 8, "--fp8-format: memory and time .* Drop it"),

@@ -120,7 +120,7 @@ def test_a_gpu_of_ones_own(monkeypatch, capsys):
         ("--gpu h100 --network-gbps 0", "--network-gbps must be a number above 0"),
         ("--gpu h100 --peak-tflops 0", "--peak-tflops must be a number above 0"),
         ("--gpu h100 --memory-gib -1", "--memory-gib must be a number above 0"),
-        ("--plot plan.txt", "plan.txt ends in none of .png, .svg, .pdf"),
+        ("--plot plan.txt", "plan.txt must end in .png, .svg or .pdf"),
     ],
 )
 def test_a_mistake_is_one_paragraph(line, text, monkeypatch, capsys):

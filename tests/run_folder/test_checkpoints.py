@@ -95,7 +95,7 @@ def test_any_damage_to_any_file_is_found(folder, name):
         ('{"algorithm": "sha256", "files": {"..": "%s"}}', "'..' is not the name"),
         ('{"algorithm": "sha256", "files": {"/etc/hosts": "%s"}}', "is not the name"),
         ('{"algorithm": "sha256", "files": {"integrity.json": "%s"}}', "is not the name"),
-        ('{"algorithm": "sha256", "files": {"a": "%s", "a": "%s"}}', "stands in it twice"),
+        ('{"algorithm": "sha256", "files": {"a": "%s", "a": "%s"}}', "has a name twice"),
         ('{"algorithm": "sha256", "files": {"a": "abc"}}', "not a SHA-256"),
         ('{"algorithm": "sha256", "files": {"a": 5}}', "not a SHA-256"),
         ("\x00" * 500, "is not a manifest"),
@@ -181,7 +181,7 @@ def test_a_valid_pointer_is_followed_back(tmp_path):
     point(tmp_path, "20\n")
     found = c.choose(tmp_path, None, c.problems)
     assert found.checkpoint.iteration == 20
-    assert "newer checkpoints are there (iter_0000030)" in "".join(found.notes)
+    assert "newer checkpoints exist (iter_0000030)" in "".join(found.notes)
     point(tmp_path, "30")
     assert c.choose(tmp_path, None, c.problems).notes == []
 
@@ -212,7 +212,7 @@ def test_the_pointers_one_is_torn(tmp_path):
     shutil.rmtree(folders[2])
     assert chosen(tmp_path) == 10
     tear(folders[0])
-    with pytest.raises(ValueError, match="none that can be loaded; a run does not start from fresh weights") as error:
+    with pytest.raises(ValueError, match="no valid one; a run does not start from random weights") as error:
         chosen(tmp_path)
     for text in ("iter_0000040: __1_0", "iter_0000020: has no manifest", "iter_0000010: __1_0", "--seal"):
         assert text in str(error.value)
@@ -311,14 +311,14 @@ def test_the_tool_says_what_is_whole(tmp_path):
     point(tmp_path, "20")
     tear(folders[0])
     done = verify(str(tmp_path))
-    assert done.returncode == 0 and done.stdout.startswith(str(folders[1])) and done.stdout.endswith("whole\n")
+    assert done.returncode == 0 and done.stdout.startswith(str(folders[1])) and done.stdout.endswith("valid\n")
     every = verify(str(tmp_path), "--all", "--json")
     assert every.returncode == 1
     told = json.loads(every.stdout)
     assert [finding["folder"] for finding in told] == [str(path) for path in reversed(folders)]
     assert [bool(finding["problems"]) for finding in told] == [False, False, True]
     lines = verify(str(folders[0]))
-    assert lines.returncode == 1 and "NOT WHOLE\n    __1_0.distcp (4 bytes) is not what was saved" in lines.stdout
+    assert lines.returncode == 1 and "NOT VALID\n    __1_0.distcp (4 bytes) is not what was saved" in lines.stdout
 
 
 def test_the_tool_seals_what_has_no_manifest(tmp_path):

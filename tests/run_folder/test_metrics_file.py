@@ -128,7 +128,7 @@ def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert [bool(text) for text in said] == [False, False, True, False, False, False, False]
-    assert str(path) in said[2] and "Training goes on" in said[2]
+    assert str(path) in said[2] and "Training continues" in said[2]
     assert list(read_metrics(path).train) == [1, 2, 6, 7]
 
 

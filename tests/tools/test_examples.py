@@ -276,4 +276,4 @@ def test_a_job_near_its_limit_saves_and_is_queued_again(reason, environment, tmp
     assert told and told == ["--signal=TERM", job_id] * (len(told) // 2)
     requeued = (tmp_path / "scontrol").exists() and f"requeue {job_id}" in (tmp_path / "scontrol").read_text()
     assert requeued == (reason == "signal"), said
-    assert ("queued again" in said) == requeued and "SIGTERM on " in said
+    assert ("requeued" in said) == requeued and "SIGTERM on " in said

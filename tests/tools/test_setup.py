@@ -157,7 +157,7 @@ def test_install_is_skipped_when_done_and_says_why_it_failed(tmp_path):
     failed = setup("tiny==1.0\nnvidia-absent==1.0\n")
     assert failed.returncode == 1 and not stamp.exists()
     assert "No matching distribution found for nvidia-absent" in failed.stderr
-    assert "the same command goes on from there" in failed.stderr
+    assert "the same command continues from there" in failed.stderr
     assert ".venv from" not in failed.stdout, "the environment is kept"
 
 

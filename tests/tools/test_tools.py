@@ -60,7 +60,7 @@ def test_from_sources_to_data_set(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("build_stdlib_corpus", "--source {tmp}/none --output {tmp}", "holds no Python sources"),
+        ("build_stdlib_corpus", "--source {tmp}/none --output {tmp}", "contains no Python sources"),
         ("train_tokenizer", "--input {tmp}/none --vocab-size 300 --output {tmp}/m", "none does not exist"),
         ("train_tokenizer", "--input {tmp} --vocab-size 300 --output {tmp}/m.model", "vocabulary of 300"),
         ("train_tokenizer", "--input {tmp}/*.jsonl --vocab-size 9999 --output {tmp}/m", "vocabulary of 9999"),

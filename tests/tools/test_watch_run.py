@@ -88,8 +88,8 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("{tmp}/none", "none is no directory; give the --save directory of a run."),
-        ("{tmp}/run {tmp}/none", "none is no directory"),
+        ("{tmp}/none", "none is not a directory; give the --save directory of a run."),
+        ("{tmp}/run {tmp}/none", "none is not a directory"),
         ("{tmp}/empty", "empty/metrics.jsonl has no training record yet; look again after some iterations."),
         ("{tmp}/run --every 0", "--every 0: give seconds, above 0"),
         ("{tmp}/run --every nan", "--every nan: give seconds"),

@@ -1,4 +1,4 @@
-"""Ways to run causal attention whose values are wider than its queries, beside each other.
+"""Compare methods of causal attention whose values are wider than its queries.
 
     python tools/benchmarks/attention.py [--length 8192] [--qk-dim 72] [--value-dim 128] [--json out.json]
 

@@ -1,4 +1,4 @@
-"""Time and memory of the plain-PyTorch SSD scan beside other implementations of it.
+"""Time and memory of the plain-PyTorch SSD scan against other implementations.
 
     python tools/benchmarks/kernels.py [--compile] [--json out.json]
 

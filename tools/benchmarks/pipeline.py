@@ -6,7 +6,7 @@
 
 trains the same model from the same command line, but for the pipeline's boundaries, as separate runs of Megatron's own
 loop: one with as many layers on each stage, one with --balance-pipeline. The runs take turns. Without flags for a model
-it takes a small lopsided one: mixers first, then wide FFNs and the output head.
+it takes a small unbalanced one: mixers first, then wide FFNs and the output head.
 """
 
 import argparse

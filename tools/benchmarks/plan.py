@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a plan says of a run against the run itself: memory, step time, and the efficiency that explains it.
+"""Compare a plan with the run: memory, step time, and the efficiency that explains it.
 
     python tools/benchmarks/plan.py --recipe paper-100m-intra --global-batch-size 16 --train-iters 12
     python tools/benchmarks/plan.py --processes 2 --recipe paper-1b-intra --tensor-model-parallel-size 2 \\
         --sequence-parallel --global-batch-size 8 --train-iters 12
 
-trains a few steps on mock data on this machine's GPUs, in the processes that a real run would have, and prints the
-plan's figures beside the measured ones. The efficiency that it ends with is the one to give tools/plan.py.
+trains a few steps on mock data on this machine's GPUs, in the processes that a real run would have, and prints
+planned and measured figures. The efficiency in the last line is the one to give tools/plan.py.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Speed of tools/preprocess_data.py beside Megatron's own way and the bare tokenizer, on one corpus.
+"""Speed of tools/preprocess_data.py against Megatron's own way and the bare tokenizer, on one corpus.
 
     python tools/benchmarks/preprocess.py [--library huggingface|sentencepiece] [--megabytes 100] [--workers 2]
     python tools/benchmarks/preprocess.py --memory      # peak memory on words that hardly repeat, 100 MB and 1 GB
 
-Each contestant is a process of its own, so all caches of words are cold; the corpus is dropped from the page cache
+Each method is a separate process, so all caches of words are cold; the corpus is dropped from the page cache
 before each. "Megatron's way" is that of its preprocessing script: a pool of processes tokenizes one document at a time
 with Megatron's tokenizer, and the parent writes through IndexedDatasetBuilder. "Bare tokenizer" encodes the texts in
-batches on as many threads, with nothing read, parsed or written. Contestants take turns; a run whose files are not
+batches on as many threads, with nothing read, parsed or written. The methods take turns; a run whose files are not
 those of Megatron's, byte for byte, ends the benchmark.
 """
 

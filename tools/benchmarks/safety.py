@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What metrics and checkpoints cost: time per iteration with them, as a ratio to a run that has none.
+"""Cost of metrics and checkpoints: time per iteration, as a ratio to a run without them.
 
     python tools/benchmarks/safety.py
     python tools/benchmarks/safety.py --every 50 --processes 8 --device cuda -- \\
         --recipe paper-1b-intra --train-iters 160
 
-trains the same model in turns: bare, with metrics.jsonl, with sealed checkpoints beside it that training waits for,
-and with such that are written in the background. Time is that of the clock from the end of the warm-up to the end of
+trains the same model in turns: bare, with metrics.jsonl, also with sealed checkpoints in the foreground,
+and with checkpoints in the background. Time is that of the clock from the end of the warm-up to the end of
 the last iteration, with all saves between; every kind of run does the same iterations. Without flags for a model it
 takes a small one.
 """

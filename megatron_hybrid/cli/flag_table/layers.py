@@ -24,19 +24,19 @@ FAMILIES: dict[str, list[Row]] = {
             "the layers; `--hybrid-override-pattern` is its old name",
             "--hybrid-layer-pattern --hybrid-override-pattern",
         ),
-        ours("the pattern counts; where the two differ Megatron warns", "--num-layers --is-hybrid-model"),
+        ours("the pattern decides; Megatron warns if they differ", "--num-layers --is-hybrid-model"),
         ours("upstream's hybrid stack is replaced by ours; others are refused", "--spec"),
         no(
-            "the G of the pattern says which layers are gated delta nets, and D is not there",
+            "G in the pattern says which layers are gated delta nets, and D layers are not supported",
             "--experimental-attention-variant --linear-attention-freq",
         ),
         no(
-            "the pattern names the layers",
+            "the pattern lists the layers",
             """--encoder-num-layers --decoder-num-layers --heterogeneous-layers-config-path
             --heterogeneous-layers-config-encoded-json --encoder-seq-length --decoder-seq-length""",
         ),
         no(
-            "it belongs to D layers, which are not there",
+            "it belongs to D layers, which are not supported",
             """--dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsa-indexer-topk-freq
             --dsa-indexer-skip-topk-offset --dsa-indexer-loss-coeff --dsa-indexer-use-sparse-loss
             --dsa-kernel-backend --dsa-indexer-rope-interleaved --no-dsa-indexer-rotate-activation
@@ -49,12 +49,12 @@ FAMILIES: dict[str, list[Row]] = {
         ),
     ],
     "Attention, positions, activations": [
-        yes("torch's kernels decide under `--backend torch`; `local` is refused", "--attention-backend"),
+        yes("`--backend torch` ignores it: torch selects the kernel; `local` is refused", "--attention-backend"),
         yes("no windows on CUDA with dropout of attention weights", "--attention-dropout --hidden-dropout"),
         yes("E layers and P layers: none (see cli/checks.py)", "--disable-bias-linear --add-qkv-bias"),
         yes("* and W; not P", "--attention-output-gate"),
         yes("* and W", "--qk-l2-norm"),
-        yes("scores and softmax are fp32 in any case under `--backend torch`", "--attention-softmax-in-fp32"),
+        yes("scores and softmax are always fp32 under `--backend torch`", "--attention-softmax-in-fp32"),
         ours(
             "each attention layer has its own RoPE; rope or none",
             """--position-embedding-type --use-rotary-position-embeddings --rotary-base --rotary-percent
@@ -65,7 +65,7 @@ FAMILIES: dict[str, list[Row]] = {
             "use --use-rope-scaling with --rope-scaling-factor",
             "--rotary-seq-len-interpolation-factor",
         ),
-        no("--position-embedding-type none takes RoPE from all layers", "--no-rope-freq"),
+        no("--position-embedding-type none removes RoPE from all layers", "--no-rope-freq"),
         no(
             "the attention layers have RoPE or none",
             """--mrope-section --yarn-original-max-position-embeddings --yarn-beta-fast --yarn-beta-slow
@@ -73,36 +73,36 @@ FAMILIES: dict[str, list[Row]] = {
             --relative-attention-num-buckets --relative-attention-max-distance""",
         ),
         no("sliding windows are W layers, with --swa-window", "--window-size --window-attn-skip-freq"),
-        yes("vanilla alone: sinks are W layers", "--softmax-type"),
-        no("the attention layers have no norms of queries and keys", "--qk-layernorm"),
-        no("the attention layers scale by the head size alone", "--apply-query-key-layer-scaling"),
+        yes("only vanilla: sinks are W layers", "--softmax-type"),
+        no("the attention layers do not normalise queries and keys", "--qk-layernorm"),
+        no("the attention layers scale only by the head size", "--apply-query-key-layer-scaling"),
         no(
-            "it needs figures of the scores that the attention cores do not give",
+            "it needs statistics of the scores that the attention cores do not provide",
             "--qk-clip --qk-clip-alpha --qk-clip-threshold --log-max-attention-logit",
         ),
-        no("it needs a package of NVIDIA's that is not public", "--use-kitchen-attention --kitchen-attention-backend"),
+        no("it needs an NVIDIA package that is not public", "--use-kitchen-attention --kitchen-attention-backend"),
         untried("Transformer Engine", "--flash-attention-version"),
         yes(
             "activations of - and E layers",
             """--swiglu --squared-relu --quick-geglu --glu-linear-offset --activation-func-clamp-value
             --use-fused-weighted-squared-relu""",
         ),
-        no("Megatron 0.19.2 takes it and does nothing", "--openai-gelu --apply-residual-connection-post-layernorm"),
+        no("Megatron 0.19.2 accepts and ignores it", "--openai-gelu --apply-residual-connection-post-layernorm"),
         untried("Transformer Engine", "--use-te-activation-func --use-transformer-engine-op-fuser"),
         untried("Transformer Engine's layers", "--fused-residual-rmsnorm"),
-        yes("RMSNorm alone; `--apply-layernorm-1p` on te without P", "--normalization --apply-layernorm-1p"),
+        yes("only RMSNorm; `--apply-layernorm-1p` on te without P", "--normalization --apply-layernorm-1p"),
         yes("", "--mlp-chunks-for-training"),
         untried("Transformer Engine with FlashAttention", "--batch-invariant-mode"),
         yes(
-            "backend torch does without these fusions",
+            "backend torch has none of these fusions",
             """--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
             --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
             --cross-entropy-loss-fusion --cross-entropy-fusion-impl --no-clone-scatter-output-in-embedding""",
         ),
         ours("`--backend te` or `torch`", "--transformer-impl"),
-        idle("Megatron reads it no more", "--use-flash-attn --use-mcore-models --onnx-safe"),
+        idle("Megatron no longer reads it", "--use-flash-attn --use-mcore-models --onnx-safe"),
         yes("", "--enable-experimental"),
-        no("Megatron 0.19.2 ends with an error there", "--config-logger-dir"),
+        no("Megatron 0.19.2 fails with it", "--config-logger-dir"),
     ],
     "Initialisation and randomness": [
         yes(
@@ -110,10 +110,10 @@ FAMILIES: dict[str, list[Row]] = {
             """--seed --init-method-std --embedding-init-method-std --use-cpu-initialization --data-parallel-random-init
             --inference-rng-tracker --deterministic-mode""",
         ),
-        yes("weights are what memory held, for runs that load them", "--no-initialization"),
+        yes("weights are uninitialised memory, for runs that load them", "--no-initialization"),
         untried("Transformer Engine", "--te-rng-tracker"),
-        no("Megatron 0.19.2 ends with an error there", "--init-method-xavier-uniform"),
-        idle("it is FSDP's", "--init-model-with-meta-device"),
+        no("Megatron 0.19.2 fails with it", "--init-method-xavier-uniform"),
+        idle("it belongs to FSDP", "--init-model-with-meta-device"),
         yes(
             "not with P layers",
             """--use-mup --mup-width-mult --mup-base-hidden-size --mup-embedding-mult --mup-output-mult
@@ -151,9 +151,9 @@ FAMILIES: dict[str, list[Row]] = {
             --moe-expert-rank-capacity-factor""",
         ),
         ruled_out("parameters and FLOPs of such experts are not counted", "--moe-latent-size"),
-        no("the E of the pattern says which layers have experts", "--moe-layer-freq"),
+        no("E in the pattern says which layers have experts", "--moe-layer-freq"),
         no(
-            "Megatron has no schedule for it that takes hybrids",
+            "Megatron's schedule for it does not support hybrids",
             "--overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release",
         ),
     ],
@@ -167,12 +167,12 @@ FAMILIES: dict[str, list[Row]] = {
     ],
     "Precision": [
         yes(
-            "`--fp32-residual-connection`: the norms round to the parameters' type",
+            "`--fp32-residual-connection`: the norms round to the parameters' dtype",
             """--bf16 --fp16 --fp32-residual-connection --loss-scale --initial-loss-scale --min-loss-scale
             --loss-scale-window --hysteresis --fp16-lm-cross-entropy --accumulate-allreduce-grads-in-fp32
             --grad-reduce-in-bf16 --disable-bf16-reduced-precision-matmul""",
         ),
-        yes("Transformer Engine on CUDA; tried with tensorwise scaling", "--fp8-format --fp8-recipe"),
+        yes("Transformer Engine on CUDA; tested with tensorwise scaling", "--fp8-format --fp8-recipe"),
         untried(
             "Transformer Engine on CUDA",
             """--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad
@@ -190,7 +190,7 @@ FAMILIES: dict[str, list[Row]] = {
         ),
         yes("--recompute-granularity selective with moe is its new name", "--moe-layer-recompute"),
         no(
-            "Megatron's hybrid stack does not offload activations by layers",
+            "Megatron's hybrid stack does not offload activations layer by layer",
             "--cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers",
         ),
         untried(

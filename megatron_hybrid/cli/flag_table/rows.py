@@ -1,19 +1,19 @@
-"""One row of the table: flags that share an answer."""
+"""One row of the table: flags with the same status."""
 
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """Flags that share an answer."""
+    """Flags with the same status."""
 
     kind: str
     """supported, translated, refused or no effect."""
     note: str
     """What they do, or why not: a clause that ends a sentence."""
     flags: str
-    """Separated by blanks; of several spellings one will do."""
+    """Separated by spaces; one of several spellings is enough."""
     tried: bool = True
-    """Whether a run of this project, on CPU or GPU, has had them."""
+    """Whether a run of this project, on CPU or GPU, has used them."""
     by_rule: bool = False
     """Refused by a rule that knows the value, and says more than this note."""
 

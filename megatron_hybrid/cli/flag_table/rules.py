@@ -1,6 +1,6 @@
 """Values of Megatron's flags, and their company, that would end a run.
 
-Each rule is a condition and what the user reads. What is refused whatever its value stands in :mod:`.table`.
+Each rule is a condition and what the user reads. Flags that are refused with every value are in :mod:`.all_flags`.
 """
 
 from argparse import Namespace
@@ -268,7 +268,7 @@ def _optimizer(args: Namespace) -> Rules:
         ),
         (
             args.optimizer == "sgd" and args.use_distributed_optimizer,
-            "--optimizer sgd does not go together with --use-distributed-optimizer, which takes Adam: drop one.",
+            "--optimizer sgd cannot be combined with --use-distributed-optimizer, which takes Adam: drop one.",
         ),
         (
             args.ckpt_format == "torch" and args.use_distributed_optimizer and not (args.bf16 or args.fp16),
@@ -292,7 +292,7 @@ def _optimizer(args: Namespace) -> Rules:
 
 
 def _logging(args: Namespace) -> Rules:
-    """Logs, profiles, signals, and what else is beside the training."""
+    """Logs, profiles, signals and other settings around the training."""
     cpu, signal = args.device == "cpu", args.exit_signal.name
     faults = bool(args.fault_injector_ranks or args.fault_injector_num_ranks)
     kept = [f"save_{what}_interval" for what in ("params", "activations", "wgrads", "dgrads", "tokens_per_expert")]

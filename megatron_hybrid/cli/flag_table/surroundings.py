@@ -50,18 +50,18 @@ FAMILIES: dict[str, list[Row]] = {
             --no-flight-recorder-include-only-active --no-flight-recorder-extra-dump-on-exec""",
         ),
         untried(
-            "fused accumulation of gradients, and so te",
+            "they need fused gradient accumulation and therefore te",
             "--defer-embedding-wgrad-compute --wgrad-deferral-limit --overlap-param-gather-with-optimizer-step",
         ),
-        no("torch has no ring exchange of its own", "--use-ring-exchange-p2p"),
+        no("torch has no ring exchange", "--use-ring-exchange-p2p"),
         no("the model needs its process groups when it is built", "--lazy-mpu-init"),
-        yes("collectives do nothing: for profiles, the losses are wrong", "--fake-process-group"),
+        yes("collectives do nothing: for profiling only, losses are wrong", "--fake-process-group"),
         no(
-            "gradients that ranks of a hybrid layer share, and checkpoints with a manifest, need Megatron's own DDP",
+            "parameters that ranks of a hybrid layer share, and checkpoints with a manifest, need Megatron's DDP",
             "--use-megatron-fsdp --use-torch-fsdp2",
         ),
         idle(
-            "it is FSDP's",
+            "it belongs to FSDP",
             """--torch-fsdp2-no-reshard-after-forward --data-parallel-sharding-strategy --outer-dp-sharding-strategy
             --no-gradient-reduce-div-fusion --fsdp-double-buffer --suggested-communication-unit-size
             --enable-full-sharding-in-hsdp --fsdp-manual-registration --megatron-fsdp-main-params-dtype
@@ -78,19 +78,19 @@ FAMILIES: dict[str, list[Row]] = {
             --reset-attention-mask --eod-mask-loss --num-dataset-builder-threads --mid-level-dataset-surplus
             --allow-ambiguous-pad-tokens --dataloader-type""",
         ),
-        yes("beside --reset-attention-mask, and changes nothing there", "--reset-position-ids"),
+        yes("with --reset-attention-mask, where it changes nothing", "--reset-position-ids"),
         untried(
             "",
             """--dataloader-fast-cache-load --dataloader-defer-npy-index-mmap --object-storage-cache-path --enable-msc
             --disable-msc""",
         ),
-        idle("no mask is made in any case", "--no-create-attention-mask-in-dataloader"),
+        idle("masks are never made", "--no-create-attention-mask-in-dataloader"),
         no(
             "document boundaries are found by the end-of-document token. Use --reset-attention-mask",
             "--dataloader-inter-document-masking",
         ),
         no(
-            "the data set has no fill-in-the-middle",
+            "the data sets do not support fill-in-the-middle",
             """--fim-data --fim-rate --fim-spm-rate --fim-split-sample --fim-fragment-rate --fim-no-prefix
             --fim-prefix-token --fim-middle-token --fim-suffix-token --fim-pad-token --fim-eod-token""",
         ),
@@ -103,7 +103,7 @@ FAMILIES: dict[str, list[Row]] = {
             --tiktoken-pattern --tiktoken-num-special-tokens --null-tokenizer-eod-id --null-tokenizer-pad-id""",
         ),
         untried(
-            "as Megatron's tokenizers take them",
+            "as in Megatron's tokenizers",
             """--vocab-file --merge-file --tokenizer-metadata --tokenizer-special-tokens --tokenizer-hf-no-use-fast
             --tokenizer-hf-no-include-special-tokens --trust-remote-code --tokenizer-sentencepiece-legacy
             --no-tokenizer-sentencepiece-ignore-extra-whitespaces""",
@@ -111,7 +111,7 @@ FAMILIES: dict[str, list[Row]] = {
     ],
     "Other programs of Megatron's": [
         idle(
-            "inference is another program",
+            "it belongs to inference",
             """--inference-batch-times-seqlen-threshold --max-tokens-to-oom --use-legacy-static-engine
             --inference-max-requests --inference-max-seq-length --inference-dynamic-batching
             --inference-dynamic-batching-buffer-size-gb --inference-dynamic-batching-paused-buffer-size-gb
@@ -138,9 +138,9 @@ FAMILIES: dict[str, list[Row]] = {
             --inference-moe-token-dispatcher-type --mlp-chunks-for-prefill
             --moe-pad-experts-for-cuda-graph-inference""",
         ),
-        no("reinforcement learning is another program", "--perform-rl-step"),
+        no("it belongs to reinforcement learning", "--perform-rl-step"),
         idle(
-            "reinforcement learning is another program",
+            "it belongs to reinforcement learning",
             """--rl-prompts-per-eval --grpo-prompts-per-step --grpo-group-size --rl-generation-lag
             --rl-submission-granularity --rl-consumption-granularity --grpo-iterations --grpo-clamp-eps-lower
             --grpo-clamp-eps-upper --grpo-kl-beta --grpo-entropy-term-weight --grpo-filter-groups-with-same-reward
@@ -154,11 +154,11 @@ FAMILIES: dict[str, list[Row]] = {
             --rl-offload-inference-model-weights-when-idle --refit-method --rl-verify-model-weights-swap
             --rl-skip-bos-token --rl-profile --rl-profile-dir --rl-inference-parsers""",
         ),
-        no("fine-tuning's data sets are not there yet", "--sft"),
+        no("data sets for fine-tuning are not supported yet", "--sft"),
         idle("they belong to fine-tuning", "--sft-tokenizer-prompt-format --chat-template"),
-        no("vision models are another program", "--vision-pretraining"),
+        no("it belongs to vision models", "--vision-pretraining"),
         idle(
-            "vision models are another program",
+            "it belongs to vision models",
             """--num-classes --img-h --img-w --num-channels --patch-dim --classes-fraction --data-per-class-fraction
             --no-data-sharding --head-lr-mult --vision-pretraining-type --vision-backbone-type --swin-backbone-type
             --mask-type --mask-factor --iter-per-epoch --dino-local-img-size --dino-local-crops-number
@@ -166,7 +166,7 @@ FAMILIES: dict[str, list[Row]] = {
             --dino-warmup-teacher-temp --dino-teacher-temp --dino-warmup-teacher-temp-epochs""",
         ),
         idle(
-            "BERT, T5 and retrieval models are other programs",
+            "they belong to BERT, T5 and retrieval models",
             """--ict-head-size --biencoder-projection-dim --biencoder-shared-query-context-model --ict-load --bert-load
             --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path
             --retriever-report-topk-accuracies --retriever-score-scaling --block-data-path --embedding-path
@@ -174,11 +174,11 @@ FAMILIES: dict[str, list[Row]] = {
             --bert-embedder-type --sample-rate --mask-prob --short-seq-prob --vocab-extra-ids""",
         ),
         no(
-            "the loss of training on another model's stored logits is in Megatron's own script",
+            "distillation from stored logits is only in Megatron's own script",
             """--logits-load-dir --logits-load-decode-threads --logits-load-prefetch-factor
             --logits-load-msc-prefetch-depth --logits-load-kd-loss-alpha --logits-load-ignore-errors""",
         ),
-        no("the model is not made from a dense one", "--moe-use-upcycling --moe-upcycling-granularity"),
+        no("upcycling of dense models is not supported", "--moe-use-upcycling --moe-upcycling-granularity"),
         no("settings come from flags and recipes", "--yaml-cfg"),
     ],
 }

@@ -5,7 +5,7 @@ from megatron_hybrid.cli.flag_table.rows import Row, idle, no, ours, ruled_out, 
 FAMILIES: dict[str, list[Row]] = {
     "Optimizer": [
         yes(
-            "adam, sgd (without the distributed optimizer); others need the package emerging-optimizers, untried",
+            "adam, sgd (without the distributed optimizer); others need the package emerging-optimizers, not tested",
             "--optimizer",
         ),
         yes(
@@ -21,17 +21,17 @@ FAMILIES: dict[str, list[Row]] = {
             --muon-scalar-optimizer --lion-beta1 --lion-beta2 --no-use-layer-wise-param-layout""",
         ),
         untried(
-            "with Transformer Engine's Adam; refused without",
+            "with Transformer Engine's Adam; otherwise refused",
             """--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
             --optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
             --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params""",
         ),
         untried("on CUDA", "--optimizer-cuda-graph"),
-        no("Megatron 0.19.2 takes it and trains all layers of a hybrid", "--freeze-all-layers"),
+        no("Megatron 0.19.2 accepts it and still trains all layers of a hybrid", "--freeze-all-layers"),
     ],
     "Learning rate and length": [
         yes(
-            "a schedule that cannot be is refused with what it would be",
+            "an impossible schedule is refused with its values",
             """--lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-decay-iters --lr-decay-samples
             --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-warmup-fraction --lr-warmup-iters --lr-warmup-samples
             --lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style
@@ -44,10 +44,10 @@ FAMILIES: dict[str, list[Row]] = {
             --exit-signal-handler-for-training --iterations-to-skip --result-rejected-tracker-filename""",
         ),
         no(
-            "Megatron 0.19.2 takes it and does nothing; --step-batch-size-schedule 0:N,TOKENS:N does",
+            "Megatron 0.19.2 accepts and ignores it; use --step-batch-size-schedule 0:N,TOKENS:N",
             "--rampup-batch-size",
         ),
-        idle("Megatron reads it no more", "--exit-signal-handler-for-dataloader"),
+        idle("Megatron no longer reads it", "--exit-signal-handler-for-dataloader"),
         yes(
             "",
             """--decrease-batch-size-if-needed --manual-gc --manual-gc-interval --no-manual-gc-eval
@@ -58,12 +58,12 @@ FAMILIES: dict[str, list[Row]] = {
         yes("with --train-samples", "--phase-transition-iterations"),
     ],
     "Evaluation": [
-        yes("without an interval: at the end alone", "--eval-interval --eval-iters --start-eval-at-iter"),
+        yes("without an interval: only at the end", "--eval-interval --eval-iters --start-eval-at-iter"),
         yes("", "--eval-global-batch-size --eval-micro-batch-size --skip-train --test-mode --full-validation"),
         yes("with --full-validation", "--multiple-validation-sets --validation-set-names"),
     ],
     "Checkpoints": [
-        yes("without an interval: each 1,000 steps and at the end", "--save --save-interval"),
+        yes("without an interval: every 1,000 steps and at the end", "--save --save-interval"),
         yes(
             "",
             """--load --finetune --pretrained-checkpoint --ckpt-step --exit-on-missing-checkpoint --no-save-optim
@@ -75,15 +75,18 @@ FAMILIES: dict[str, list[Row]] = {
             --distrib-optim-fully-reshardable-mem-efficient --dist-ckpt-workers""",
         ),
         yes(
-            "torch_dist; torch without manifests, so that loading takes --load-unverified; the others are of FSDP",
+            "torch_dist; torch, without manifests, so that loading needs --load-unverified; the others belong to FSDP",
             "--ckpt-format --auto-detect-ckpt-format",
         ),
         ours("always on with torch_dist", "--verify-integrity"),
-        ours("--async-save takes what it needs", "--async-save --async-strategy --use-persistent-ckpt-worker"),
+        ours("--async-save selects what it needs", "--async-save --async-strategy --use-persistent-ckpt-worker"),
         untried("on GPUs", "--async-ckpt-cpu-priority --async-ckpt-io-priority --async-ckpt-use-cpu-shm"),
-        ruled_out("--keep-last and --keep-every remove checkpoints when a new one is whole", "--save-retain-interval"),
+        ruled_out(
+            "use --keep-last and --keep-every, which remove checkpoints when a new one is complete",
+            "--save-retain-interval",
+        ),
         no(
-            "it would unpickle the checkpoint before it is verified; recipe and flags say the model",
+            "it would unpickle the checkpoint before it is verified; recipe and flags define the model",
             "--use-checkpoint-args --use-mp-args-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args",
         ),
         yes(
@@ -96,12 +99,12 @@ FAMILIES: dict[str, list[Row]] = {
             --replication-factor""",
         ),
         no(
-            "Megatron's converter reads a model of its own kind",
+            "Megatron's converter does not support hybrids",
             "--ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format",
         ),
-        idle("it is FSDP's", "--no-strict-fsdp-dtensor-load"),
-        idle("it is FP8's", "--no-stream-ckpt-dequant"),
-        idle("Megatron reads it no more", "--use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save"),
+        idle("it belongs to FSDP", "--no-strict-fsdp-dtensor-load"),
+        idle("it belongs to FP8", "--no-stream-ckpt-dequant"),
+        idle("Megatron no longer reads it", "--use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save"),
         yes("", "--save-params-interval --save-tokens-per-expert-interval --save-wgrads-interval"),
         untried("Transformer Engine", "--save-activations-interval --save-dgrads-interval"),
     ],
@@ -117,7 +120,7 @@ FAMILIES: dict[str, list[Row]] = {
             --fault-injector-fault-probabilities --fault-injector-fault-delay --fault-injector-delay-start-iteration
             --fault-injector-mtti-seconds --fault-injector-offset-seconds --fault-injector-seed""",
         ),
-        no("tools/launch.py starts a run again", "--inprocess-restart"),
+        no("use tools/launch.py, which restarts runs", "--inprocess-restart"),
         idle(
             "they belong to --inprocess-restart",
             """--inprocess-max-iterations --inprocess-monitor-thread-interval --inprocess-monitor-process-interval
@@ -127,7 +130,7 @@ FAMILIES: dict[str, list[Row]] = {
             --inprocess-granularity --inprocess-active-world-size --inprocess-empty-cuda-cache""",
         ),
         no(
-            "tools/launch.py watches the ranks",
+            "use tools/launch.py, which monitors the ranks",
             """--enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --run-workload-inspector-server
             --adlr-autoresume --adlr-autoresume-interval""",
         ),
@@ -139,17 +142,17 @@ FAMILIES: dict[str, list[Row]] = {
             --log-num-zeros-in-grad --no-barrier-with-level-1-timing --log-memory-interval --logging-level""",
         ),
         yes(
-            "TensorBoard must be installed: else Megatron warns and writes none",
+            "TensorBoard must be installed; otherwise Megatron warns and writes nothing",
             """--tensorboard-dir --tensorboard-log-interval --tensorboard-queue-size --log-timers-to-tensorboard
             --no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard
             --log-world-size-to-tensorboard""",
         ),
         yes(
-            "with the package wandb (tried offline); refused without",
+            "with the package wandb (tested offline); otherwise refused",
             "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity",
         ),
         untried(
-            "with NVIDIA's one_logger; Megatron warns without",
+            "with NVIDIA's one_logger; otherwise Megatron warns",
             """--no-one-logger --one-logger-project --one-logger-run-name --one-logger-async --app-tag-run-name
             --app-tag-run-version""",
         ),

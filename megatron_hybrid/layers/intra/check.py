@@ -41,6 +41,6 @@ def check(args: Namespace) -> None:
             raise ValueError(f"P layers have no biases and no output gate, and {flag(name)} is on: {remedy}.")
     if args.use_mup:
         raise ValueError(
-            "--use-mup does not go together with P layers: their heads have another size, and their scores would be "
+            "--use-mup cannot be combined with P layers: their heads have another size, and their scores would be "
             "scaled like those of * layers. Drop it."
         )

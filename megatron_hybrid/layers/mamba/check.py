@@ -63,6 +63,6 @@ def check_memory_efficient_path(args: Namespace, needed: bool) -> None:
     """
     if needed and not args.use_mamba_mem_eff_path:
         raise ValueError(
-            "--disable-mamba-mem-eff-path does not go together with P layers, nor with fewer --mamba-num-groups than "
+            "--disable-mamba-mem-eff-path cannot be combined with P layers, nor with fewer --mamba-num-groups than "
             "--tensor-model-parallel-size: Megatron's other path takes neither. Drop it."
         )
