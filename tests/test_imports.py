@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megatron_hybrid"
 ORDER = [
-    ["", "files", "argv", "errors", "die_with_parent"],
+    ["", "files", "pictures", "argv", "errors", "die_with_parent"],
     ["kernels"],
     ["accounting"],
     ["layers"],

@@ -17,9 +17,7 @@ from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
-    )
+    parser = tool.data_parser(__doc__)
     parser.add_argument("prefix", help="the data set without its .bin or .idx")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of documents")

@@ -15,9 +15,7 @@ from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
-    )
+    parser = tool.data_parser(__doc__)
     parser.add_argument(
         "--input",
         nargs="+",

@@ -39,9 +39,7 @@ def picture(text: str) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = tool.parser(__doc__)
     made.add_argument("--json", action="store_true", help="print all figures as JSON")
     made.add_argument("--plot", type=picture, metavar="FILE", help="plot the results: .png, .svg or .pdf")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="hardware of the run")

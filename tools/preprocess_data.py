@@ -18,9 +18,7 @@ BEGAN = time.perf_counter()
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
-    )
+    parser = tool.data_parser(__doc__)
     tool.add_input_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--output-prefix", type=Path, required=True, help="_KEY_document.bin, .idx and .json are appended")

@@ -15,9 +15,7 @@ from megatron_hybrid.cli import tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
-    )
+    parser = tool.data_parser(__doc__)
     tool.add_input_flags(parser)
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, required=True, help="file (SentencePiece) or folder (Hugging Face)")

@@ -12,7 +12,6 @@ classes that no checkpoint has, which a run refuses. Load and seal checkpoints o
 unpickles nothing.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -23,9 +22,7 @@ from megatron_hybrid.run_folder.verify_checkpoints import check, line, seal, to_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool.parser(__doc__)
     parser.add_argument("folder", type=Path, help="the --save folder of a run, or the folder of one checkpoint")
     parser.add_argument("--all", action="store_true", help="of a run: every checkpoint, newest first")
     parser.add_argument("--seal", action="store_true", help="write the manifest of a checkpoint that has none")

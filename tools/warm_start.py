@@ -21,7 +21,6 @@ What a branch computes then:
   One for both (--intra-output joint with add or diff) can take one branch alone.
 """
 
-import argparse
 import contextlib
 import io
 import sys
@@ -82,9 +81,7 @@ def make(froms: list[str], layers: list[str], save: Path, run: list[str], unveri
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool.parser(__doc__)
     parser.add_argument("--from", dest="froms", nargs="+", required=True, help="folders of trained checkpoints")
     parser.add_argument("--layers", nargs="+", default=[], help="NEW:BRANCH=OLD,BRANCH=OLD or NEW=OLD")
     parser.add_argument("--save", type=Path, required=True, help="folder to make")

@@ -8,6 +8,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_hybrid.placement import Placement
+
 
 @dataclass(kw_only=True)
 class HybridConfig:
@@ -39,7 +41,7 @@ class HybridConfig:
     block_ratio: str | None = None
     """Attention-bearing blocks to other blocks, such as 1:5, 1:0 (all) or 0:1 (none)."""
 
-    block_placement: Literal["scatter", "cluster", "sandwich", "front", "middle", "end"] = "scatter"
+    block_placement: Placement = "scatter"
     """Placement of the attention-bearing blocks."""
 
     block_mixers: str = "P:M"

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from megatron_hybrid.data.tokenizers import TokenizerSpec
 
 
+def parser(text: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows a program's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def data_parser(text: str) -> argparse.ArgumentParser:
+    """A parser of a tool that docs/data.md describes; --help shows the first line of its docstring."""
+    return argparse.ArgumentParser(
+        description=text.splitlines()[0], epilog="docs/data.md has more.", allow_abbrev=False
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a tool's ``main``; a user's mistake is one paragraph and exit code 2, no traceback.
 

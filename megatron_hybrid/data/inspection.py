@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hybrid import pictures
 from megatron_hybrid.data import manifest
 from megatron_hybrid.data.indexed import Index, bin_path, idx_path, read_index
 from megatron_hybrid.data.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
 from megatron_hybrid.data.verify import document_lengths, index_fault
-from megatron_hybrid.files import atomic_write
 
 
 def read_whole_index(prefix: Path) -> Index:
@@ -253,10 +253,7 @@ def draw_histogram(figures: dict[str, Any], path: Path) -> None:
     bins = {int(length): counts for length, counts in figures["histogram"].items() if int(length) > 0}
     if not bins:
         raise ValueError(f"--histogram: {figures['prefix']} has no document with a token; there is nothing to draw.")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pictures.pyplot()
     from matplotlib.ticker import FuncFormatter
 
     left = list(range(min(bins).bit_length() - 1, max(bins).bit_length()))
@@ -282,9 +279,7 @@ def draw_histogram(figures: dict[str, Any], path: Path) -> None:
     panels[1].set_xlabel("tokens of a document")
     name = Path(figures["prefix"]).name
     panels[0].set_title(f"{name}: {figures['documents']:,} documents, {figures['tokens']:,} tokens")
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format="png", dpi=120)
-    pyplot.close(figure)
+    pictures.save(figure, path, dpi=120)
 
 
 def _short(number: int) -> str:

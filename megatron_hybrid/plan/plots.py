@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.files import atomic_write
+from megatron_hybrid import pictures
 from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures
 
@@ -15,7 +15,7 @@ TIMES = {"compute": "#4477aa", "messages": "#ee6677", "data": "#ccbb44", "optimi
 
 def plot(f: Figures, path: Path) -> None:
     """Draws where parameters and FLOPs are, the cache, and the memory and work of the pipeline stages."""
-    plt = _pyplot()
+    plt = pictures.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     name = "" if f["name"] == f["pattern"] else f"{f['name']}    "
     gpu = f"    {f['layout']['gpus']} x {f['machine']['gpu']}" if "machine" in f else ""
@@ -24,12 +24,12 @@ def plot(f: Figures, path: Path) -> None:
     _cache(axes[0][1], [f])
     _memory(axes[1][0], f)
     _stages(axes[1][1], f)
-    _save(figure, path)
+    pictures.save(figure, path, 120, path.suffix.lstrip("."))
 
 
 def plot_comparison(found: Figures, path: Path) -> None:
     """Draws parameters, training FLOPs and caches of architectures side by side."""
-    plt = _pyplot()
+    plt = pictures.pyplot()
     rows = found["architectures"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 1.8 + max(3.0, 0.4 * len(rows))), layout="constrained")
     names = [row["name"] for row in rows]
@@ -50,7 +50,7 @@ def plot_comparison(found: Figures, path: Path) -> None:
         axes[1].text(0, i, f" {patch.get_width():.4g}", va="center", color="white", fontsize=9)
     axes[1].tick_params(labelleft=False)
     _cache(axes[2], rows)
-    _save(figure, path)
+    pictures.save(figure, path, 120, path.suffix.lstrip("."))
 
 
 def plot_fit(found: Figures, path: Path) -> None:
@@ -61,7 +61,7 @@ def plot_fit(found: Figures, path: Path) -> None:
     """
     if not found["proposals"]:
         raise ValueError("--plot: no layout fits, so there is nothing to draw.")
-    plt = _pyplot()
+    plt = pictures.pyplot()
     rows = found["proposals"]
     figure, axes = plt.subplots(1, 2, figsize=(13, 1.8 + 0.6 * len(rows)), layout="constrained")
     figure.suptitle(f"{found['name']} on {found['gpus']} x {found['gpu']}", fontsize=12)
@@ -76,7 +76,7 @@ def plot_fit(found: Figures, path: Path) -> None:
     axes[1].tick_params(labelleft=False)
     axes[1].set_title("step, seconds (by the model of time)")
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=5, fontsize=8)
-    _save(figure, path)
+    pictures.save(figure, path, 120, path.suffix.lstrip("."))
 
 
 def _parts(axes: Any, f: Figures) -> None:
@@ -175,20 +175,6 @@ def _layout(layout: dict[str, Any]) -> str:
 
 def _shortened(text: str, most: int = 70) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_write(path) as stream:
-        figure.savefig(stream, dpi=120, format=path.suffix.lstrip("."))
 
 
 PLOT = {"run": plot, "comparison": plot_comparison, "fit": plot_fit}

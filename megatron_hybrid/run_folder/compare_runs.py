@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_hybrid.files import atomic_write
+from megatron_hybrid import pictures
 from megatron_hybrid.run_folder.metrics_file import Metrics, Record, read_metrics
 from megatron_hybrid.run_folder.run_info import read_run_info
 
@@ -93,10 +93,7 @@ def _losses(values: list[float]) -> str:
 
 def draw(groups: dict[str, list[Run]], path: Path) -> None:
     """Draw training and validation loss over the tokens as a PNG, a colour for each group and a line for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pictures.pyplot()
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5))
     for number, (label, runs) in enumerate(groups.items()):
@@ -113,9 +110,7 @@ def draw(groups: dict[str, list[Run]], path: Path) -> None:
         axes.grid(alpha=0.3)
     right.legend()
     figure.tight_layout()
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format="png", dpi=100)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=100)
 
 
 def _smooth(values: list[float]) -> list[float]:

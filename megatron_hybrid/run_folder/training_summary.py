@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.files import atomic_write
+from megatron_hybrid import pictures
 from megatron_hybrid.run_folder.metrics_file import Metrics, Record
 
 
@@ -40,10 +40,7 @@ def places(run_dir: Path, curve: Path) -> str:
 
 def draw(metrics: Metrics, title: str, path: Path) -> None:
     """Draw the training and validation loss over the iterations as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pictures.pyplot()
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
     losses = [record["loss"] for record in metrics.train.values()]
@@ -55,9 +52,7 @@ def draw(metrics: Metrics, title: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    with atomic_write(path) as stream:
-        figure.savefig(stream, format="png", dpi=120)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=120)
 
 
 def _median(records: list[Record], key: str) -> float | None:

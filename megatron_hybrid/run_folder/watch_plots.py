@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hybrid.files import atomic_write
+from megatron_hybrid import pictures
 from megatron_hybrid.run_folder.metrics_file import Metrics, balance
 from megatron_hybrid.run_folder.progress import Progress
 
@@ -199,10 +199,7 @@ def _grouped(values: list[float], room: int) -> list[float]:
 
 def png(runs: list[Progress], drawn: list[Plot], title: str, path: Path) -> None:
     """Draws the plots and the first run's expert loads; dotted lines are restarts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pictures.pyplot()
 
     loads = runs[0].metrics.expert_loads
     count = len(drawn) + bool(loads)
@@ -219,9 +216,7 @@ def png(runs: list[Progress], drawn: list[Plot], title: str, path: Path) -> None
         for axes in cells[count:]:
             axes.set_axis_off()
         figure.suptitle("\n".join(lines), fontsize=10)
-        with atomic_write(path) as stream:
-            figure.savefig(stream, format="png", dpi=100)
-        plt.close(figure)
+        pictures.save(figure, path, dpi=100)
 
 
 def _draw(axes: Any, plot: Plot, legend: bool) -> None:

@@ -165,6 +165,7 @@ def test_a_pickle_in_an_index_cache_does_not_run(ranks, tmp_path):
 def admitted() -> dict[str, list[str]]:
     """Names of what torch.load admits in this process beyond its own list, and of our list."""
     import torch
+
     from megatron_hybrid.patches.unpickling import OBJECTS
 
     things = [thing[0] if isinstance(thing, tuple) else thing for thing in torch.serialization.get_safe_globals()]

@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 
+from megatron_hybrid import pictures
 from megatron_hybrid.benchmarks.single_layers import BUDGET_MS, FEWEST, MOST, WARM_UP, Bench, Case, measure_peaks
+from megatron_hybrid.cli import tool
 from megatron_hybrid.layers.intra.design import PRESETS, IntraDesign
 
 LEGEND = """
@@ -101,10 +103,7 @@ def print_ratios(ratios: list[dict[str, Any]]) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars of the medians with their range and the roofline's bound, one panel for each length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = pictures.pyplot()
 
     lengths = report["settings"]["length"]
     timed = [row for row in report["rows"] if "times_ms" in row]
@@ -123,7 +122,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ax.set_xlabel("ms, forward and backward")
         ax.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    pictures.save(figure, path, 150, path.suffix.lstrip(".") or "png")
 
 
 def environment(device: str) -> dict[str, str]:
@@ -145,9 +144,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool.parser(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--recipe", help="sizes; default: paper-1b-intra")

@@ -62,9 +62,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = tool.parser(__doc__)
     made.add_argument("--stages", type=int, default=2, help="pipeline stages, each a process")
     made.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

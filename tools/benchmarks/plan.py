@@ -73,9 +73,7 @@ def print_comparison(report: dict[str, Any], planned: float, memory: float, expe
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = tool.parser(__doc__)
     made.add_argument("--processes", type=int, default=1, help="GPUs of this machine")
     made.add_argument("--json", type=Path, help="write the report here too")
     return made

@@ -56,9 +56,7 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = tool.parser(__doc__)
     made.add_argument("--every", type=int, default=10, metavar="N", help="iterations between saves (default: 10)")
     made.add_argument("--processes", type=int, default=2, metavar="N", help="of a run (default: 2)")
     made.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each kind (default: 3)")
