@@ -24,7 +24,7 @@ def saving_flags(argv: list[str], device: str) -> list[str]:
     """Upstream's flags without which checkpoints have no manifest, and ``--async-save`` is silently off.
 
     And without which the distributed optimizer's state loads in no other layout, or in fp32 not at all
-    (:func:`.optimizer_checks.check_optimizer_state`). Local checkpoints refuse that one (training/checkpointing.py:914).
+    (:func:`.optimizer_checks.check_optimizer_state`). Local checkpoints refuse it (training/checkpointing.py:914).
 
     Raises:
         ValueError: Another way of saving in the background is asked for than there is.
