@@ -1,10 +1,8 @@
-"""What the one-process tests run beside Megatron: a layer on its own, a parameter count, a short training."""
+"""What the one-process tests run beside Megatron: a model without a training, a layer on its own."""
 
-import sysconfig
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -89,69 +87,3 @@ def layer(symbol: str, flags: str = "", length: int = 32, batch: int = 2) -> dic
         "gradients": {n: g.numpy() for n, g in zip(names, gradients, strict=True)},
         "buffers": {n: b.detach().numpy() for n, b in module.named_buffers()},
     }
-
-
-def parameters(argv: list[str]) -> dict[str, int]:
-    """Parameters of the model of a command line, built without memory, and what costs.py says of it.
-
-    Returns:
-        ``built`` and ``built_embedding`` (embedding and an untied output head), summed over the model's own
-        tensors; ``allocated``, those of them that take memory; ``total``, ``embedding`` and ``active`` as counted.
-    """
-    from megatron_hybrid import costs, pattern
-
-    model, args = build(argv, on_meta=True)
-    counts = costs.model_parameters(pattern.parse(args.hybrid_layer_pattern), costs.sizes_of(args))
-    built = dict(model.named_parameters())
-    outer = ("embedding.", "output_layer.")
-    return {
-        "built": sum(p.numel() for p in built.values()),
-        "built_embedding": sum(p.numel() for name, p in built.items() if name.startswith(outer)),
-        "allocated": sum(p.numel() for p in built.values() if not p.is_meta),
-        "total": counts.total,
-        "embedding": counts.embedding,
-        "active": counts.active,
-    }
-
-
-def parameters_of_all(commands: dict[str, list[str]]) -> dict[str, dict[str, int]]:
-    """:func:`parameters` of many command lines by name."""
-    with same_groups():
-        return {name: parameters(argv) for name, argv in commands.items()}
-
-
-def learn(argv: list[str], steps: int, batch: int, lr: float) -> tuple[str, list[float]]:
-    """Trains on the bytes of Python's standard library, each read once.
-
-    Returns:
-        The layer pattern, and the mean loss of each step's batch before its update, in nats per byte.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    model, args = build(argv)
-    size = batch * (args.seq_length + 1)
-    text = standard_library(steps * size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
-    positions = torch.arange(args.seq_length).expand(batch, -1)
-    losses = []
-    for step in range(steps):
-        read = torch.frombuffer(bytearray(text[step * size : (step + 1) * size]), dtype=torch.uint8)
-        read = read.long().view(batch, -1)
-        loss = model.train()(read[:, :-1].contiguous(), positions, None, labels=read[:, 1:].contiguous()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss))
-    return args.hybrid_layer_pattern, losses
-
-
-def standard_library(size: int) -> bytes:
-    """The first ``size`` bytes of Python's own modules, in the order of their names."""
-    text = b""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= size:
-            return text[:size]
-    raise FileNotFoundError(f"Python's standard library has {len(text)} bytes of sources, {size} are wanted")
