@@ -87,13 +87,14 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
 def _checked(command: flags.Command, gpus: int | None, device: str) -> tuple[flags.Command, Namespace]:
     """The command with its layers cut, and its arguments, as Megatron and the costs take them."""
     light_import.postpone("wandb")
-    from megatron_hybrid.cli import arguments
+    with light_import.no_collection():
+        from megatron_hybrid.cli import arguments
 
-    arguments.choose_device("auto")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
-        command = arguments.balance(command, device, launched=False)
-        args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
+        arguments.choose_device("auto")
+        with light_import.plain_functions(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
+            command = arguments.balance(command, device, launched=False)
+            args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
             "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "

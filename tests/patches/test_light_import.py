@@ -24,7 +24,7 @@ def parsed():
     return [{{k: str(v) for k, v in vars(subject.read(line.split()).args).items()}} for line in {LINES!r}]
 
 def loaded():
-    return [name for name in ("transformers", "wandb.sdk") if name in sys.modules]
+    return [name for name in ("transformers", "wandb.sdk", "torch._inductor") if name in sys.modules]
 
 if sys.argv[1] == "full":
     from megatron_hybrid.cli import arguments
@@ -36,7 +36,11 @@ if sys.argv[1] == "full":
 else:
     before = parsed()
     light = loaded()
+    import gc
+    import torch
     from megatron.core import timers
+
+    assert gc.isenabled() and torch.compile.__module__ == "torch"
     from megatron_hybrid.cli import arguments
 
     arguments.import_megatron_quietly()
@@ -55,7 +59,7 @@ def run(how: str) -> list:
 def test_flags_are_parsed_as_through_the_full_import():
     before, light, after, all_loaded = run("light")
     full, loaded = run("full")
-    assert light == [] and all_loaded == loaded == ["transformers", "wandb.sdk"]
+    assert light == [] and all_loaded == ["transformers", "wandb.sdk"] and loaded == [*all_loaded, "torch._inductor"]
     assert len(full) == len(LINES) and len(full[0]) > 500
     for line, one, again, wanted in zip(LINES, before, after, full, strict=True):
         assert {k: (v, wanted.get(k)) for k, v in one.items() if v != wanted.get(k)} == {}, line

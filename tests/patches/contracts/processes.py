@@ -1,9 +1,11 @@
-"""Upstream code that is relied on for processes: their start, signals and end."""
+"""Upstream code that is relied on for processes: their imports, start, signals and end."""
 
 from tests.patches.contract import AGENT, ASYNC, ELASTIC, LOCAL_AGENT, PROCESSES, TRAINING, Contract
 
 _C = Contract
 CONTRACTS = [
+    _C("postpone", "core/timers.py", holds=("try:\n    import wandb\n", "if writer == wandb")),
+    _C("plain_functions", "core/jit.py", "enable_jit_fuser", "", ("jit_fuser = torch.compile\n",)),
     # torch's: the default grace that run_node replaces, and the places that _Agent overrides
     _C(
         "run_node",
