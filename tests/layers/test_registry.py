@@ -1,6 +1,7 @@
 """The table of layers: what it takes, what it refuses, and that nothing else knows a symbol."""
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,6 +108,23 @@ def test_a_mistake_in_the_file_ends_the_program_with_one_paragraph(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "there is another module json; rename the file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_installed_package_registers_its_layers(tmp_path):
+    about = tmp_path / "outside-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[megatron_hybrid.layers]\noutside = outside_layer\n")
+    (tmp_path / "outside_layer.py").write_text(
+        "from dataclasses import replace\n"
+        "from megatron_hybrid.layers import LAYERS, register\n"
+        "from megatron_hybrid.layers.mamba.account import MambaAccount\n"
+        "register(replace(LAYERS['M'], symbol='Q', name='outside', account=MambaAccount()))\n"
+    )
+    code = "from megatron_hybrid.cli import flags; print(flags.resolve(['--hybrid-layer-pattern', '(Q-)2*-']).pattern)"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "Q-Q-*-\n", done.stderr
 
 
 # Letters of symbols ------------------------------------------------------------------------------------
