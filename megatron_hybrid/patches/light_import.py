@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_hybrid.patches.table import Value, replaced
+from megatron_hybrid.patches.patching import Value, replaced
 
 
 class _Postponed(types.ModuleType):
