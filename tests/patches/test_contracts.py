@@ -72,7 +72,6 @@ NO_PATCH = {
     "train": "calls Megatron's public pretrain",
     "choose_device": "of torch's public interface",
     "choose_backend": "has none",
-    "command_line": "of sys.argv and the environment",
     "help_text": "calls add_hybrid_flags",
     "balance": "of flags, by the parser that parse() calls",
     "import_megatron_quietly": "an import",
