@@ -1,6 +1,7 @@
 """Steps that go wrong in real runs of the program: what stops, what is skipped, and which samples are named.
 
-One sample holds the token POISON, and the model gives what a fault would give where it reads it.
+One sample has the token POISON, and the model gives what a fault would give where it reads it. Longer than other files,
+because one clean run serves all its tests.
 """
 
 import contextlib
