@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, dedup):
         *("--input", *inputs, "--output-prefix", tmp_path / "out", *dedup),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
     )
-    assert done.returncode == 2 and "make room" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "free some space" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
 
 

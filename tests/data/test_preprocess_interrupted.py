@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_no_output_and_can_be_resumed(tmp_path, small_batches
         command(path, tmp_path / "out", "--save-every", "0"), capture_output=True, text=True, preexec_fn=limit
     )
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert os.strerror(errno.EFBIG) in failed.stderr and "make room" in failed.stderr
+    assert os.strerror(errno.EFBIG) in failed.stderr and "free some space" in failed.stderr
     assert "documents are kept; the same command with --resume continues" in failed.stderr
     assert not list(tmp_path.glob("out*"))
     done = subprocess.run(command(path, tmp_path / "out", "--resume"), capture_output=True, text=True)
