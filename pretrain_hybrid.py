@@ -24,12 +24,13 @@ def main(argv: list[str]) -> None:
     if "--list-recipes" in argv:
         print(report.list_recipes())
         return
-    if not {"--help", "-h"}.isdisjoint(argv):
-        from megatron_hybrid.cli import arguments
-
-        print(arguments.help_text())
-        return
     try:
+        if not {"--help", "-h"}.isdisjoint(argv):
+            from megatron_hybrid.cli import arguments
+
+            flags.load_layers([word for word in argv if word not in ("--help", "-h")])
+            print(arguments.help_text())
+            return
         command = flags.resolve(argv)
         from megatron_hybrid.checkpoint import compatibility, resume
         from megatron_hybrid.cli import arguments, connections

@@ -75,7 +75,11 @@ def parser() -> argparse.ArgumentParser:
         "equal training FLOPs (any)",
     )
     compare.add_argument(
-        "--convention", choices=["paper", "model"], default="paper", help="how --match flops counts FLOPs"
+        "--convention",
+        type=lambda name: {"study": "paper"}.get(name, name),  # its earlier name
+        choices=["paper", "model"],
+        default="paper",
+        help="how --match flops counts FLOPs",
     )
     return made
 

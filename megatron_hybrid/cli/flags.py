@@ -71,9 +71,7 @@ def resolve(argv: list[str]) -> Command:
             that is not a blend, or a flag with an invalid value; the text says what to change.
     """
     argv = [_renamed(arg) for arg in argv]
-    first = _known(argv)
-    registry.load_entry_points()
-    registry.load(first.layers_from)
+    first = load_layers(argv)
     rest = _without_ours(argv)
     recipe = recipes.recipe(first.recipe, first.intra_preset) if first.recipe else None
     if recipe:
@@ -97,6 +95,18 @@ def resolve(argv: list[str]) -> Command:
         print_config=first.print_config,
         balance=known.balance_pipeline,
     )
+
+
+def load_layers(argv: list[str]) -> argparse.Namespace:
+    """Registers the layers of installed packages and of --layers-from; returns the flags that are known so far.
+
+    Raises:
+        ValueError: One cannot be loaded.
+    """
+    known = _known(argv)
+    registry.load_entry_points()
+    registry.load(known.layers_from)
+    return known
 
 
 def _blend(known: argparse.Namespace, argv: list[str]) -> list[str]:

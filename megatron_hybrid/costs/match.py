@@ -21,7 +21,7 @@ def match_parameters(reference: int, pattern_of: Callable[[int], Pattern], sizes
 
     Args:
         reference: Parameters to come near.
-        pattern_of: The pattern of a number of blocks. Numbers that it refuses with a ValueError are passed over.
+        pattern_of: The pattern of a number of blocks. Numbers that it refuses with a ValueError are skipped.
 
     Raises:
         ValueError: ``pattern_of`` refuses every number of blocks, or no number of them reaches the reference.

@@ -25,9 +25,9 @@ class Account:
     rank's share, which has the same fields.
     """
 
-    symbol: str
-    """Set by the registry."""
-    name: str
+    symbol: str = "?"
+    """Set by the registry, as is ``name``."""
+    name: str = "not registered"
 
     # Declared by each layer ---------------------------------------------------------------------
 
@@ -133,6 +133,6 @@ class Account:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name in Account.__annotations__ and not name.startswith("_"):
+        if name in ("empty_mlp", "recompute"):
             self._missing(name, name)
         raise AttributeError(name)

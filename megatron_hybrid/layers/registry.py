@@ -57,7 +57,7 @@ class Layer:
     has_experts: bool = False
     """Has a router and routed experts: counts for expert parallelism and expert loads."""
     branch: str | None = None
-    """What a trained layer can initialise in an intra-layer hybrid: ``attention`` or ``mamba``."""
+    """Of this package's layers: the branch of a ``P`` that a trained one can initialise, ``attention`` or ``mamba``."""
     keeps_documents_apart: bool = True
     """Takes the boundaries of packed documents (``--reset-attention-mask``)."""
     own_norm: bool = False
@@ -99,6 +99,11 @@ def register(layer: Layer) -> Layer:
         raise ValueError(
             f"the symbol {symbol!r} of the layer {layer.name!r} is that of {LAYERS[symbol].name!r}; taken are {taken}"
         )
+    if "symbol" in vars(layer.account):
+        raise ValueError(
+            f"the account of the layer {layer.name!r} is that of {layer.account.symbol!r} already: give {symbol!r} an "
+            "account of its own"
+        )
     layer.account.symbol, layer.account.name = symbol, layer.name
     LAYERS[symbol] = layer
     return layer
@@ -107,7 +112,7 @@ def register(layer: Layer) -> Layer:
 def load(files: Iterable[str | Path]) -> None:
     """Imports files that register layers, each once in a process.
 
-    A file is imported under its own name, and what lies beside it can be imported, too: ``Layer.module`` may name the
+    A file is imported under its own name, and what lies next to it can be imported, too: ``Layer.module`` may name the
     file itself or a neighbour.
 
     Raises:
@@ -120,14 +125,19 @@ def load(files: Iterable[str | Path]) -> None:
         if not path.is_file():
             raise ValueError(f"--layers-from {file}: there is no such file.")
         before = len(LAYERS)
-        _import(file, path)
-        if len(LAYERS) == before:
+        is_new = _import(file, path)
+        if is_new and len(LAYERS) == before:
             raise ValueError(f"--layers-from {file}: it registers no layer; call megatron_hybrid.layers.register(...).")
         _loaded.add(str(path))
 
 
-def _import(file: str | Path, path: Path) -> None:
-    if path.stem in sys.modules or importlib.util.find_spec(path.stem):
+def _import(file: str | Path, path: Path) -> bool:
+    """Whether the file was not imported before, as it is where another file has imported it."""
+    known = sys.modules.get(path.stem)
+    if known is not None and _is(path, getattr(known, "__file__", None)):
+        return False
+    there = importlib.util.find_spec(path.stem) if known is None else None
+    if known is not None or there is not None and not _is(path, there.origin):
         raise ValueError(f"--layers-from {file}: there is another module {path.stem}; rename the file.")
     sys.path.append(str(path.parent))
     try:
@@ -135,14 +145,31 @@ def _import(file: str | Path, path: Path) -> None:
     except Exception as error:
         why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"--layers-from {file}: {why}") from error
+    return True
+
+
+def _is(path: Path, origin: str | None) -> bool:
+    return origin is not None and Path(origin).resolve() == path
 
 
 def load_entry_points() -> None:
-    """Loads the layers that installed packages register, each once in a process."""
+    """Loads the layers that installed packages register, each once in a process.
+
+    Raises:
+        ValueError: One cannot be loaded; with its package.
+    """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        if point.value not in _loaded:
-            _loaded.add(point.value)
+        if point.value in _loaded:
+            continue
+        try:
             point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist else "a package"
+            raise ValueError(
+                f"The layers of the installed package {package} ({point.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}. Mend or uninstall it."
+            ) from error
+        _loaded.add(point.value)
 
 
 def layer(symbol: str) -> Layer:

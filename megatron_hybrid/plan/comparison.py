@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_hybrid import costs, pattern, placement
 from megatron_hybrid.argv import without
 from megatron_hybrid.cli import recipes
+from megatron_hybrid.cli.flags import load_layers
 from megatron_hybrid.costs.match import match_flops, match_parameters
 from megatron_hybrid.layers.registry import LAYERS
 from megatron_hybrid.plan.figures import Figures, figures
@@ -25,6 +26,7 @@ def subjects(words: Sequence[str], argv: Sequence[str], where: Where) -> list[Su
     Raises:
         ValueError: A word that is neither, or flags that a run would be refused for; with the word.
     """
+    load_layers(list(argv))
     found = []
     for word in words:
         is_pattern = set(word) <= set("".join(LAYERS) + "|/()0123456789 ")

@@ -250,7 +250,9 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     ]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert run.returncode == 2
-    assert run.stderr.startswith(f"error: --save {tmp_path} exists: give a new folder") and "Traceback" not in run.stderr
+    assert (
+        run.stderr.startswith(f"error: --save {tmp_path} exists: give a new folder") and "Traceback" not in run.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

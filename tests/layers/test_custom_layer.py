@@ -136,6 +136,16 @@ def test_a_plan_knows_the_layer():
     assert "|" in found["pattern"]
 
 
+def test_plans_compare_it():
+    model = """--hidden-size 64 --num-attention-heads 4 --normalization RMSNorm --position-embedding-type rope --swiglu
+        --disable-bias-linear --vocab-size 512 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 1
+        --global-batch-size 8 --train-iters 10 --lr 1e-3 --mamba-num-groups 1"""
+    words = [*f"{FLAGS} {model} --json --compare".split(), "C-*-", "M-*-"]
+    done = subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads(done.stdout)["architectures"]] == ["C-*-", "M-*-"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

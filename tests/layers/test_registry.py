@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,8 +24,6 @@ PACKAGE = ROOT / "megatron_hybrid"
 class Empty(Account):
     """Declares nothing."""
 
-    symbol, name = "Q", "nothing"
-
 
 def test_what_a_layer_does_not_declare_raises_by_name():
     empty, layout = Empty(), Layout()
@@ -41,7 +40,9 @@ def test_what_a_layer_does_not_declare_raises_by_name():
         "not_cut": (SMALL,),
     }
     for method, arguments in asked.items():
-        with pytest.raises(NotDeclared, match=rf"The layer Q \(nothing\) does not declare .* {method} in .*Empty"):
+        with pytest.raises(
+            NotDeclared, match=rf"The layer \? \(not registered\) does not declare .* {method} in .*Empty"
+        ):
             getattr(empty, method)(*arguments)
     for attribute in ("empty_mlp", "recompute"):
         with pytest.raises(NotDeclared, match=attribute):
@@ -100,6 +101,41 @@ def test_files_that_are_refused(tmp_path, content, words):
     with pytest.raises(ValueError, match=words) as error:
         registry.load([file])
     assert str(file) in str(error.value)
+
+
+def test_an_account_belongs_to_one_layer():
+    with pytest.raises(ValueError, match="the account of the layer 'twin' is that of 'M' already"):
+        registry.register(replace(LAYERS["M"], symbol="Q", name="twin"))
+    assert "Q" not in LAYERS and LAYERS["M"].account.symbol == "M"
+
+
+def started(folder, *words):
+    """pretrain_hybrid.py in a copy of its own, whose folder is the first place that Python imports from."""
+    shutil.copy(ROOT / "pretrain_hybrid.py", folder)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(folder / "pretrain_hybrid.py"), *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_files_beside_the_program_and_files_that_import_one_another(tmp_path):
+    for name in ("short_conv.py", "short_conv_mixer.py"):
+        shutil.copy(ROOT / "examples/custom_layer" / name, tmp_path)
+    (tmp_path / "both.py").write_text("import short_conv\n")
+    done = started(tmp_path, "--layers-from", "both.py", "short_conv.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--short-conv-taps" in done.stdout and "taps of the convolution" in done.stdout
+
+
+def test_a_package_that_fails_is_named(tmp_path):
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[megatron_hybrid.layers]\nbroken = no_such_layer\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, str(ROOT / "pretrain_hybrid.py"), "--hybrid-layer-pattern", "M-"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "installed package broken (no_such_layer) cannot be loaded: ModuleNotFoundError" in done.stderr
 
 
 def test_a_mistake_in_the_file_ends_the_program_with_one_paragraph(tmp_path):

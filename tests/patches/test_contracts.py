@@ -107,6 +107,7 @@ NO_PATCH = {
     "fill": "of what stored_tensors finds",
     "upstream_errors_as_value_errors": "of Python's exceptions",
     "check_configs": "calls what train() calls",
+    "command_line": "of sys.argv and of environment variables",
 }
 
 
