@@ -75,7 +75,7 @@ def _delta(name: str, make: Callable, reason: str, line: int) -> Patch:
 GATED_DELTA_RULE = Table(
     "gated delta rule in torch",
     (
-        # the layers themselves must be built with deterministic_mode (model/specs.py)
+        # the layers themselves must be built with deterministic_mode (layers/delta/module.py)
         _delta("HAVE_FLA", Value(True), "upstream has a torch path, and refuses to build without the package", 141),
         _delta("l2norm", _l2norm, "of the package; None without it", 51),
     ),

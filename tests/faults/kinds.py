@@ -127,7 +127,7 @@ def missing_file(run: Run) -> None:
     run.strike()
 
 
-@kind("torn integrity manifest")
+@kind("corrupt integrity manifest")
 def torn_manifest(run: Run) -> None:
     run.somewhere()
     path = run.stop() / "integrity.json"
