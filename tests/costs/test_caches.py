@@ -113,7 +113,7 @@ def test_no_number_of_blocks_is_nearer(reference, ratio):
         return abs(model_parameters(pattern_of(blocks), SMALL).active_non_embedding - reference)
 
     found = match_parameters(reference, pattern_of, SMALL)
-    fewest = 1 if ratio == "1:0" else 2  # fewer blocks than kinds of block are refused, and passed over
+    fewest = 1 if ratio == "1:0" else 2  # fewer blocks than kinds of block are refused, and skipped
     others = {fewest, fewest + 1, max(fewest, found - 1), found, found + 1, 2 * found}
     assert distance(found) == min(distance(blocks) for blocks in others)
 

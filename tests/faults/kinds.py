@@ -128,7 +128,7 @@ def missing_file(run: Run) -> None:
 
 
 @kind("corrupt integrity manifest")
-def torn_manifest(run: Run) -> None:
+def corrupt_manifest(run: Run) -> None:
     run.somewhere()
     path = run.stop() / "integrity.json"
     os.truncate(path, run.random.randrange(path.stat().st_size))

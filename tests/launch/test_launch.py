@@ -188,7 +188,7 @@ def test_a_folder_must_be_named_and_have_a_parent(plan):
 # Events ----------------------------------------------------------------------------------------------
 
 
-def test_events_come_back_by_time_and_torn_lines_do_not(tmp_path):
+def test_events_come_back_by_time_and_incomplete_lines_do_not(tmp_path):
     late = Event(kind="death", node="n2", requeue=0, reason="exit code 1", rank=3, code=1, time=2.0)
     early = replace(late, node="n1", rank=0, time=1.0, last_words="ValueError: x")
     for event in (late, early):

@@ -67,10 +67,10 @@ def test_any_damage_to_any_file_is_found(folder, name):
         path.write_bytes(whole[:length])
         assert c.problems(folder) != [], f"cut to {length} bytes"
     for place in range(len(whole)) if len(whole) < 1000 else generator.sample(range(len(whole)), 50):
-        torn = bytearray(whole)
-        torn[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(torn)
-        if name == "integrity.json" and torn.split() == whole.split():
+        corrupt = bytearray(whole)
+        corrupt[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(corrupt)
+        if name == "integrity.json" and corrupt.split() == whole.split():
             continue  # white space for white space says the same
         assert c.problems(folder) != [], f"byte {place} flipped"
     path.write_bytes(whole + b"\0")
@@ -162,7 +162,7 @@ def chosen(run: Path, step: int | None = None) -> int | str | None:
 
 
 def tear(folder: Path) -> None:
-    (folder / "__1_0.distcp").write_bytes(b"torn")
+    (folder / "__1_0.distcp").write_bytes(b"corrupt")
 
 
 def test_a_run_that_has_not_saved_has_nothing_to_load(tmp_path):
@@ -200,7 +200,7 @@ def test_a_pointer_that_leads_nowhere_gives_way_to_the_newest_whole_one(tmp_path
     assert "iter_0000030: __1_0.distcp (4 bytes)" in found.notes[0]
 
 
-def test_the_pointers_one_is_torn(tmp_path):
+def test_the_pointers_one_is_corrupt(tmp_path):
     folders = save(tmp_path, 10, 20, 30, 40)
     point(tmp_path, "30")
     tear(folders[2])
@@ -219,7 +219,7 @@ def test_the_pointers_one_is_torn(tmp_path):
 
 
 def test_what_cannot_be_read_just_now_is_not_called_corrupt(tmp_path, monkeypatch):
-    """A network file system that fails for a moment: the newest checkpoint must not be passed over for an older one."""
+    """A network file system that fails for a moment: the newest checkpoint must not be skipped for an older one."""
     folders = save(tmp_path, 10, 20)
     os_open = os.open
 
