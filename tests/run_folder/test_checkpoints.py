@@ -162,7 +162,7 @@ def chosen(run: Path, step: int | None = None) -> int | str | None:
 
 
 def tear(folder: Path) -> None:
-    (folder / "__1_0.distcp").write_bytes(b"corrupt")
+    (folder / "__1_0.distcp").write_bytes(b"junk")
 
 
 def test_a_run_that_has_not_saved_has_nothing_to_load(tmp_path):
