@@ -1,4 +1,9 @@
-"""Lists of flags, in both of argparse's spellings: ``--flag value`` and ``--flag=value``."""
+"""Names of flags, and lists of them in both of argparse's spellings: ``--flag value`` and ``--flag=value``."""
+
+
+def flag_name(argument: str) -> str:
+    """The flag of an argument: ``hidden_size`` to ``--hidden-size``."""
+    return f"--{argument.replace('_', '-')}"
 
 
 def value(argv: list[str], flag: str, default: str = "") -> str:

@@ -1,11 +1,6 @@
 """Divisibility of sizes, with messages that name the flags."""
 
 
-def flag(name: str) -> str:
-    """The command-line flag of an argument: ``hidden_size`` to ``--hidden-size``."""
-    return f"--{name.replace('_', '-')}"
-
-
 def check_divides(value: int, what: str, by: int, by_what: str) -> None:
     """Refuses a value that is no positive multiple of another.
 

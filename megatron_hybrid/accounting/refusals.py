@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hybrid.accounting.sizes import setting
+from megatron_hybrid.argv import flag_name
 
 
 def refuse(args: Any, settings: Mapping[str, str], cost: str) -> None:
@@ -20,7 +21,7 @@ def refuse(args: Any, settings: Mapping[str, str], cost: str) -> None:
         value = setting(args, name)
         if value and value != "none":
             raise ValueError(
-                f"--{name.replace('_', '-')} means {reason}, whose {cost} is not counted here. Drop it from the plan."
+                f"{flag_name(name)} means {reason}, whose {cost} is not counted here. Drop it from the plan."
             )
 
 

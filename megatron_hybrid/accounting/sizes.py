@@ -5,6 +5,8 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any
 
+from megatron_hybrid.argv import flag_name
+
 
 def setting(args: Any, name: str, default: Any = None) -> Any:
     """A setting of Megatron's arguments or ours; ``default`` where it is absent or None."""
@@ -86,7 +88,7 @@ class Sizes:
 
         def need(name: str) -> int:
             if get(name) is None:
-                raise ValueError(f"--{name.replace('_', '-')} is not set; costs depend on it")
+                raise ValueError(f"{flag_name(name)} is not set; costs depend on it")
             return get(name)
 
         if get("moe_latent_size"):

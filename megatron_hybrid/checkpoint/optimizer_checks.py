@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 
+from megatron_hybrid.argv import flag_name
+
 
 def check_optimizer_state(args: Namespace, stored: Namespace, folder: str) -> None:
     """Refuses a checkpoint whose optimizer state this run's optimizer does not take, or not in this layout.
@@ -50,7 +52,7 @@ def _other_buckets(args: Namespace, stored: Namespace) -> list[str]:
     if args.overlap_grad_reduce:  # else there is one bucket
         names += ["ddp_bucket_size", "ddp_num_buckets", "data_parallel_size", "context_parallel_size"]
     return [
-        f"--{name.replace('_', '-')} {getattr(args, name, None)}, not {getattr(stored, name, None)}"
+        f"{flag_name(name)} {getattr(args, name, None)}, not {getattr(stored, name, None)}"
         for name in names
         if getattr(args, name, None) != getattr(stored, name, None)
     ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_hybrid.argv import flag_name
 from megatron_hybrid.errors import upstream_errors_as_value_errors
 from megatron_hybrid.layers.registry import LAYERS, layers_of
 from megatron_hybrid.patches.unpickling import admit_known_classes_only
@@ -188,7 +189,7 @@ def check_schedule(common: dict[str, Any], args: Namespace, folder: str) -> list
         differ["the cool-down in samples (--lr-wsd-decay-*)"] = (decay, now["wsd_decay_steps"])
     for name in STORED:
         if hasattr(stored, name) and getattr(stored, name) != getattr(args, name):
-            differ[f"--{name.replace('_', '-')}"] = (getattr(stored, name), getattr(args, name))
+            differ[flag_name(name)] = (getattr(stored, name), getattr(args, name))
     if args.override_opt_param_scheduler:
         flag = "--override-opt-param-scheduler"
         return [f"{told}: {new}, and {was} in the checkpoint ({flag})" for told, (was, new) in differ.items()]
@@ -227,7 +228,7 @@ def _take_schedule(args: Namespace, stored: Namespace, decay: int | None) -> Non
 def _length(stored: Namespace, args: Namespace) -> str:
     names = ("train_iters", "train_samples", "global_batch_size")
     told = [
-        f"--{n.replace('_', '-')} was {getattr(stored, n)} and is {getattr(args, n)}. "
+        f"{flag_name(n)} was {getattr(stored, n)} and is {getattr(args, n)}. "
         for n in names
         if getattr(stored, n, None) != getattr(args, n) and getattr(args, n) is not None
     ]

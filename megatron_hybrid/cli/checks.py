@@ -4,7 +4,8 @@ import math
 from argparse import Namespace
 
 from megatron_hybrid import pattern
-from megatron_hybrid.accounting.divisibility import check_divides, flag
+from megatron_hybrid.accounting.divisibility import check_divides
+from megatron_hybrid.argv import flag_name
 from megatron_hybrid.layers.registry import layers_of
 
 
@@ -29,7 +30,7 @@ def check_sizes(args: Namespace) -> None:
     """The sizes that every model and layout needs."""
     for name in ("hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"):
         if getattr(args, name) is None:
-            raise ValueError(f"{flag(name)} is not given: a run without --recipe needs it.")
+            raise ValueError(f"{flag_name(name)} is not given: a run without --recipe needs it.")
     parallel = [f"{kind}_parallel_size" for kind in ("tensor_model", "context", "expert_model", "expert_tensor")]
     for name in (
         "hidden_size",
@@ -43,11 +44,11 @@ def check_sizes(args: Namespace) -> None:
     ):
         value = getattr(args, name, None)
         if value is not None and value < 1:
-            raise ValueError(f"{flag(name)} is {value} and must be at least 1.")
+            raise ValueError(f"{flag_name(name)} is {value} and must be at least 1.")
     for name in ("train_iters", "train_samples"):
         value = getattr(args, name, None)
         if value is not None and value < 0:
-            raise ValueError(f"{flag(name)} is {value} and must be at least 0.")
+            raise ValueError(f"{flag_name(name)} is {value} and must be at least 0.")
     if args.peak_tflops is not None and not args.peak_tflops > 0:
         raise ValueError(f"--peak-tflops is {args.peak_tflops:g}: give a GPU's dense peak in TFLOP/s, such as 989.")
 
@@ -180,7 +181,7 @@ def check_bad_steps(args: Namespace) -> None:
             ("optimizer_cuda_graph", "a captured update cannot be skipped"),
         ):
             if getattr(args, name):
-                raise ValueError(f"--on-bad-step skip cannot be combined with {flag(name)}: {why}. Drop one.")
+                raise ValueError(f"--on-bad-step skip cannot be combined with {flag_name(name)}: {why}. Drop one.")
 
 
 def check_packing(args: Namespace) -> None:

@@ -8,6 +8,7 @@ that ``--layers-from`` names, or by a package with an entry point of the group `
 Imports neither torch nor Megatron: ``Layer.module`` is imported when a model is built.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -78,7 +79,7 @@ RESERVED = {
 }
 """Upstream's symbols that no layer here may take, and what is said about them."""
 _GRAMMAR = set("|/()0123456789[],:")
-_loaded: set[str] = set()
+_loaded: set[Path] = set()
 
 
 def register(layer: Layer) -> Layer:
@@ -120,7 +121,7 @@ def load(files: Iterable[str | Path]) -> None:
     """
     for file in files:
         path = Path(file).resolve()
-        if str(path) in _loaded:
+        if path in _loaded:
             continue
         if not path.is_file():
             raise ValueError(f"--layers-from {file}: there is no such file.")
@@ -128,7 +129,7 @@ def load(files: Iterable[str | Path]) -> None:
         is_new = _import(file, path)
         if is_new and len(LAYERS) == before:
             raise ValueError(f"--layers-from {file}: it registers no layer; call megatron_hybrid.layers.register(...).")
-        _loaded.add(str(path))
+        _loaded.add(path)
 
 
 def _import(file: str | Path, path: Path) -> bool:
@@ -152,15 +153,14 @@ def _is(path: Path, origin: str | None) -> bool:
     return origin is not None and Path(origin).resolve() == path
 
 
+@functools.cache
 def load_entry_points() -> None:
-    """Loads the layers that installed packages register, each once in a process.
+    """Loads the layers that installed packages register, once in a process: every command line asks for them.
 
     Raises:
         ValueError: One cannot be loaded; with its package.
     """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        if point.value in _loaded:
-            continue
         try:
             point.load()
         except Exception as error:
@@ -169,7 +169,6 @@ def load_entry_points() -> None:
                 f"The layers of the installed package {package} ({point.value}) cannot be loaded: "
                 f"{type(error).__name__}: {error}. Mend or uninstall it."
             ) from error
-        _loaded.add(point.value)
 
 
 def layer(symbol: str) -> Layer:

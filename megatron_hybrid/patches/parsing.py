@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_hybrid.layers.registry import LAYERS
-from megatron_hybrid.patches.patching import Patch, Table, Value, install
+from megatron_hybrid.patches.patching import Patch, Table, Value, install, is_installed
 from megatron_hybrid.patches.unpickling import admit_known_classes_only
 
 _SYMBOLS = "megatron.core.models.hybrid.hybrid_layer_allocation:Symbols"
@@ -54,12 +54,12 @@ def register_symbols() -> None:
                 _SYMBOLS, "VALID_LAYERS", _Added(symbol), "patterns may have it", _WHERE, contract="register_symbols"
             ),
         )
-        before = tuple(f"symbol {other}" for other in _registered if other != symbol)
-        install(Table(f"symbol {symbol}", rows, after=before))
-        _registered[symbol] = None
+        before = tuple(name for name in map(_table_name, LAYERS) if is_installed(name))
+        install(Table(_table_name(symbol), rows, after=before))
 
 
-_registered: dict[str, None] = {}
+def _table_name(symbol: str) -> str:
+    return f"symbol {symbol}"
 
 
 class _Added(Value):

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Literal
 
+from megatron_hybrid.argv import flag_name
 from megatron_hybrid.costs.hardware import gpu
 from megatron_hybrid.plan import comparison, fit, subject
 from megatron_hybrid.plan.figures import Figures, figures
@@ -36,7 +37,7 @@ def plan(options: Namespace, argv: Sequence[str]) -> tuple[Kind, Figures]:
     if not options.gpu:
         needing = [option for option, _ in UNITS.values() if getattr(options, option) is not None]
         if needing:
-            raise ValueError(f"{_flag(needing[0])} is of a GPU: name it with --gpu, such as --gpu h100-80gb.")
+            raise ValueError(f"{flag_name(needing[0])} is of a GPU: name it with --gpu, such as --gpu h100-80gb.")
     if options.compare and options.fit:
         raise ValueError("--compare and --fit are two plans: ask for one at a time.")
     if options.match and not options.compare:
@@ -68,12 +69,8 @@ def machine(options: Namespace, planned: Subject) -> Machine:
         known = gpu(options.gpu)
     except ValueError as error:
         needed = ["peak", "memory", "bandwidth", "nvlink"]
-        missing = [_flag(UNITS[name][0]) for name in needed if name not in own]
+        missing = [flag_name(UNITS[name][0]) for name in needed if name not in own]
         if missing:
             raise ValueError(f"{error} A plan also needs {' '.join(missing)}.") from None
         return Machine(title=options.gpu, **own)
     return Machine.of(known, precision, **own)
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_hybrid.argv import flag_name
 from megatron_hybrid.data import ids
 from megatron_hybrid.data.blend import DEFAULT_SPLIT
 from megatron_hybrid.data.contents import Contents, examine
@@ -53,7 +54,7 @@ def blends(args: Namespace) -> Blends:
 
     given = [name for name in SOURCES if getattr(args, name)]
     given += ["train/valid/test_data_path"] if any(getattr(args, name) for name in SPLIT_PATHS) else []
-    flags = [f"--{name.replace('_', '-')}" for name in given]
+    flags = [flag_name(name) for name in given]
     if len(flags) > 1:
         raise ValueError(f"{' and '.join(flags)} each name the data, and Megatron would read one of them: drop one.")
     if args.mock_data or not given:

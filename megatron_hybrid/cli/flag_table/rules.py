@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_hybrid.argv import value
+from megatron_hybrid.argv import flag_name, value
 from megatron_hybrid.layers.registry import has_experts
 
 SAVE_INTERVAL = 1000
@@ -75,7 +75,7 @@ def check_flags(args: Namespace, argv: list[str]) -> None:
             number = getattr(args, name)
             if number is not None and number < least:
                 off = " For no validation give --eval-iters 0." if name == "eval_interval" else ""
-                raise ValueError(f"{_flag(name)} is {number} and must be at least {least}.{off}")
+                raise ValueError(f"{flag_name(name)} is {number} and must be at least {least}.{off}")
     model = _layers(args, argv) + _experts(args) + _transformer_engine(args)
     for broken, text in model + _optimizer(args) + _logging(args) + _communication(args):
         if broken:
@@ -250,7 +250,7 @@ def _transformer_engine(args: Namespace) -> Rules:
     return [
         (
             getattr(args, name) not in (None, False),
-            f"{_flag(name)} needs Transformer Engine: use --backend te on CUDA where it is installed, or drop it.",
+            f"{flag_name(name)} needs Transformer Engine: use --backend te on CUDA where it is installed, or drop it.",
         )
         for name in alone
     ]
@@ -277,7 +277,7 @@ def _optimizer(args: Namespace) -> Rules:
         ),
         (
             getattr(args, smaller) != "fp32" and not precise,
-            f"{_flag(smaller)} {getattr(args, smaller)} needs --use-precision-aware-optimizer (and Transformer "
+            f"{flag_name(smaller)} {getattr(args, smaller)} needs --use-precision-aware-optimizer (and Transformer "
             "Engine): drop it.",
         ),
         (
@@ -309,7 +309,7 @@ def _logging(args: Namespace) -> Rules:
     needs = [
         (
             asked and not _installed(module),
-            f"{_flag(name)} needs the package {package}, which is not installed: drop it.",
+            f"{flag_name(name)} needs the package {package}, which is not installed: drop it.",
         )
         for name, asked, module, package in packages
     ]
@@ -324,14 +324,14 @@ def _logging(args: Namespace) -> Rules:
             bool(args.wandb_project) and not (args.wandb_save_dir or args.save),
             "--wandb-project needs --wandb-save-dir, or --save, to write to.",
         ),
-        (bool(kept) and not args.save, f"{_flag(kept[0]) if kept else ''} needs --save FOLDER to write to."),
+        (bool(kept) and not args.save, f"{flag_name(kept[0]) if kept else ''} needs --save FOLDER to write to."),
         (
             bool(cached) and args.mock_data,
-            f"{_flag(cached)} reads indices of real data, and --mock-data has none: drop one.",
+            f"{flag_name(cached)} reads indices of real data, and --mock-data has none: drop one.",
         ),
         (
             bool(cached) and args.data_cache_path is None,
-            f"{_flag(cached)} needs --data-cache-path FOLDER, with the indices of an earlier run: add it.",
+            f"{flag_name(cached)} needs --data-cache-path FOLDER, with the indices of an earlier run: add it.",
         ),
         (
             signal in ("SIGKILL", "SIGSTOP"),
@@ -358,7 +358,7 @@ def _communication(args: Namespace) -> Rules:
     return [
         (
             args.device == "cpu" and bool(asked),
-            f"{_flag(asked.replace('nccl_ub', 'use_nccl_ub'))} is for GPUs: the CPU engine communicates over gloo. "
+            f"{flag_name(asked.replace('nccl_ub', 'use_nccl_ub'))} is for GPUs: the CPU engine communicates over gloo. "
             "Drop it.",
         ),
         (
@@ -379,10 +379,6 @@ def _communication(args: Namespace) -> Rules:
             f"--cp-comm-type {' '.join(args.cp_comm_type)}: choose from {', '.join(CP_COMM_TYPES)}.",
         ),
     ]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _installed(module: str) -> bool:

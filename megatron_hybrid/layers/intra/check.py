@@ -2,7 +2,8 @@
 
 from argparse import Namespace
 
-from megatron_hybrid.accounting.divisibility import check_divides, check_shares, flag
+from megatron_hybrid.accounting.divisibility import check_divides, check_shares
+from megatron_hybrid.argv import flag_name
 from megatron_hybrid.layers.attention.check import check_window_dropout
 from megatron_hybrid.layers.intra.design import design
 from megatron_hybrid.layers.mamba.check import check_initial_decay, check_memory_efficient_path, check_scan
@@ -38,7 +39,7 @@ def check(args: Namespace) -> None:
         ("attention_output_gate", "drop --attention-output-gate"),
     ):
         if getattr(args, name):
-            raise ValueError(f"P layers have no biases and no output gate, and {flag(name)} is on: {remedy}.")
+            raise ValueError(f"P layers have no biases and no output gate, and {flag_name(name)} is on: {remedy}.")
     if args.use_mup:
         raise ValueError(
             "--use-mup cannot be combined with P layers: their heads have another size, and their scores would be "
