@@ -15,12 +15,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
 )
 from short_conv import ShortConvSizes, sizes
 from torch import Tensor, nn
 
-from megatron_hybrid.layers.parts import store_by_parts
+from megatron_hybrid.layers.parts import store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
@@ -105,9 +104,7 @@ class ShortConv(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for name, module in self.named_children():
-            where = f"{prefix}{name}."
-            result.update(sharded_state_dict_default(module, where, sharded_offsets, metadata, tp_group=self.tp_group))
+        result |= store_children(self, prefix, sharded_offsets, metadata, self.tp_group)
         # each rank has its own channels of b, c and x: the weight is stored as three
         store_by_parts(result, f"{prefix}in_proj.weight", dict.fromkeys("bcx", self.local.channels))
         return result

@@ -156,7 +156,7 @@ def _layers(pattern: Pattern, sizes: Sizes, stage: Stage) -> str:
 def _shared_parameters(pattern: Pattern, m: MicroBatch, stage: Stage) -> int:
     """Parameters that tensor-parallel ranks have in common while each sees a share of the gradient.
 
-    Those are what layers with parts for fewer units than ranks have (``sum_shared_gradients`` in patches/upstream.py),
+    Those are what layers with parts for fewer units than ranks have (``sum_shared_gradients`` in patches/building.py),
     and with sequence parallelism all that is not cut: norms, biases behind row-parallel linears, routers
     (core/distributed/finalize_model_grads.py:416).
     """

@@ -79,7 +79,7 @@ def stage_tensors(pattern: Pattern, sizes: Sizes, layout: Layout, stage: int) ->
     Source: ``core/models/hybrid/hybrid_model.py:215-340``. The first chunk of the model has the embedding, the last one
     the output layer. Where this is not the same chunk, a tied output layer is a second copy of the embedding. A last
     chunk with MTP heads has a copy of the embedding for these, tied or not; tied, it is the output layer, too
-    (``patches/upstream.tie_output_layers_of_heads``).
+    (``patches/building.tie_output_layers_of_heads``).
 
     Raises:
         ValueError: The pattern does not divide over the stages.

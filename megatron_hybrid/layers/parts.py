@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
@@ -25,7 +26,7 @@ from megatron_hybrid.accounting.projection import Part
 def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:
     """Marks a parameter that is equal on all tensor-parallel ranks, of whose gradient each rank computes a part.
 
-    The parts are summed once a step, with and without sequence parallelism (patches/upstream.py,
+    The parts are summed once a step, with and without sequence parallelism (patches/building.py,
     ``sum_shared_gradients``). In the gradient norm the parameter counts once, because it is not split
     (core/tensor_parallel/layers.py:95).
     """
@@ -110,6 +111,20 @@ class SharedRowsLinear(ColumnParallelLinear):
             result, f"{prefix}shared_rows", {p.name: p.rows for p in self.shared_parts}, stored_as=f"{prefix}weight"
         )
         return result
+
+
+def store_children(module: nn.Module, prefix: str, sharded_offsets: tuple, metadata: Any, tp_group: Any) -> dict:
+    """The sharded state of a mixer's submodules, each under its own name.
+
+    Args:
+        module: The mixer.
+        prefix, sharded_offsets, metadata: As of ``sharded_state_dict``; the metadata with its data-parallel group.
+        tp_group: Of the mixer.
+    """
+    result: dict = {}
+    for name, child in module.named_children():
+        result |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group)
+    return result
 
 
 def store_by_parts(state: dict, key: str, parts: dict[str, int], dim: int = 0, stored_as: str | None = None) -> None:

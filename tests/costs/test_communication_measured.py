@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         share = {"send": 1.0, "allreduce_": 2 * (ranks - 1) / ranks, "allreduce_coalesced_": 2 * (ranks - 1) / ranks}
         sent = whole * share.get(kind, (ranks - 1) / ranks)
         if group == "expert tensor" and kind == "allreduce_":
-            # Gloo cannot gather or scatter unequal parts; patches/upstream.py sums the whole in their place
+            # Gloo cannot gather or scatter unequal parts; patches/gloo.py sums the whole in their place
             sent /= 2
         calls, total = self.sent.get(group, (0, 0))
         self.sent[group] = calls + 1, total + sent

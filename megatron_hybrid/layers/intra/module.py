@@ -28,7 +28,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
@@ -36,7 +36,7 @@ from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion
 from megatron_hybrid.layers.mamba.module import HybridMambaMixer
-from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts
+from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
@@ -277,13 +277,7 @@ class IntraHybrid(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored part by part, so that they load at any tensor-parallel size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        result: dict = {}
-        for name, module in self.named_children():
-            result.update(
-                sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            )
+        result = store_children(self, prefix, sharded_offsets, metadata, self.tp_group)
         if not isinstance(self.in_proj, SharedRowsLinear):  # which stores its own parts
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)

@@ -23,13 +23,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
 )
 from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
 from megatron_hybrid.layers.norm import SpanningRMSNorm
-from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts
+from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build
 
 
@@ -170,9 +169,7 @@ class HybridMambaMixer(MambaMixer):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for name, module in self.named_children():
-            where = f"{prefix}{name}."
-            result.update(sharded_state_dict_default(module, where, sharded_offsets, metadata, tp_group=self.tp_group))
+        result |= store_children(self, prefix, sharded_offsets, metadata, self.tp_group)
         x, states = {"x": self.d_inner_local_tp}, dict.fromkeys("BC", self.ngroups_local_tp * self.d_state)
         for name in ("weight", "bias"):
             own_parts = x if self.shares_groups else {**x, **states}
