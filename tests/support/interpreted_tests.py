@@ -53,28 +53,30 @@ def run_elsewhere(item: pytest.Item) -> bool:
 
 
 def _run(items: list[pytest.Item]) -> Reports:
-    """Reports of each item; of those that the process did not come to, what it printed."""
+    """Reports of each item; what the process printed for those that it did not finish."""
     found: Reports = {item.nodeid: [] for item in items}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reports"
         path.touch()
         names = Path(folder) / "names"
         names.write_text("\n".join(found))
-        words = ["-m", "pytest", f"@{names}", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+        root = items[0].config.rootpath  # from which the names of tests are counted
+        words = ["-m", "pytest", f"@{names}", "--rootdir", root, "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
         not_theirs = {"PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS"}
         inherited = {name: value for name, value in os.environ.items() if name not in not_theirs}
         there = inherited | {triton_interpreter.VARIABLE: "1", REPORTS: str(path)}
-        ended = python(*words, env=there, timeout=BOUND_S)
+        ended = python(*words, env=there, cwd=root, timeout=BOUND_S)
         for line in path.read_text().splitlines():
             report = pytest.TestReport._from_json(json.loads(line))
             if isinstance(report.longrepr, list):  # where a test was skipped: a tuple before JSON
                 report.longrepr = tuple(report.longrepr)
             found.setdefault(report.nodeid, []).append(report)
     for item in items:
-        found[item.nodeid] = found[item.nodeid] or [_lost(item, ended.stdout + ended.stderr)]
+        if all(report.when != "teardown" for report in found[item.nodeid]):
+            found[item.nodeid].append(_lost(item, ended.stdout + ended.stderr))
     return found
 
 
 def _lost(item: pytest.Item, printed: str) -> pytest.TestReport:
-    text = f"the process that interprets kernels ended before this test\n{printed}"
+    text = f"the process that interprets kernels ended before this test had\n{printed}"
     return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", text, "call")
