@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import config
-from .scan_gradient import receivers_kernel, senders_kernel
-from .scan_output import output_kernel
-from .scan_states import states_kernel
-from .scan_steps import steps_backward_kernel, steps_kernel
+from megatron_hybrid.kernels.triton.configs import launch_options
+from megatron_hybrid.kernels.triton.scan_gradient import receivers_kernel, senders_kernel
+from megatron_hybrid.kernels.triton.scan_output import output_kernel
+from megatron_hybrid.kernels.triton.scan_states import states_kernel
+from megatron_hybrid.kernels.triton.scan_steps import steps_backward_kernel, steps_kernel
 
 CHUNK = 64
 """Tokens of a chunk; a matrix product on Hopper has at least 64 rows."""
@@ -43,7 +43,7 @@ class Scan(NamedTuple):
     D: Tensor | None
     """[h p] fp32"""
     documents: Tensor | None
-    """[b, s] int32: number of each token's document, not falling; the state restarts where it changes."""
+    """[b, s] int32, contiguous: number of each token's document, not falling; the state restarts where it changes."""
     initial_states: Tensor | None
     """[b, h, p, n] fp32: the state before the first token, of the first document."""
     head_dim: int
@@ -107,7 +107,7 @@ def backward(
     from_state = _output(scan, steps, sums, states, d_y, d_out, to.z)
     d_whole = _walk(scan, d_y, scan.C, steps, sums, d_final, d_states, d_first, states)
     splits, receivers = _splits(scan, "scan_receivers")
-    senders = config("scan_senders", scan.x.dtype, head_dim=p, state=n, heads=b * h)
+    senders = _options(scan, "scan_senders")
     blocks, sender_blocks = (triton.cdiv(p, options["CHANNELS"]) for options in (receivers, senders))
     d_B, d_C = (empty(splits, b, c * CHUNK, scan.B.shape[-1]) for _ in range(2))
     d_scores = empty(splits, b, scan.groups, c, CHUNK, CHUNK)
@@ -115,15 +115,16 @@ def backward(
     d_D = empty(b, c, h * p)
     documents, last = _or(scan.documents, sums), (s, h, c, b, splits)
     grid = (c, b, scan.groups * splits)
+    aligned, rows = _rows(scan.x, scan.B, d_y)
     receivers_kernel[grid](
-        scan.x, scan.B, scan.C, d_y, steps, sums, documents, states, d_C, d_scores, d_steps, d_rows,
-        *_rows(scan.x), *_rows(scan.B), *_doc_rows(scan), *_rows(d_y), *last, **_shared(scan), **receivers,
+        scan.x, scan.B, scan.C, d_y, steps, sums, documents, states, d_C, d_scores, d_steps, d_rows, *rows, *last,
+        ALIGNED=aligned, **_shared(scan), **receivers,
     )  # fmt: skip
+    aligned, rows = _rows(scan.x, scan.B, d_y, to.x)
     senders_kernel[grid](
         scan.x, scan.B, scan.C, _or(scan.D, scan.A), d_y, steps, sums, documents, d_states, d_scores,
-        to.x, d_B, d_D, d_columns,
-        *_rows(scan.x), *_rows(scan.B), *_doc_rows(scan), *_rows(d_y), *_rows(to.x), *last,
-        HAS_D=scan.D is not None, **_shared(scan), **senders,
+        to.x, d_B, d_D, d_columns, *rows, *last,
+        HAS_D=scan.D is not None, ALIGNED=aligned, **_shared(scan), **senders,
     )  # fmt: skip
     for whole, part in ((to.B, d_B), (to.C, d_C)):
         whole.copy_(part.sum(0)[:, :s])  # [b, s, g n]
@@ -132,7 +133,7 @@ def backward(
     steps_backward_kernel[grid](
         scan.raw_steps, _or(scan.bias, scan.A), scan.A, d_steps, d_rows, from_state, d_columns, d_whole,
         to.raw_steps, d_A, d_bias,
-        *_rows(scan.raw_steps), *_rows(to.raw_steps), s, h, c, b, *scan.limits,
+        *scan.raw_steps.stride()[:2], *to.raw_steps.stride()[:2], s, h, c, b, *scan.limits,
         BLOCKS=blocks, SENDER_BLOCKS=sender_blocks, SOFTPLUS=scan.softplus, HAS_BIAS=scan.bias is not None, CHUNK=CHUNK, HEADS=16,
     )  # fmt: skip
     return d_A.sum((0, 1)), d_bias.sum((0, 1)), d_D.sum((0, 1)), d_first
@@ -143,7 +144,7 @@ def _steps(scan: Scan) -> tuple[Tensor, Tensor]:
     b, s, h, _, _, c = scan.sizes
     steps, sums = torch.empty(2, b, h, c * CHUNK, dtype=torch.float32, device=scan.x.device)
     steps_kernel[(c, b, triton.cdiv(h, 16))](
-        scan.raw_steps, _or(scan.bias, scan.A), scan.A, steps, sums, *_rows(scan.raw_steps), s, h, c, *scan.limits,
+        scan.raw_steps, _or(scan.bias, scan.A), scan.A, steps, sums, *scan.raw_steps.stride()[:2], s, h, c, *scan.limits,
         SOFTPLUS=scan.softplus, HAS_BIAS=scan.bias is not None, CHUNK=CHUNK, HEADS=16,
     )  # fmt: skip
     return steps, sums
@@ -159,13 +160,15 @@ def _walk(
         With ``forward_states``, which make it the backward walk: decay S . dS of each chunk, [b, c, h] fp32.
     """
     b, s, h, p, n, c = scan.sizes
-    options = config("scan_states", scan.x.dtype, head_dim=p, state=n, heads=b * h)
+    options = _options(scan, "scan_states")
     backward = forward_states is not None
     overlaps = torch.empty(b, c, h, p if backward else 0, dtype=torch.float32, device=scan.x.device)
+    aligned, rows = _rows(values, maps)
     states_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]),)](
         values, maps, steps, sums, _or(scan.documents, sums), _or(first, sums), _or(forward_states, states), states,
-        _or(last, sums), overlaps, *_rows(values), *_rows(maps), *_doc_rows(scan), s, h, c,
-        BACKWARD=backward, HAS_FIRST=first is not None, HAS_LAST=last is not None, **_shared(scan), **options,
+        _or(last, sums), overlaps, *rows, s, h, c,
+        BACKWARD=backward, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
+        **options,
     )  # fmt: skip
     return overlaps.sum(-1)
 
@@ -185,12 +188,12 @@ def _output(
     blocks = triton.cdiv(p, options["CHANNELS"])
     from_state = torch.empty(blocks, b, h, c * CHUNK if backward else 0, dtype=torch.float32, device=out.device)
     z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
+    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
     output_kernel[(c, b, scan.groups * splits)](
         scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums), states,
-        out, d_out, d_z, from_state,
-        *_rows(scan.x), *_rows(z), *_rows(scan.B), *_doc_rows(scan), *_rows(out), *_rows(d_out), *_rows(d_z),
-        s, h, c, b, splits,
-        HAS_Z=scan.z is not None, HAS_D=scan.D is not None, BACKWARD=backward, **_shared(scan), **options,
+        out, d_out, d_z, from_state, *rows, s, h, c, b, splits,
+        HAS_Z=scan.z is not None, HAS_D=scan.D is not None, BACKWARD=backward, ALIGNED=aligned, **_shared(scan),
+        **options,
     )  # fmt: skip
     return from_state.sum(0)
 
@@ -211,13 +214,19 @@ def _shared(scan: Scan) -> dict[str, Any]:
     }
 
 
+def _options(scan: Scan, kernel: str) -> dict[str, Any]:
+    """A kernel's line of the table of configurations; no more channels in a tile than a head has."""
+    options = launch_options(kernel, str(scan.x.element_size()))
+    return options | {"CHANNELS": max(16, min(options["CHANNELS"], triton.next_power_of_2(scan.head_dim)))}
+
+
 def _splits(scan: Scan, kernel: str) -> tuple[int, dict[str, Any]]:
     """Into how many programs the heads of a group are split, and the kernel's configuration.
 
     Programs share C B^T only within a split: no more of them than keep a GPU busy, and as many heads in each.
     """
     b, _, h, p, n, c = scan.sizes
-    options = config(kernel, scan.x.dtype, head_dim=p, state=n, heads=b * h)
+    options = _options(scan, kernel)
     wanted = options.pop("PROGRAMS")
     splits = 1
     while b * c * scan.groups * splits < wanted and h // scan.groups % (2 * splits) == 0:
@@ -230,13 +239,12 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _rows(t: Tensor) -> tuple[int, int]:
-    """Strides of batch and token."""
-    return t.stride(0), t.stride(1)
-
-
-def _doc_rows(scan: Scan) -> tuple[int, int]:
-    return (0, 0) if scan.documents is None else _rows(scan.documents)
+def _rows(*tensors: Tensor) -> tuple[int, list[int]]:
+    """ALIGNED, the elements that one load may take, and each tensor's strides of batch and token in units of it."""
+    strides = [n for t in tensors for n in t.stride()[:2]]
+    most = 16 // tensors[0].element_size()
+    aligned = next(n for n in (most, most // 2, most // 4, 1) if n and all(stride % n == 0 for stride in strides))
+    return aligned, [n // aligned for n in strides]
 
 
 def _check(scan: Scan) -> None:

@@ -17,22 +17,23 @@ shape letters.
 import triton
 import triton.language as tl
 
-from .scan_states import chunk_documents
-from .tiles import load_tile, store_tile
+from megatron_hybrid.kernels.triton.scan_states import chunk_documents
+from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 
 @triton.jit
 def receivers_kernel(
     x, B, C, d_y, steps, sums, documents, states, d_C, d_scores, d_steps, d_rows,
-    x_b, x_s, maps_b, maps_s, doc_b, doc_s, d_y_b, d_y_s, length, heads, chunks, batch, SPLITS,
+    x_b, x_s, maps_b, maps_s, d_y_b, d_y_s, length, heads, chunks, batch, SPLITS,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """d_C gets fp32 [SPLITS, b, c CHUNK, g n] and d_scores, the sum of H, [SPLITS, b, g, c, CHUNK, CHUNK].
 
     d_rows and d_steps are [v, b, h, c CHUNK] fp32, v being a block of a head's channels.
     """
+    x_s, maps_s, d_y_s = x_s * ALIGNED, maps_s * ALIGNED, d_y_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -41,17 +42,17 @@ def receivers_kernel(
     i, p, n = tl.arange(0, CHUNK), tl.arange(0, CHANNELS), tl.arange(0, STATES)
     start = (chunk * CHUNK).to(tl.int64)
     left = length - chunk * CHUNK
-    x += b * x_b + start * x_s
-    d_y += b * d_y_b + start * d_y_s
-    in_group = b * maps_b + start * maps_s + group * STATE
+    x += b * x_b * ALIGNED + start * x_s
+    d_y += b * d_y_b * ALIGNED + start * d_y_s
+    in_group = b * maps_b * ALIGNED + start * maps_s + group * STATE
     B_tile = load_tile(B + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)  # [CHUNK, STATES]
     C_tile = load_tile(C + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
     scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION)  # [CHUNK, CHUNK]
     seen = i[:, None] >= i[None, :]
     if HAS_DOCUMENTS:
-        documents += b * doc_b
-        before, _ = chunk_documents(documents, chunk, length, doc_s, CHUNK)
-        mine = tl.load(documents + start * doc_s + i * doc_s, mask=i < left, other=-1)
+        documents += b * length
+        before, _ = chunk_documents(documents, chunk, length, CHUNK)
+        mine = tl.load(documents + start + i, mask=i < left, other=-1)
         seen = seen & (mine[:, None] == mine[None, :])
     summed = tl.zeros((CHUNK, CHUNK), tl.float32)
     d_C_tile = tl.zeros((CHUNK, STATES), tl.float32)
@@ -89,12 +90,13 @@ def receivers_kernel(
 @triton.jit
 def senders_kernel(
     x, B, C, D, d_y, steps, sums, documents, d_states, d_scores, d_x, d_B, d_D, d_columns,
-    x_b, x_s, maps_b, maps_s, doc_b, doc_s, d_y_b, d_y_s, d_x_b, d_x_s, length, heads, chunks, batch, SPLITS,
+    x_b, x_s, maps_b, maps_s, d_y_b, d_y_s, d_x_b, d_x_s, length, heads, chunks, batch, SPLITS,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, HAS_D: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """d_B is like d_C above, d_columns like d_rows and d_D [b, c, h p], all fp32."""
+    x_s, maps_s, d_y_s, d_x_s = x_s * ALIGNED, maps_s * ALIGNED, d_y_s * ALIGNED, d_x_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -103,18 +105,18 @@ def senders_kernel(
     i, p, n = tl.arange(0, CHUNK), tl.arange(0, CHANNELS), tl.arange(0, STATES)
     start = (chunk * CHUNK).to(tl.int64)
     left = length - chunk * CHUNK
-    x += b * x_b + start * x_s
-    d_x += b * d_x_b + start * d_x_s
-    d_y += b * d_y_b + start * d_y_s
-    in_group = b * maps_b + start * maps_s + group * STATE
+    x += b * x_b * ALIGNED + start * x_s
+    d_x += b * d_x_b * ALIGNED + start * d_x_s
+    d_y += b * d_y_b * ALIGNED + start * d_y_s
+    in_group = b * maps_b * ALIGNED + start * maps_s + group * STATE
     B_tile = load_tile(B + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)  # [CHUNK, STATES]
     C_tile = load_tile(C + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
     scores = tl.dot(B_tile, tl.trans(C_tile), input_precision=PRECISION)  # [CHUNK, CHUNK]: sender, receiver
     seen = i[:, None] <= i[None, :]
     if HAS_DOCUMENTS:
-        documents += b * doc_b
-        _, end = chunk_documents(documents, chunk, length, doc_s, CHUNK)
-        mine = tl.load(documents + start * doc_s + i * doc_s, mask=i < left, other=-1)
+        documents += b * length
+        _, end = chunk_documents(documents, chunk, length, CHUNK)
+        mine = tl.load(documents + start + i, mask=i < left, other=-1)
         seen = seen & (mine[:, None] == mine[None, :])
     square = (((split * batch + b) * (heads // GROUP) + group) * chunks + chunk) * (CHUNK * CHUNK)
     summed = load_tile(d_scores + square, CHUNK, i, i, CHUNK, CHUNK, True, True)  # receiver, sender

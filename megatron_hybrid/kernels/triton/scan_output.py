@@ -13,24 +13,25 @@ again, for the gradient of the gate:
 import triton
 import triton.language as tl
 
-from .scan_states import chunk_documents, gate
-from .tiles import load_tile, store_tile
+from megatron_hybrid.kernels.triton.scan_states import chunk_documents, gate
+from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 
 @triton.jit
 def output_kernel(
     x, z, B, C, D, steps, sums, documents, states, out, d_out, d_z, from_state,
-    x_b, x_s, z_b, z_s, maps_b, maps_s, doc_b, doc_s, out_b, out_s, d_out_b, d_out_s, d_z_b, d_z_s,
+    x_b, x_s, z_b, z_s, maps_b, maps_s, out_b, out_s, d_out_b, d_out_s, d_z_b, d_z_s,
     length, heads, chunks, batch, SPLITS,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x, z, out [b, s, h p], B and C [b, s, g n]; a program's heads are those of split ``program_id(2) % SPLITS``.
 
     The backward pass reads d_out and writes d_z and dy (as ``out``), [b, s, h p], of which there are none without z; and
     from_state, [v, b, h, c CHUNK] fp32, v being a block of a head's channels.
     """
+    x_s, z_s, maps_s, out_s, d_out_s, d_z_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED, out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -39,20 +40,20 @@ def output_kernel(
     i, p, n = tl.arange(0, CHUNK), tl.arange(0, CHANNELS), tl.arange(0, STATES)
     start = (chunk * CHUNK).to(tl.int64)
     left = length - chunk * CHUNK
-    x += b * x_b + start * x_s
-    z += b * z_b + start * z_s
-    out += b * out_b + start * out_s
-    d_out += b * d_out_b + start * d_out_s
-    d_z += b * d_z_b + start * d_z_s
-    in_group = b * maps_b + start * maps_s + group * STATE
+    x += b * x_b * ALIGNED + start * x_s
+    z += b * z_b * ALIGNED + start * z_s
+    out += b * out_b * ALIGNED + start * out_s
+    d_out += b * d_out_b * ALIGNED + start * d_out_s
+    d_z += b * d_z_b * ALIGNED + start * d_z_s
+    in_group = b * maps_b * ALIGNED + start * maps_s + group * STATE
     B_tile = load_tile(B + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)  # [CHUNK, STATES]
     C_tile = load_tile(C + in_group, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
     scores = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION)  # [CHUNK, CHUNK]
     seen = i[:, None] >= i[None, :]
     if HAS_DOCUMENTS:
-        documents += b * doc_b
-        before, end = chunk_documents(documents, chunk, length, doc_s, CHUNK)
-        mine = tl.load(documents + start * doc_s + i * doc_s, mask=i < left, other=-1)
+        documents += b * length
+        before, end = chunk_documents(documents, chunk, length, CHUNK)
+        mine = tl.load(documents + start + i, mask=i < left, other=-1)
         seen = seen & (mine[:, None] == mine[None, :])
     for k in range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS):
         head = group * GROUP + k // BLOCKS

@@ -10,15 +10,15 @@ block of a head's channels, the state in registers. ``scan.py`` has the shape le
 import triton
 import triton.language as tl
 
-from .tiles import load_tile, store_tile
+from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 
 @triton.jit
-def chunk_documents(documents, chunk, length, doc_s, CHUNK: tl.constexpr):
+def chunk_documents(documents, chunk, length, CHUNK: tl.constexpr):
     """The document of the last token before a chunk (of the first, of its own) and of its last token."""
     before = tl.maximum(chunk * CHUNK - 1, 0)
     last = tl.minimum(chunk * CHUNK + CHUNK, length) - 1
-    return tl.load(documents + before * doc_s), tl.load(documents + last * doc_s)
+    return tl.load(documents + before), tl.load(documents + last)
 
 
 @triton.jit
@@ -31,17 +31,18 @@ def gate(z):
 @triton.jit
 def states_kernel(
     values, maps, steps, sums, documents, first, forward_states, states, last, overlaps,
-    values_b, values_s, maps_b, maps_s, doc_b, doc_s, length, heads, chunks,
+    values_b, values_s, maps_b, maps_s, length, heads, chunks,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, BACKWARD: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Forward: values x, maps B, from ``first`` on. Backward: values dy, maps C, from the end back.
 
     states [b, c, h, n, p] gets the state before the walk enters each chunk; first and last are [b, h, p, n] fp32. The
     backward walk also reads the forward walk's states, and leaves decay S . dS of each chunk in overlaps [b, c, h p].
     """
+    values_s, maps_s = values_s * ALIGNED, maps_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -55,9 +56,9 @@ def states_kernel(
     state = tl.zeros((STATES, CHANNELS), tl.float32)
     if HAS_FIRST:
         state += tl.trans(load_tile(first + place, STATE, p, n, width, STATE, ALL_P, ALL_N))
-    values += b * values_b + head * HEAD_DIM + p0
-    maps += b * maps_b + head // GROUP * STATE
-    documents += b * doc_b
+    values += b * values_b * ALIGNED + head * HEAD_DIM + p0
+    maps += b * maps_b * ALIGNED + head // GROUP * STATE
+    documents += b * length
     steps += (b * heads + head) * (chunks * CHUNK)
     sums += (b * heads + head) * (chunks * CHUNK)
     states += (b * chunks * heads + head) * (HEAD_DIM * STATE) + p0
@@ -75,8 +76,8 @@ def states_kernel(
         weight = tl.exp(sum_t) if BACKWARD else tl.load(steps + start + i) * tl.exp(sum_last - sum_t)
         decay = tl.exp(sum_last)
         if HAS_DOCUMENTS:
-            before, end = chunk_documents(documents, c, length, doc_s, CHUNK)
-            mine = tl.load(documents + start * doc_s + i * doc_s, mask=i < left, other=-1)
+            before, end = chunk_documents(documents, c, length, CHUNK)
+            mine = tl.load(documents + start + i, mask=i < left, other=-1)
             weight = tl.where(mine == (before if BACKWARD else end), weight, 0.0)
             decay = tl.where(before == end, decay, 0.0)
         state *= decay
