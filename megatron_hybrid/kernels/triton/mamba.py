@@ -62,8 +62,8 @@ def mamba_split_conv_scan(
     if rest or states < 1 or zxbcdt.shape[-1] != width or A.shape[0] % groups:
         raise ValueError(
             f"the projection is {zxbcdt.shape[-1]} and the convolution {conv_weight.shape[0]} channels wide; "
-            f"{A.shape[0]} heads of {head_dim} and {groups} groups need {inner} + 2 x {groups} x d_state channels in the "
-            f"convolution, {inner} + {A.shape[0]} more in the projection, and heads that are a multiple of the groups"
+            f"{A.shape[0]} heads of {head_dim} and {groups} groups need {inner} + 2 x {groups} x d_state channels in "
+            f"the convolution, {inner} + {A.shape[0]} more in the projection, and a multiple of {groups} heads"
         )
     if D.numel() == A.shape[0]:
         D = D.reshape(-1, 1).expand(-1, head_dim).reshape(-1)  # [h p]
@@ -127,9 +127,7 @@ def _channels(zxbcdt: Tensor, inner: int, weight: Tensor) -> Tensor:
 def _convolve(zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, inner: int) -> Tensor:
     """[s, b, z x B C dt] to the convolved channels, [s, b, c]."""
     out = zxbcdt.new_empty(*zxbcdt.shape[:2], weight.shape[0])
-    causal_conv_forward(
-        _channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1)
-    )
+    causal_conv_forward(_channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1))
     return out
 
 
