@@ -138,7 +138,7 @@ def add_weight_gradients(d, g, r0, r1, r2, r3, j1, j2, j3, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def gradients_of_sums(  # fmt: skip
+def gradients_of_sums(
     dy,
     t,
     step,
