@@ -66,7 +66,7 @@ def mamba_split_conv_scan(
             f"the convolution, {inner} + {A.shape[0]} more in the projection, and a multiple of {groups} heads"
         )
     if D.numel() == A.shape[0]:
-        D = D.reshape(-1, 1).expand(-1, head_dim).reshape(-1)  # [h p]
+        D = D.repeat_interleave(head_dim)  # [h p]
     documents = None if seq_idx is None else document_number(seq_idx).int().contiguous()  # [b, s]
     y, final = _Core.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, documents, (head_dim, groups), dt_limit,
@@ -142,7 +142,7 @@ def _inputs(
     x, B, C = convolved.transpose(0, 1).split([inner, states, states], -1)  # [b, s, h p], [b, s, g n] twice
     z, _, raw_steps = zxbcdt.transpose(0, 1).split([inner, convolved.shape[-1], A.shape[0]], -1)
     first = None if initial_states is None else initial_states.float().contiguous()
+    dt_bias, A, D = (t.float().contiguous() for t in (dt_bias, A, D))
     return scan.Scan(
-        x, z, B, C, raw_steps, dt_bias.float(), A.float(), D.float(), documents, first, head_dim, groups,
-        limits=dt_limit,
+        x, z, B, C, raw_steps, dt_bias, A, D, documents, first, head_dim, groups, limits=dt_limit,
     )  # fmt: skip

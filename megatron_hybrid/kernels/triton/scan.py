@@ -73,7 +73,7 @@ def forward(scan: Scan, out: Tensor, want_final_states: bool = False) -> Tensor 
     """Writes the output, gated, to ``out`` [b, s, h p]; returns the final states [b, h, p, n] fp32 if they are wanted.
 
     Raises:
-        ValueError: A dtype that the kernels do not have, or a tensor whose last dimension is not contiguous.
+        ValueError: A dtype that the kernels do not have, or strides that they do not take.
     """
     _check(scan)
     b, _, h, p, n, c = scan.sizes
@@ -254,3 +254,7 @@ def _check(scan: Scan) -> None:
         tensor = getattr(scan, name)
         if tensor is not None and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+    for name in ("bias", "A", "D", "documents", "initial_states"):
+        tensor = getattr(scan, name)
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
