@@ -13,7 +13,6 @@ s/(cp tp) under sequence parallelism.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -140,7 +139,7 @@ class IntraHybrid(MegatronModule):
 
     Two separate mixers would cost two all-gathers and two reduce-scatters under sequence parallelism and four matrix
     products; the fused projections cost one, one and two. The module takes the place of self-attention in a
-    ``TransformerLayer``. On CUDA the branches run on two streams.
+    ``TransformerLayer``.
 
     Args:
         design: Axes and global widths.
@@ -266,13 +265,7 @@ class IntraHybrid(MegatronModule):
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
 
-        if self.design.overlap and projected.is_cuda:
-            documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
-            first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
-        else:
-            second, first = run(1), run(0)  # as with two streams, which draw random numbers in this order
-        # first and second: [s/cp, b, w/tp]
-        return self.fusion(first, second, gate)
+        return self.fusion(run(0), run(1), gate)  # of two tensors [s/cp, b, w/tp]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored part by part, so that they load at any tensor-parallel size."""
@@ -282,26 +275,3 @@ class IntraHybrid(MegatronModule):
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
-
-
-def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``run(0)`` on the current CUDA stream and ``run(1)`` on a second one; both read ``sources``.
-
-    The backward pass needs no code: autograd runs each node on the stream of its forward pass and synchronises where a
-    gradient changes streams. Tensors used on both streams are recorded, so that their memory is not reused too early.
-    """
-    main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        second = run(1)
-    first = run(0)
-    main.wait_stream(side)
-    for source in sources:
-        source.record_stream(side)
-    second.record_stream(main)
-    return first, second
-
-
-@functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
