@@ -30,6 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
@@ -53,7 +54,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
             "a_init_range": tuple(args.mamba_a_init_range),
             "recompute": tuple(args.hybrid_recompute),
         },
-        submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+        submodules=IntraSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
     return mixer_layer(parts, "in_proj", mixer)
 
@@ -195,12 +196,15 @@ class IntraHybrid(MegatronModule):
         config, tp = self.config, self.tp_group.size()
         shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         in_proj = getattr(submodules.in_proj, "module", submodules.in_proj)
+        own: dict[str, Any] = {"keeps_padding": True} if issubclass(in_proj, AlignedColumnLinear) else {}
+        if in_proj is SharedRowsLinear:
+            own["parts"] = self.design.in_parts
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
             tp * sum(self.in_parts.values()),
             **shared,
-            **({"parts": self.design.in_parts} if in_proj is SharedRowsLinear else {}),
+            **own,
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -244,7 +248,7 @@ class IntraHybrid(MegatronModule):
         if inference_context is not None:
             raise ValueError("P layers have no inference cache yet: run the model on whole sequences.")
         angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)  # [s/cp, 1, 1, d]
-        projected, _ = self.in_proj(hidden_states)  # [s/cp, b, i/tp]
+        projected, _ = self.in_proj(hidden_states)  # [s/cp, b, i/tp or a few zeros more]
         if self.recompute and self.training:
             # checkpoint takes only tensors, and packed_seq_params is none
             run = lambda x, angles: self._between(x, angles, packed_seq_params)  # noqa: E731
@@ -254,7 +258,7 @@ class IntraHybrid(MegatronModule):
         return self.out_proj(fused)
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
-        """[s/cp, b, i/tp] to [s/cp, b, o/tp]."""
+        """[s/cp, b, i/tp or more] to [s/cp, b, o/tp]."""
         branches, gate = self.inputs.split(projected)  # gate [s/cp, b, 1 or 2] or None
 
         def run(branch: int) -> Tensor:
