@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hybrid.kernels.columns import GradientPlace
 from megatron_hybrid.kernels.conv import document_number
 from megatron_hybrid.kernels.triton import scan
 from megatron_hybrid.kernels.triton.causal_conv import causal_conv_backward, causal_conv_forward
@@ -85,7 +86,7 @@ class _Core(torch.autograd.Function):
         s, b, _ = zxbcdt.shape
         weight = weight.contiguous()
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, initial_states, documents)
-        ctx.sizes, ctx.dt_limit = sizes, dt_limit
+        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, GradientPlace(zxbcdt)
         convolved = _convolve(zxbcdt, weight, bias, documents, A.shape[0] * sizes[0])
         y = zxbcdt.new_empty(s, b, A.shape[0] * sizes[0])
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, sizes, dt_limit)
@@ -98,7 +99,7 @@ class _Core(torch.autograd.Function):
         inner = A.shape[0] * ctx.sizes[0]
         convolved = _convolve(zxbcdt, weight, bias, documents, inner)
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, ctx.sizes, ctx.dt_limit)
-        d_zxbcdt = torch.empty_strided(zxbcdt.shape, zxbcdt.stride(), dtype=zxbcdt.dtype, device=zxbcdt.device)
+        d_zxbcdt = ctx.place.make()  # [s, b, z x B C dt]
         d_convolved = torch.empty_like(convolved)
         to = _inputs(d_zxbcdt, d_convolved, dt_bias, A, D, None, None, ctx.sizes, ctx.dt_limit)
         if d_y.stride(-1) != 1:
