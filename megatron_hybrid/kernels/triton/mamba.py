@@ -87,7 +87,7 @@ class _Core(torch.autograd.Function):
         s, b, _ = zxbcdt.shape
         weight = weight.contiguous()
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, initial_states, documents)
-        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, GradientPlace(zxbcdt)
+        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, place
         convolved = _convolve(zxbcdt, weight, bias, documents, A.shape[0] * sizes[0])
         y = zxbcdt.new_empty(s, b, A.shape[0] * sizes[0])
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, sizes, dt_limit)
