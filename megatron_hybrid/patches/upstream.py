@@ -12,22 +12,24 @@ from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_
 from megatron_hybrid.patches.patching import install
 
 
-def prepare(device: str, stack: type) -> list[str]:
-    """Makes this process ready to build and train hybrid models. A second call with the same stack changes nothing.
+def prepare(device: str, stack: type, model: type) -> list[str]:
+    """Makes this process ready to build and train hybrid models. A second call with the same
+    classes changes nothing.
 
     Args:
         device: ``cpu`` or ``cuda``.
         stack: The class that builds the layers of a pattern.
+        model: The class of the whole model.
 
     Returns:
         One line for each thing that was replaced because a package is missing, to be shown to the user.
 
     Raises:
-        RuntimeError: The process is prepared with another stack.
+        RuntimeError: The process is prepared with other classes.
     """
     notes = []
     parsing.register_symbols()
-    install(building.building(stack))
+    install(building.building(stack, model))
     install(routers.TABLE)
     install(optimizer_state.TABLE)
     if kernels.ssm_backend(device) == "torch":
