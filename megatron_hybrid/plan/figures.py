@@ -61,6 +61,7 @@ def _implementation(s: Subject) -> Figures:
     return {
         "backend": settings.backend,
         "scan": "mamba_ssm" if settings.device == "cuda" and settings.mamba_ssm else "torch",
+        "loss": "fused" if settings.fused_loss else "plain",
         "recompute": again.method or sorted(again.modules),
     }
 

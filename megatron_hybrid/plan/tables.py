@@ -210,7 +210,7 @@ def _activations(f: Figures) -> Group:
     else:
         kept = f"; recomputed: {', '.join(again)}" if again else ""
     return table(
-        f"Activations of one micro-batch on a rank, MiB ({how['backend']} layers, {how['scan']} scan){kept}",
+        f"Activations of one micro-batch on a rank, MiB ({how['backend']} layers, {how['scan']} scan, {how['loss']} loss){kept}",
         ["part", "each"],
         [
             [f"{name} {LAYERS[name].name}" if name in LAYERS else words.get(name, name), mib(size)]
