@@ -33,7 +33,7 @@ def fuses_loss(args: Any) -> bool:
 
 
 def chunk_tokens(tokens: int, vocabulary: int, each: int) -> int:
-    """Tokens of a chunk: as few chunks as :data:`CHUNK_BYTES` allows, of equal size, in multiples of 128 if they can be.
+    """Tokens of a chunk: as few chunks as :data:`CHUNK_BYTES` allows, of equal size, in multiples of 128 if possible.
 
     Args:
         tokens: Of a micro-batch on a rank.

@@ -31,8 +31,9 @@ class HybridLossModel(HybridModel):
     def __init__(self, config: Any, hybrid_stack_spec: Any, *args: Any, **kwargs: Any):
         super().__init__(config, hybrid_stack_spec, *args, **kwargs)
         self._given: _Given | None = None
-        if hybrid_stack_spec.submodules.fused_loss and hasattr(self, "output_layer"):
-            self.output_layer = LossHead(self.output_layer)
+        layer: Any = getattr(self, "output_layer", None)
+        if hybrid_stack_spec.submodules.fused_loss and layer is not None:
+            self.output_layer = LossHead(layer)
 
     def forward(
         self,

@@ -115,9 +115,11 @@ def test_full_recomputation_of_segments_whose_scans_run_again(text, method, laye
     first, second = (one_input + sum(each(symbol, of) for symbol in symbols) for symbols in (kept, after))
     second += total(head_saved(SMALL, layout, of))
     alive = SCAN_AGAIN + sum(each(symbol, of) for symbol in again or "")
-    if again is None:  # three norms, state and token joined, layers; it keeps state and token
+    if (
+        again is None
+    ):  # three norms, state and token joined, layers; it keeps state and token, its loss the stack's output
         alive = 10 * (3 * (16 * 2 + 4) + 32 * 2) + each("*", of) + each("M", of)
-        second += total(mtp_saved(SMALL, layout, of)) + 2 * one_input
+        second += total(mtp_saved(SMALL, layout, of)) + 3 * one_input
     assert stage_activation_bytes(pattern, SMALL, layout, of, 1) == 2 * first + second + alive
 
 

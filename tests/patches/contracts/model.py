@@ -41,7 +41,7 @@ CONTRACTS = [
         "training/models/hybrid.py",
         holds=(
             "from megatron.core.models.hybrid.hybrid_model import HybridModel\n",
-            "return HybridModel(config=self._model_config.transformer, hybrid_stack_spec=hybrid_stack_spec, vocab_size=",
+            "return HybridModel(config=self._model_config.transformer, hybrid_stack_spec=hybrid_stack_spec, vocab",
         ),
     ),
     _C(
