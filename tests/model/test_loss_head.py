@@ -35,6 +35,7 @@ def stepped(pattern: str, load: str, flags: str, chunk_bytes: int = 2**30) -> di
     return {
         "heads": {type(head).__name__ for head in heads if head is not None},
         "log": _heads_log(),
+        "names": [sorted(_unwrapped(chunk).sharded_state_dict()) for chunk in run.model],
         "step": (loss, norm),
         "gradients": gradients,
     }
@@ -105,6 +106,7 @@ def test_equals_the_plain_loss(ranks, reference, case):
     ]
     for plain, fused in zip(*both, strict=True):
         assert plain["heads"] <= {"ColumnParallelLinear"} and fused["heads"] <= {"LossHead"}
+        assert fused["names"] == plain["names"]
         assert fused["step"] == pytest.approx(plain["step"], rel=1e-6)
         assert fused["log"] == pytest.approx(plain["log"], rel=1e-6)
         assert bool(plain["log"]) == (MTP in own and bool(plain["heads"]))
