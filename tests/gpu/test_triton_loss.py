@@ -94,6 +94,21 @@ def test_the_sizes_of_a_1b_model():
     assert error(found["weight"][entries], wanted) < 2e-2
 
 
+def test_the_host_waits_for_nothing():
+    hidden, weight, labels, mask = inputs(1000, 64, 5000, torch.bfloat16)
+
+    def step():
+        losses, *_ = linear_cross_entropy(hidden, weight, labels, mask, chunk=128)
+        torch.autograd.grad((losses * mask).sum() / 17, (hidden, weight))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_rows_beyond_2_31_elements():
     """17,000 rows of 128,256: the last ones are where they should be."""
     from megatron_hybrid.kernels.triton import cross_entropy

@@ -138,24 +138,25 @@ def measure(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[d
 
 def search(args: argparse.Namespace) -> list[dict]:
     """Milliseconds of the kernel on a chunk for each configuration, then of all for each size of the chunks."""
-    from megatron_hybrid.kernels.triton import cross_entropy
+    from megatron_hybrid.kernels.triton import configs, cross_entropy
 
     device = torch.device("cuda")
     tensors = inputs(args.tokens, args.hidden, args.vocabulary, "cuda", torch.bfloat16)
     chunk = chunk_of(*tensors[:2])
     logits = torch.randn(chunk, args.vocabulary, device=device).bfloat16()
     labels, weights = tensors[2][:chunk], tensors[3][:chunk]
-    known, rows = dict(cross_entropy.CONFIGURATIONS), []
+    known, rows = dict(configs.TABLE), []
     run: Callable[[], object]
     for block, warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)):
         for stages in (1, 2, 3, 4):
-            cross_entropy.CONFIGURATIONS = {2**31: (block, warps, stages)}
+            line = {"BLOCK": block, "STAGES": stages, "num_warps": warps}
+            configs.TABLE.update({key: line for key in known if key[0] == "cross_entropy"})
             run = partial(cross_entropy.statistics, logits, labels, 0, weights)
             run()
             ms = 1e3 * statistics.median(seconds_of(run, device) for _ in range(args.repeats))
-            rows.append({"block": block, "warps": warps, "stages": stages, "ms": ms})
+            rows.append({**line, "ms": ms})
             print(f"{rows[-1]}, {2 * logits.nbytes / ms / 1e9:.2f} TB/s of one reading and one writing")
-    cross_entropy.CONFIGURATIONS = known
+    configs.TABLE.update(known)
     del logits
     whole = loss_chunks.CHUNK_BYTES
     for power in range(28, 34):

@@ -208,7 +208,21 @@ def _add_weight_gradients(d, g, r0, r1, r2, r3, j1, j2, j3, WIDTH: tl.constexpr,
 
 @triton.jit
 def _gradients_of_sums(
-    dy, t, step, columns, inside, end, w, b, a, p, j, i, SILU: tl.constexpr, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
+    dy,
+    t,
+    step,
+    columns,
+    inside,
+    end,
+    w,
+    b,
+    a,
+    p,
+    j,
+    i,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):
     """Gradients before the activation of tokens t to t + 3, four times [C], zeros from ``end`` on; a to i as above."""
     g = _rows(dy, t, step, columns, inside, 0, end)
@@ -309,9 +323,7 @@ def _backward(
         d0, d1, d2, d3 = d
         d_bias += (g0 + g1) + (g2 + g3)
         # the same sums with time reversed
-        dx3, dx2, dx1, dx0 = _four_taps(
-            w, (g3, g2, g1, g0), (n1, n2, n3), (m1, j3, j2, j1), (m2, m3), WIDTH, DOCUMENTS
-        )
+        dx3, dx2, dx1, dx0 = _four_taps(w, (g3, g2, g1, g0), (n1, n2, n3), (m1, j3, j2, j1), (m2, m3), WIDTH, DOCUMENTS)
         _write(dx, t, dx_step, columns, inside, length, (dx0, dx1, dx2, dx3))
         n1, n2, n3 = g0, g1, g2
         m1, m2, m3 = j0, j1, j2

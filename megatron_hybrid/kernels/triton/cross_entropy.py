@@ -10,12 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_hybrid.kernels.cross_entropy_rows import Statistics
+from megatron_hybrid.kernels.triton.configs import launch_options
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-CONFIGURATIONS = {4096: (2048, 4, 2), 32768: (8192, 8, 2), 2**31: (16384, 16, 3)}
-"""Columns of a row, at most, to columns of a block, warps, and blocks that are on their way (and one more)."""
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -115,7 +112,7 @@ def _launch(
             "contiguous rows"
         )
     width = logits.shape[1]
-    block, warps, stages = next(shape for most, shape in CONFIGURATIONS.items() if width <= most)
+    shape_class = next((str(most) for most in (4096, 32768) if width <= most), "any")
     results = results or (None,) * 4
     labels = labels.contiguous()
     weights = None if weights is None else weights.contiguous()
@@ -132,7 +129,5 @@ def _launch(
         STATISTICS=results[0] is not None,
         GRADIENT=weights is not None,
         BEST=results[3] is not None,
-        BLOCK=block,
-        STAGES=stages,
-        num_warps=warps,
+        **launch_options("cross_entropy", shape_class),
     )

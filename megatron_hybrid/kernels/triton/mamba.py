@@ -127,9 +127,7 @@ def _channels(zxbcdt: Tensor, inner: int, weight: Tensor) -> Tensor:
 def _convolve(zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, inner: int) -> Tensor:
     """[s, b, z x B C dt] to the convolved channels, [s, b, c]."""
     out = zxbcdt.new_empty(*zxbcdt.shape[:2], weight.shape[0])
-    causal_conv_forward(
-        _channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1)
-    )
+    causal_conv_forward(_channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1))
     return out
 
 

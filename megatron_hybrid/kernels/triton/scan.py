@@ -250,8 +250,7 @@ def _rows(*tensors: Tensor) -> tuple[int, list[int]]:
 def _check(scan: Scan) -> None:
     if scan.x.dtype not in _TYPES:
         raise ValueError(
-            f"the scan's Triton kernels take float32, bfloat16 or float16, not {scan.x.dtype}; "
-            "use --ssm-kernels torch"
+            f"the scan's Triton kernels take float32, bfloat16 or float16, not {scan.x.dtype}; use --ssm-kernels torch"
         )
     for name in ("x", "z", "B", "C", "raw_steps"):
         tensor = getattr(scan, name)

@@ -31,7 +31,14 @@ def output_kernel(
     The backward pass reads d_out and writes d_z and dy (as ``out``), [b, s, h p], of which there are none without z; and
     from_state, [v, b, h, c CHUNK] fp32, v being a block of a head's channels.
     """
-    x_s, z_s, maps_s, out_s, d_out_s, d_z_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED, out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
+    x_s, z_s, maps_s, out_s, d_out_s, d_z_s = (
+        x_s * ALIGNED,
+        z_s * ALIGNED,
+        maps_s * ALIGNED,
+        out_s * ALIGNED,
+        d_out_s * ALIGNED,
+        d_z_s * ALIGNED,
+    )
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
