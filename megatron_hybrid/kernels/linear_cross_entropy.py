@@ -36,6 +36,7 @@ def linear_cross_entropy(
     *,
     chunk: int,
     best: bool = False,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross entropy of each token's label under ``softmax(hidden @ weight.T)``.
 
@@ -53,6 +54,8 @@ def linear_cross_entropy(
         group: The ranks among which the vocabulary is divided; None if it is not.
         chunk: Tokens whose logits are in memory at a time.
         best: Also find each token's largest logit on this rank.
+        total: To which the backward pass adds the weight's gradient, [v, h] in fp32 (fp64 of fp64 inputs). The weight
+            itself then gets none.
 
     Returns:
         Losses [t], in fp32 (fp64 of fp64 inputs); with ``best`` the largest logit [t] and its entry of this rank's
@@ -71,12 +74,17 @@ def linear_cross_entropy(
         )
     if mask is not None and mask.shape != (t,):
         raise ValueError(f"linear_cross_entropy: the mask is [{t}], as the tokens are, not {list(mask.shape)}")
+    if total is not None and (total.shape != weight.shape or total.dtype != _wide(weight.dtype)):
+        raise ValueError(
+            f"linear_cross_entropy: gradients of a weight {list(weight.shape)} are summed up in {_wide(weight.dtype)} "
+            f"of its shape, not {total.dtype} {list(total.shape)}"
+        )
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if mask is not None:
         mask = mask.detach().to(_wide(hidden.dtype))
     if group is not None and group.size() == 1:
         group = None
-    head = _Head(hidden.detach(), weight.detach(), labels, group, chunk)
+    head = _Head(hidden.detach(), weight.detach(), labels, group, chunk, total)
     losses, *found = _LinearCrossEntropy.apply(hidden, weight, mask, head, best, differentiable)
     return losses, *(found or (None, None))
 
@@ -87,6 +95,7 @@ class _Head(NamedTuple):
     labels: Tensor
     group: ProcessGroup | None
     chunk: int
+    total: Tensor | None
 
     @property
     def first(self) -> int:
@@ -144,10 +153,10 @@ def _rows(head: _Head, rows: slice, logits: Tensor, weights: Tensor | None, best
 class _Gradients:
     """Gradients of the hidden states [t, h] and of the weight [v, h], the latter summed up in fp32."""
 
-    def __init__(self, head: _Head, of_hidden: bool, of_weight: bool):
+    def __init__(self, head: _Head, of_hidden: bool, of_weight: bool, total: Tensor | None = None):
         self._head, self._of_weight = head, of_weight
         self.hidden = torch.empty_like(head.hidden) if of_hidden else None
-        self.weight: Tensor | None = None
+        self.weight = total
 
     def add(self, rows: slice, gradient: Tensor) -> None:
         """Adds the products with the gradient [c, v] of a chunk's logits."""
@@ -182,7 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses, log_total, top = (torch.cat([getattr(part, name) for part in found]) for name in _Rows._fields[:3])
         ctx.dtypes = hidden.dtype, weight.dtype
         if gradients is not None:
-            ctx.head = None
+            ctx.head, ctx.total = None, head.total
             ctx.save_for_backward(mask, gradients.hidden, gradients.weight)
         elif differentiable:
             ctx.head = head._replace(hidden=None, weight=None, labels=None)
@@ -199,6 +208,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.head is None:
             mask, of_hidden, of_weight = ctx.saved_tensors
             factor = _common_factor(upstream, mask)
+            if ctx.total is not None and of_weight is not None:
+                ctx.total.addcmul_(of_weight, factor)
+                of_weight = None
             of_hidden, of_weight = (
                 None if x is None else _scaled(x, factor, dtype)
                 for x, dtype in zip((of_hidden, of_weight), ctx.dtypes, strict=True)
@@ -206,12 +218,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return of_hidden, of_weight, None, None, None, None
         hidden, weight, labels, log_total = ctx.saved_tensors
         head = ctx.head._replace(hidden=hidden, weight=weight, labels=labels)
-        gradients = _Gradients(head, *ctx.needs_input_grad[:2])
+        of_hidden, of_weight, *_ = ctx.needs_input_grad
+        gradients = _Gradients(head, of_hidden, of_weight, head.total)
         for rows, logits in head.chunks():
             head.kernels.gradient_(logits, labels[rows], head.first, log_total[rows], upstream[rows])
             gradients.add(rows, logits)
-        of_weight = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        return gradients.hidden, of_weight, None, None, None, None
+        made = gradients.weight
+        made = None if made is None or made is head.total else made.to(weight.dtype)
+        return gradients.hidden, made, None, None, None, None
 
 
 def _common_factor(upstream: Tensor, mask: Tensor) -> Tensor:

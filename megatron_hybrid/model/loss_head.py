@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.accounting.loss_chunks import chunk_tokens
 from megatron_hybrid.kernels.linear_cross_entropy import linear_cross_entropy
@@ -109,11 +110,36 @@ class LossHead(ColumnParallelLinear):
         if self.projects:
             return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
+        total = getattr(weight, "main_grad", None) if self.gradient_accumulation_fusion else None
+        if total is not None and total.dtype == torch.float32:
+            weight = _GradientElsewhere.apply(weight)
+        else:
+            total = None
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return Unprojected(hidden, weight, self.tp_group), None
+        return Unprojected(hidden, weight, total, self.tp_group), None
+
+
+class _GradientElsewhere(torch.autograd.Function):
+    """A weight whose gradient is added to ``main_grad`` by the function that takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: None) -> Tensor | None:
+        """What the parameter's hook wants to see (core/distributed/distributed_data_parallel.py:490).
+
+        That is a tensor that it does not read, or nothing where the embedding has a gradient for it.
+        """
+        ctx.weight.grad_added_to_main_grad = True
+        return None if getattr(ctx.weight, "zero_out_wgrad", False) else torch.empty_like(ctx.weight)
 
 
 class Unprojected:
@@ -122,8 +148,9 @@ class Unprojected:
     Upstream asks logits of prediction heads for nothing else (core/transformer/multi_token_prediction.py:493, :544).
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, group: Any):
-        self.hidden, self.weight, self._group = hidden, weight, group
+    def __init__(self, hidden: Tensor, weight: Tensor, total: Tensor | None, group: Any):
+        """total: fp32 [v, h] to which the weight's gradient is added, if it is not to be the weight's own."""
+        self.hidden, self.weight, self._total, self._group = hidden, weight, total, group
         self._best: tuple[Tensor, Tensor] | None = None
 
     def losses(self, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,6 +165,7 @@ class Unprojected:
             self._group,
             chunk=chunk,
             best=mask is None,
+            total=self._total,
         )
         if top is not None and column is not None:
             self._best = top.view(s, b), column.view(s, b)

@@ -79,6 +79,18 @@ def test_weights_of_tokens_need_not_be_0_or_1():
     close(found, of_all_logits(hidden, weight, labels, mask), 1e-14)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_weights_gradient_is_added_to_a_total(dtype, masked):
+    hidden, weight, labels, mask = inputs(dtype)
+    total = torch.ones(V, H, dtype=torch.promote_types(dtype, torch.float32))
+    losses, *_ = linear_cross_entropy(hidden, weight, labels, mask if masked else None, chunk=8, total=total)
+    (losses * mask).sum().mul(SCALE).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    assert weight.grad is None
+    close((losses, hidden.grad, total - 1), of_all_logits(*exact, labels, mask), 2 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("masked", [True, False])
 def test_equals_one_process_where_the_vocabulary_is_divided(ranks, size, masked):
@@ -198,6 +210,7 @@ def test_the_logits_of_all_tokens_are_never_there(masked):
         ({"labels": torch.zeros(T - 1, dtype=torch.long)}, r"labels \[36\]"),
         ({"mask": torch.ones(T, 1)}, r"the mask is \[37\].* not \[37, 1\]"),
         ({"chunk": 0}, "and 0"),
+        ({"total": torch.zeros(V, H, dtype=torch.bfloat16)}, "summed up in torch.float32 of its shape, not"),
     ],
 )
 def test_mistakes_are_named(change, text):

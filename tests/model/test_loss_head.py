@@ -13,10 +13,11 @@ UNTIED = "--untie-embeddings-and-output-weights"
 # What the ranks run ---------------------------------------------------------------------------------
 
 
-def stepped(pattern: str, load: str, flags: str, chunk_bytes: int = 2**30) -> dict[str, Any]:
+def stepped(pattern: str, load: str, flags: str, chunk_bytes: int = 2**30, accumulates: bool = False) -> dict[str, Any]:
     """Loss, gradient norm and this rank's gradients of the first step from saved weights.
 
     chunk_bytes: As :data:`megatron_hybrid.accounting.loss_chunks.CHUNK_BYTES`.
+    accumulates: The head adds to the gradient buffer itself, as under fused gradient accumulation.
     """
     from megatron_hybrid.accounting import loss_chunks
 
@@ -24,6 +25,8 @@ def stepped(pattern: str, load: str, flags: str, chunk_bytes: int = 2**30) -> di
     try:
         run = Run(pattern, f"--load {load} --no-load-optim --no-load-rng --finetune {flags}")
         heads = [getattr(_unwrapped(chunk), "output_layer", None) for chunk in run.model]
+        for head in filter(None, heads):
+            head.gradient_accumulation_fusion = accumulates
         loss, norm = run.step()
     finally:
         loss_chunks.CHUNK_BYTES = before
@@ -100,11 +103,18 @@ def test_equals_the_plain_loss(ranks, reference, case):
     chunk = 8 * 64 * 4 // (2 if TP2 in layout else 1)
     for found in ranks(size).run(losses, pattern=staged, load=where, flags=f"{own} {layout} {FUSED}"):
         assert found == [pytest.approx(step, rel=RTOL) for step in expected]
-    both = [
-        ranks(size).run(stepped, pattern=staged, load=where, flags=f"{own} {layout} {kernel}", chunk_bytes=chunk)
-        for kernel in ("--loss-kernel plain", FUSED)
-    ]
-    for plain, fused in zip(*both, strict=True):
+    plains, *others = (
+        ranks(size).run(
+            stepped,
+            pattern=staged,
+            load=where,
+            flags=f"{own} {layout} {kernel}",
+            chunk_bytes=chunk,
+            accumulates=accumulates,
+        )
+        for kernel, accumulates in (("--loss-kernel plain", False), (FUSED, False), (FUSED, True))
+    )
+    for plain, fused in [*zip(plains, others[0], strict=True), *zip(plains, others[1], strict=True)]:
         assert plain["heads"] <= {"ColumnParallelLinear"} and fused["heads"] <= {"LossHead"}
         assert fused["names"] == plain["names"]
         assert fused["step"] == pytest.approx(plain["step"], rel=1e-6)
@@ -113,7 +123,7 @@ def test_equals_the_plain_loss(ranks, reference, case):
         for name, gradient in plain["gradients"].items():
             error = (fused["gradients"][name] - gradient).abs().max()
             assert error <= 1e-5 * gradient.abs().max(), f"{name}: {error}"
-    assert any(fused["heads"] == {"LossHead"} for fused in both[1])
+    assert any(fused["heads"] == {"LossHead"} for fused in others[1])
 
 
 def test_bf16(ranks, reference):

@@ -7,7 +7,7 @@ from tests.support.processes import tool
 
 def test_each_way_is_right_and_has_a_time(tmp_path):
     out = tmp_path / "out.json"
-    sizes = "--device cpu --tokens 64 --hidden 16 --vocabulary 100 --repeats 2".split()
+    sizes = ["--device", "cpu", "--tokens", "64", "--hidden", "16", "--vocabulary", "100", "--repeats", "2"]
     done = tool("benchmarks/loss", *sizes, "--json", out)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
