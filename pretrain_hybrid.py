@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
     from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack, HybridLossModel) + args.notes + throughput.peak_notes(args, peak)
+    notes = upstream.prepare(device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
+    notes += args.notes + throughput.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:
             print(report.describe(args, command, counted, drawn))

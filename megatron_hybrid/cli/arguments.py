@@ -29,7 +29,6 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
     "--transformer-impl=local",
-    "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
     "--no-persist-layer-norm",
     "--no-rope-fusion",
@@ -82,6 +81,20 @@ def choose_backend(asked: str, device: str) -> str:
     if asked == "auto":
         return "te" if device == "cuda" and installed else "torch"
     return asked
+
+
+def choose_ssm_kernels(asked: str, device: str) -> str:
+    """``triton``, ``mamba_ssm`` or ``torch``.
+
+    Raises:
+        ValueError: What is asked for cannot run here.
+    """
+    from megatron_hybrid.kernels import ssm_backend
+
+    try:
+        return ssm_backend(device, asked)
+    except ValueError as error:
+        raise ValueError(f"--ssm-kernels {asked}: {error}.") from None
 
 
 def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -183,7 +196,8 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
     from megatron.training import arguments
 
     args = arguments.parse_args(add_hybrid_flags)
-    args.backend, args.device = backend, device
+    kernels = choose_ssm_kernels(args.ssm_kernels, device)
+    args.backend, args.ssm_kernels, args.device = backend, kernels, device
     rules.read_old_names(args)
     from megatron_hybrid.cli.checks import check, smallest_world
 
@@ -204,7 +218,7 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
                 arguments.validate_args(args)
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
-    args.backend, args.device, args.notes = backend, device, notes
+    args.backend, args.ssm_kernels, args.device, args.notes = backend, kernels, device, notes
     args.data_contents = {}
     if print_config:
         args.vocab_size = data_checks.vocabulary(args)
@@ -290,8 +304,6 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
     flags = [*without(argv, "--num-virtual-stages-per-pipeline-rank"), *rules.defaults(argv)]
     if backend == "torch":
         flags += _TORCH_BACKEND_FLAGS
-    elif not has_module("fused_weight_gradient_mlp_cuda"):
-        flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
     flags += saving.saving_flags(argv, device)
     if device == "cpu":
         asked = value(argv, "--distributed-backend", "gloo")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.patches import (
     building,
     child_processes,
@@ -56,6 +57,8 @@ NO_PATCH = {
     "before_parsing": "calls the others",
     "building": "makes a table, whose rows have contracts",
     "mamba_kernels": "makes a table, whose rows have contracts",
+    "accumulate_where_there_is_a_buffer": "a row of accumulate_in_products",
+    "gradient_accumulation": "makes a table, whose rows have contracts",
     "extended_norm": "a row of use_torch_mamba_kernels",
     "pair_groups_of_other_schedules": "a row of load_optimizers_of_other_schedules",
     "record_in_place_of_all_layers": "a row of log_router_losses_of_all_layers",
@@ -72,6 +75,7 @@ NO_PATCH = {
     "train": "calls Megatron's public pretrain",
     "choose_device": "of torch's public interface",
     "choose_backend": "has none",
+    "choose_ssm_kernels": "of the room kernels",
     "help_text": "calls add_hybrid_flags",
     "balance": "of flags, by the parser that parse() calls",
     "import_megatron_quietly": "an import",
@@ -142,8 +146,9 @@ def test_every_public_function_that_knows_upstream_has_a_contract():
 
 TABLES = [
     building.building(object, object),
-    missing_packages.mamba_kernels(),
+    missing_packages.mamba_kernels(ssm_kernels("cpu")),
     missing_packages.GATED_DELTA_RULE,
+    missing_packages.gradient_accumulation(apex=False),
     missing_packages.FUSED_ADAM,
     gloo.GLOO,
     routers.TABLE,
