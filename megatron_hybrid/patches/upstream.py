@@ -20,12 +20,13 @@ MAMBA_KERNELS: dict[kernels.SsmBackend, str] = {
 }
 
 
-def prepare(device: str, stack: type, ssm_backend: kernels.SsmBackend | None = None) -> list[str]:
-    """Makes this process ready to build and train hybrid models. A second call with the same stack changes nothing.
+def prepare(device: str, stack: type, model: type, ssm_backend: kernels.SsmBackend | None = None) -> list[str]:
+    """Makes this process ready to build and train hybrid models. A second call with the same classes changes nothing.
 
     Args:
         device: ``cpu`` or ``cuda``.
         stack: The class that builds the layers of a pattern.
+        model: The class of the whole model.
         ssm_backend: The kernels of Mamba-2 layers; default as :func:`megatron_hybrid.kernels.ssm_backend` chooses.
 
     Returns:
@@ -33,11 +34,11 @@ def prepare(device: str, stack: type, ssm_backend: kernels.SsmBackend | None = N
         to be shown to the user.
 
     Raises:
-        RuntimeError: The process is prepared with another stack, or other kernels.
+        RuntimeError: The process is prepared with other classes or kernels.
     """
     notes = []
     parsing.register_symbols()
-    install(building.building(stack))
+    install(building.building(stack, model))
     install(routers.TABLE)
     install(optimizer_state.TABLE)
     chosen = ssm_backend or kernels.ssm_backend(device)

@@ -145,7 +145,7 @@ def test_every_public_function_that_knows_upstream_has_a_contract():
 
 
 TABLES = [
-    building.building(object),
+    building.building(object, object),
     missing_packages.mamba_kernels(ssm_kernels("cpu")),
     missing_packages.GATED_DELTA_RULE,
     missing_packages.gradient_accumulation(apex=False),
