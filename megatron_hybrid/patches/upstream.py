@@ -2,13 +2,14 @@
 
 On CUDA with Transformer Engine and mamba_ssm these remain: :mod:`.parsing` and :mod:`.building`, without which hybrids
 do not start or are trained wrong; :mod:`.optimizer_state`, without which checkpoints are not saved, loaded or right;
-:mod:`.routers`; and the gated delta rule of :mod:`.missing_packages` where flash-linear-attention is missing.
+:mod:`.routers`; :mod:`.experts`, without which tokens are slow on their way; and the gated delta rule of
+:mod:`.missing_packages` where flash-linear-attention is missing.
 """
 
 import importlib.util
 
 from megatron_hybrid import kernels
-from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_state, parsing, routers
+from megatron_hybrid.patches import building, experts, gloo, missing_packages, optimizer_state, parsing, routers
 from megatron_hybrid.patches.patching import install
 
 
@@ -29,6 +30,7 @@ def prepare(device: str, stack: type) -> list[str]:
     parsing.register_symbols()
     install(building.building(stack))
     install(routers.TABLE)
+    install(experts.TABLE)
     install(optimizer_state.TABLE)
     if kernels.ssm_backend(device) == "torch":
         install(missing_packages.mamba_kernels())

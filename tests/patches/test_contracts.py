@@ -10,6 +10,7 @@ import pytest
 from megatron_hybrid.patches import (
     building,
     child_processes,
+    experts,
     gloo,
     hooks,
     missing_packages,
@@ -147,6 +148,7 @@ TABLES = [
     missing_packages.FUSED_ADAM,
     gloo.GLOO,
     routers.TABLE,
+    experts.TABLE,
     optimizer_state.TABLE,
     unpickling.TABLE,
     parsing.VOCABULARY,

@@ -1,0 +1,151 @@
+"""All experts' gated FFNs at once: two grouped matrix products and one kernel between them, forward and backward.
+
+Shape letters: n rows (tokens of the experts, by expert), e experts, h channels, f channels inside.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .triton import can_run
+
+
+class Grouped:
+    """Products of all experts in one kernel, which reads on the device where each one's rows end.
+
+    The weights are put side by side first, in each pass again: stacks that are kept would be a second copy of all
+    experts of the model.
+
+    Args:
+        ends: [e] int32: the row after each expert's last.
+    """
+
+    def __init__(self, ends: Tensor):
+        self.ends = ends
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """x [n, in], e weights [out, in] to [n, out]."""
+        return F.grouped_mm(x, torch.stack(tuple(weights)).transpose(1, 2), offs=self.ends)
+
+    def backward(self, dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """dy [n, out], e weights [out, in] to [n, in]."""
+        return F.grouped_mm(dy, torch.stack(tuple(weights)), offs=self.ends)
+
+    def weights(self, dy: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """dy [n, out], x [n, in] to e gradients [out, in]; zeros for experts without rows."""
+        return F.grouped_mm(dy.t(), x, offs=self.ends).unbind()
+
+
+class OneByOne:
+    """A product for each expert, which the host starts with its number of rows: nothing is copied.
+
+    Args:
+        counts: Rows of each expert.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        self.counts = list(counts)
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """x [n, in], e weights [out, in] to [n, out]."""
+        return self._products(x, [w.t() for w in weights])
+
+    def backward(self, dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """dy [n, out], e weights [out, in] to [n, in]."""
+        return self._products(dy, weights)
+
+    def weights(self, dy: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """dy [n, out], x [n, in] to e gradients [out, in]; zeros for experts without rows."""
+        pairs = zip(dy.split(self.counts), x.split(self.counts), strict=True)
+        return [torch.mm(d.t(), rows) for d, rows in pairs]
+
+    def _products(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        out = x.new_empty(len(x), weights[0].shape[1])
+        for rows, weight, found in zip(x.split(self.counts), weights, out.split(self.counts), strict=True):
+            torch.mm(rows, weight, out=found)
+        return out
+
+
+def expert_ffn(
+    x: Tensor, p: Tensor, products: Grouped | OneByOne, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
+    """``(silu(x_i a.T) * (x_i b.T) * p_i) second.T`` for each row i, with its expert's weights.
+
+    The backward pass computes the input of the second product again: n f values less to keep.
+
+    Args:
+        x: [n, h], by expert.
+        p: [n] routing probabilities.
+        products: How the rows are divided among the experts, and how products are done.
+        first: e weights [2 f, h]; a is the first half, b the second one.
+        second: e weights [h, f].
+
+    Returns:
+        [n, h].
+    """
+    return _ExpertFFN.apply(x, p, products, *first, *second)
+
+
+def expert_ffn_reference(
+    x: Tensor, p: Tensor, counts: Sequence[int], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
+    """:func:`expert_ffn` by its words, with the rows of each expert in ``counts``."""
+    found = []
+    for rows, weight, w1, w2 in zip(x.split(counts), p.split(counts), first, second, strict=True):
+        gate, value = (rows @ w1.T).chunk(2, dim=-1)  # [rows, f] each
+        found.append((F.silu(gate) * value * weight[:, None]) @ w2.T)
+    return torch.cat(found)
+
+
+class _ExpertFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor, products: Grouped | OneByOne, *weights: Tensor) -> Tensor:
+        first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+        y = products.forward(x, first)  # [n, 2 f]
+        ctx.save_for_backward(x, p, y, *weights)
+        ctx.products = products
+        return products.forward(weighted_swiglu(y, p), second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, p, y, *weights = ctx.saved_tensors
+        half, products = len(weights) // 2, ctx.products
+        first, second = weights[:half], weights[half:]
+        dout = dout.contiguous()
+        g = products.backward(dout, second)  # [n, f]
+        dy, dp, inner = weighted_swiglu_backward(y, p, g)
+        del g
+        none = (None,) * half
+        d_second = products.weights(dout, inner) if any(ctx.needs_input_grad[3 + half :]) else none
+        del inner
+        d_first = products.weights(dy, x) if any(ctx.needs_input_grad[3 : 3 + half]) else none
+        dx = products.backward(dy, first) if ctx.needs_input_grad[0] else None
+        return dx, dp, None, *d_first, *d_second
+
+
+def weighted_swiglu(y: Tensor, p: Tensor) -> Tensor:
+    """y [n, 2f] and p [n] to ``silu(y[:, :f]) * y[:, f:] * p`` [n, f], in fp32 and rounded once."""
+    if can_run(y):
+        from .triton import weighted_swiglu as kernels
+
+        return kernels.forward(y, p)
+    gate, value = y.float().chunk(2, dim=-1)
+    return (F.silu(gate) * value * p[:, None]).to(y.dtype)
+
+
+def weighted_swiglu_backward(y: Tensor, p: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient g [n, f]: the gradients of y [n, 2f] and p [n], and the forward pass's result [n, f]."""
+    if can_run(y):
+        from .triton import weighted_swiglu as kernels
+
+        return kernels.backward(y, p, g)
+    gate, value = y.float().chunk(2, dim=-1)
+    s, weight, wide = torch.sigmoid(gate), p[:, None], g.float()
+    product = gate * s * value
+    dy = torch.cat([wide * weight * value * s * (1 + gate * (1 - s)), wide * weight * gate * s], -1)
+    return dy.to(y.dtype), (product * wide).sum(-1).to(p.dtype), (product * weight).to(y.dtype)
