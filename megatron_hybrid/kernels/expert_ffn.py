@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton import can_run
+from .triton_use import can_run
 
 
 class Grouped:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton import can_run
+from .triton_use import can_run
 
 MOST_EXPERTS = 64
 """For which the gradients' kernel has registers."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels import expert_rows, router_product
-from megatron_hybrid.kernels.triton import can_run
+from megatron_hybrid.kernels.triton_use import can_run
 from megatron_hybrid.patches.patching import Patch, Table
 
 DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"

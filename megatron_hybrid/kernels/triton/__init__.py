@@ -1,17 +1,5 @@
-"""Kernels in Triton. Its files import Triton, and are imported where one of them is to run."""
+"""Kernels in Triton, for CUDA; none is compiled or imported before it is first called.
 
-import importlib.util
-import os
-from functools import cache
-
-from torch import Tensor
-
-
-def can_run(x: Tensor) -> bool:
-    """Whether Triton's kernels take a tensor: on CUDA, and anywhere under Triton's interpreter."""
-    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+The modules of this package import Triton, and nothing imports them at the start of a run on CPUs. They are plain
+functions of tensors; :mod:`megatron_hybrid.kernels` says which of them serve which layer.
+"""

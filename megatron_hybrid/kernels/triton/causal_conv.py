@@ -1,0 +1,469 @@
+"""The causal depthwise convolution of Mamba-2 with its SiLU, forward and backward, in Triton.
+
+Shape letters: b samples, s tokens, c channels, w width of the kernel, 2 to 4. Tap ``weight[:, w - 1 - k]`` multiplies
+the token k steps earlier. Readable reference: :func:`megatron_hybrid.kernels.conv.causal_conv1d_reference`.
+
+A program has a block of channels of one sample and steps through its tokens, four at a time, with the w - 1 rows before
+them in registers: each row of x is read once, and w - 1 rows of its neighbour. The backward pass steps from the last
+token to the first, computes the sum before the SiLU again from x, and keeps the gradients of the weights in fp32 until
+its end; the sums of all programs are added by one torch sum, so that nothing depends on the order in which they run.
+Sums are in fp32. Offsets of rows are 64-bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_hybrid.kernels.triton.configs import launch_options
+
+WIDTHS = (2, 3, 4)
+
+
+@triton.jit
+def _row(base, t, stride, columns, inside, first, end):
+    """Row t of a [tokens, channels] matrix in fp32, [C]; zeros if t is not in [first, end)."""
+    at = base + t.to(tl.int64) * stride + columns
+    return tl.load(at, mask=inside & (t >= first) & (t < end), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(base, t, stride, columns, inside, end, row):
+    at = base + t.to(tl.int64) * stride + columns
+    tl.store(at, row.to(base.dtype.element_ty), mask=inside & (t < end))
+
+
+@triton.jit
+def _before(initial, t, columns, inside, WIDTH: tl.constexpr):
+    """Row t < 0 of the inputs before the first token, initial [channels, w - 1]; zeros for other t, [C]."""
+    known = (t < 0) & (t > -WIDTH)
+    return tl.load(initial + columns * (WIDTH - 1) + (WIDTH - 1 + t), mask=inside & known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _joined(documents, t, end, DOCUMENTS: tl.constexpr):
+    """Whether token t is in the document of token t - 1; true before the first and after the last token."""
+    if DOCUMENTS:
+        known = (t > 0) & (t < end)
+        return tl.load(documents + t, mask=known, other=0) == tl.load(documents + t - 1, mask=known, other=0)
+    else:
+        return t == t
+
+
+@triton.jit
+def _only(condition, value, DOCUMENTS: tl.constexpr):
+    if DOCUMENTS:
+        return tl.where(condition, value, 0.0)
+    else:
+        return value
+
+
+@triton.jit
+def _taps(
+    r0, r1, r2, r3, w0, w1, w2, w3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Sum of w_k r_k, [C], where r_k is a row k steps away and joined_k says whether no document ends on step k."""
+    total = w1 * r1
+    if WIDTH > 2:
+        further = w2 * r2
+        if WIDTH > 3:
+            further += _only(joined3, w3 * r3, DOCUMENTS)
+        total += _only(joined2, further, DOCUMENTS)
+    return w0 * r0 + _only(joined1, total, DOCUMENTS)
+
+
+@triton.jit
+def _weights(weight, bias, columns, inside, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr):
+    """Taps of 0, 1, 2 and 3 steps back, and the bias, [C] each; zeros for those that are not."""
+    tap = tl.arange(0, 4)[None, :] - (4 - WIDTH)  # [1, 4]
+    at = weight + columns[:, None] * WIDTH + tap
+    taps = tl.load(at, mask=inside[:, None] & (tap >= 0), other=0.0).to(tl.float32)  # [C, 4]
+    even, odd = tl.split(tl.reshape(taps, (CHANNELS, 2, 2)))  # [C, 2]: taps 3, 1 and taps 2, 0
+    w3, w1 = tl.split(even)
+    w2, w0 = tl.split(odd)
+    b = tl.zeros((CHANNELS,), tl.float32)
+    if BIAS:
+        b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, b
+
+
+@triton.jit
+def _silu(sums, SILU: tl.constexpr):
+    if SILU:
+        return sums / (1.0 + tl.exp(-sums))
+    else:
+        return sums
+
+
+@triton.jit
+def _silu_gradient(dy, sums, SILU: tl.constexpr):
+    if SILU:
+        sigmoid = 1.0 / (1.0 + tl.exp(-sums))
+        return dy * sigmoid * (1.0 + sums * (1.0 - sigmoid))
+    else:
+        return dy
+
+
+@triton.jit
+def _forward(
+    x,
+    weight,
+    bias,
+    documents,
+    initial,
+    out,
+    length,
+    channels,
+    x_sample,
+    x_token,
+    out_sample,
+    out_token,
+    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """x [b, s, c] to out [b, s, c]; strides are in units of ALIGNED elements."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    columns = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)  # [C]
+    t0 = (tl.program_id(0) // blocks) * TOKENS
+    sample = tl.program_id(1).to(tl.int64)
+    inside = columns < channels
+    x += sample * x_sample * ALIGNED
+    out += sample * out_sample * ALIGNED
+    documents += sample * length
+    initial += sample * channels * (WIDTH - 1)
+    step = x_token.to(tl.int64) * ALIGNED
+    out_step = out_token.to(tl.int64) * ALIGNED
+
+    w0, w1, w2, w3, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
+    first = tl.maximum(t0 - WIDTH + 1, 0)
+    p1 = _row(x, t0 - 1, step, columns, inside, first, length)
+    p2 = _row(x, t0 - 2, step, columns, inside, first, length)
+    p3 = _row(x, t0 - 3, step, columns, inside, first, length)
+    if INITIAL:
+        p1 += _before(initial, t0 - 1, columns, inside, WIDTH)
+        p2 += _before(initial, t0 - 2, columns, inside, WIDTH)
+        p3 += _before(initial, t0 - 3, columns, inside, WIDTH)
+    j1 = _joined(documents, t0 - 1, length, DOCUMENTS)
+    j2 = _joined(documents, t0 - 2, length, DOCUMENTS)
+    for start in range(0, tl.minimum(TOKENS, length - t0), 4):
+        t = t0 + start
+        a0 = _row(x, t, step, columns, inside, 0, length)
+        a1 = _row(x, t + 1, step, columns, inside, 0, length)
+        a2 = _row(x, t + 2, step, columns, inside, 0, length)
+        a3 = _row(x, t + 3, step, columns, inside, 0, length)
+        k0 = _joined(documents, t, length, DOCUMENTS)
+        k1 = _joined(documents, t + 1, length, DOCUMENTS)
+        k2 = _joined(documents, t + 2, length, DOCUMENTS)
+        k3 = _joined(documents, t + 3, length, DOCUMENTS)
+        y0 = b + _taps(a0, p1, p2, p3, w0, w1, w2, w3, k0, j1, j2, WIDTH, DOCUMENTS)
+        y1 = b + _taps(a1, a0, p1, p2, w0, w1, w2, w3, k1, k0, j1, WIDTH, DOCUMENTS)
+        y2 = b + _taps(a2, a1, a0, p1, w0, w1, w2, w3, k2, k1, k0, WIDTH, DOCUMENTS)
+        y3 = b + _taps(a3, a2, a1, a0, w0, w1, w2, w3, k3, k2, k1, WIDTH, DOCUMENTS)
+        _write(out, t, out_step, columns, inside, length, _silu(y0, SILU))
+        _write(out, t + 1, out_step, columns, inside, length, _silu(y1, SILU))
+        _write(out, t + 2, out_step, columns, inside, length, _silu(y2, SILU))
+        _write(out, t + 3, out_step, columns, inside, length, _silu(y3, SILU))
+        p1, p2, p3 = a3, a2, a1
+        j1, j2 = k3, k2
+
+
+@triton.jit
+def _weight_gradients(
+    d0, d1, d2, d3, g, r0, r1, r2, r3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Adds what a token's gradient g [C] gives to the gradients of the taps; arguments as for _taps."""
+    d0 += g * r0
+    reaches = joined1
+    d1 += _only(reaches, g * r1, DOCUMENTS)
+    if WIDTH > 2:
+        reaches = reaches & joined2
+        d2 += _only(reaches, g * r2, DOCUMENTS)
+        if WIDTH > 3:
+            d3 += _only(reaches & joined3, g * r3, DOCUMENTS)
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def _backward(
+    dy,
+    x,
+    weight,
+    bias,
+    documents,
+    initial,
+    dx,
+    d_initial,
+    sums,
+    length,
+    channels,
+    dy_sample,
+    dy_token,
+    x_sample,
+    x_token,
+    dx_sample,
+    dx_token,
+    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """dy, x [b, s, c] to dx [b, s, c] and this program's share of the sums, [5, c] in fp32.
+
+    Rows of the sums: gradients of the taps of 0, 1, 2 and 3 steps back, and of the bias.
+    """
+    blocks = tl.cdiv(channels, CHANNELS)
+    columns = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)  # [C]
+    share = tl.program_id(0) // blocks
+    t0 = share * TOKENS
+    sample = tl.program_id(1).to(tl.int64)
+    inside = columns < channels
+    dy += sample * dy_sample * ALIGNED
+    x += sample * x_sample * ALIGNED
+    dx += sample * dx_sample * ALIGNED
+    documents += sample * length
+    initial += sample * channels * (WIDTH - 1)
+    dy_step = dy_token.to(tl.int64) * ALIGNED
+    step = x_token.to(tl.int64) * ALIGNED
+    dx_step = dx_token.to(tl.int64) * ALIGNED
+    w0, w1, w2, w3, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
+    first = tl.maximum(t0 - WIDTH + 1, 0)
+
+    # The three tokens after this program's reach back into it: their gradients before the activation, n1 to n3.
+    rounds = tl.cdiv(tl.minimum(TOKENS, length - t0), 4)
+    t = t0 + rounds * 4
+    a0 = _row(x, t - 4, step, columns, inside, first, length)
+    a1 = _row(x, t - 3, step, columns, inside, first, length)
+    a2 = _row(x, t - 2, step, columns, inside, first, length)
+    a3 = _row(x, t - 1, step, columns, inside, first, length)
+    after1 = _row(x, t, step, columns, inside, 0, length)
+    after2 = _row(x, t + 1, step, columns, inside, 0, length)
+    after3 = _row(x, t + 2, step, columns, inside, 0, length)
+    j0 = _joined(documents, t - 4, length, DOCUMENTS)
+    j1 = _joined(documents, t - 3, length, DOCUMENTS)
+    j2 = _joined(documents, t - 2, length, DOCUMENTS)
+    j3 = _joined(documents, t - 1, length, DOCUMENTS)
+    m1 = _joined(documents, t, length, DOCUMENTS)
+    m2 = _joined(documents, t + 1, length, DOCUMENTS)
+    m3 = _joined(documents, t + 2, length, DOCUMENTS)
+    n1 = b + _taps(after1, a3, a2, a1, w0, w1, w2, w3, m1, j3, j2, WIDTH, DOCUMENTS)
+    n2 = b + _taps(after2, after1, a3, a2, w0, w1, w2, w3, m2, m1, j3, WIDTH, DOCUMENTS)
+    n3 = b + _taps(after3, after2, after1, a3, w0, w1, w2, w3, m3, m2, m1, WIDTH, DOCUMENTS)
+    n1 = _silu_gradient(_row(dy, t, dy_step, columns, inside, 0, length), n1, SILU)
+    n2 = _silu_gradient(_row(dy, t + 1, dy_step, columns, inside, 0, length), n2, SILU)
+    n3 = _silu_gradient(_row(dy, t + 2, dy_step, columns, inside, 0, length), n3, SILU)
+
+    d0 = tl.zeros((CHANNELS,), tl.float32)
+    d1 = tl.zeros((CHANNELS,), tl.float32)
+    d2 = tl.zeros((CHANNELS,), tl.float32)
+    d3 = tl.zeros((CHANNELS,), tl.float32)
+    d_bias = tl.zeros((CHANNELS,), tl.float32)
+    for _ in range(rounds):
+        t -= 4
+        # a0 to a3 are rows t to t + 3 of x, p0 to p3 the four before; j and q say whether their tokens are joined
+        p0 = _row(x, t - 4, step, columns, inside, first, length)
+        p1 = _row(x, t - 3, step, columns, inside, first, length)
+        p2 = _row(x, t - 2, step, columns, inside, first, length)
+        p3 = _row(x, t - 1, step, columns, inside, first, length)
+        if INITIAL:
+            p1 += _before(initial, t - 3, columns, inside, WIDTH)
+            p2 += _before(initial, t - 2, columns, inside, WIDTH)
+            p3 += _before(initial, t - 1, columns, inside, WIDTH)
+        g0 = _row(dy, t, dy_step, columns, inside, 0, length)
+        g1 = _row(dy, t + 1, dy_step, columns, inside, 0, length)
+        g2 = _row(dy, t + 2, dy_step, columns, inside, 0, length)
+        g3 = _row(dy, t + 3, dy_step, columns, inside, 0, length)
+        q0 = _joined(documents, t - 4, length, DOCUMENTS)
+        q1 = _joined(documents, t - 3, length, DOCUMENTS)
+        q2 = _joined(documents, t - 2, length, DOCUMENTS)
+        q3 = _joined(documents, t - 1, length, DOCUMENTS)
+        g0 = _silu_gradient(g0, b + _taps(a0, p3, p2, p1, w0, w1, w2, w3, j0, q3, q2, WIDTH, DOCUMENTS), SILU)
+        g1 = _silu_gradient(g1, b + _taps(a1, a0, p3, p2, w0, w1, w2, w3, j1, j0, q3, WIDTH, DOCUMENTS), SILU)
+        g2 = _silu_gradient(g2, b + _taps(a2, a1, a0, p3, w0, w1, w2, w3, j2, j1, j0, WIDTH, DOCUMENTS), SILU)
+        g3 = _silu_gradient(g3, b + _taps(a3, a2, a1, a0, w0, w1, w2, w3, j3, j2, j1, WIDTH, DOCUMENTS), SILU)
+        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g0, a0, p3, p2, p1, j0, q3, q2, WIDTH, DOCUMENTS)
+        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g1, a1, a0, p3, p2, j1, j0, q3, WIDTH, DOCUMENTS)
+        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g2, a2, a1, a0, p3, j2, j1, j0, WIDTH, DOCUMENTS)
+        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g3, a3, a2, a1, a0, j3, j2, j1, WIDTH, DOCUMENTS)
+        d_bias += (g0 + g1) + (g2 + g3)
+        dx0 = _taps(g0, g1, g2, g3, w0, w1, w2, w3, j1, j2, j3, WIDTH, DOCUMENTS)
+        dx1 = _taps(g1, g2, g3, n1, w0, w1, w2, w3, j2, j3, m1, WIDTH, DOCUMENTS)
+        dx2 = _taps(g2, g3, n1, n2, w0, w1, w2, w3, j3, m1, m2, WIDTH, DOCUMENTS)
+        dx3 = _taps(g3, n1, n2, n3, w0, w1, w2, w3, m1, m2, m3, WIDTH, DOCUMENTS)
+        _write(dx, t, dx_step, columns, inside, length, dx0)
+        _write(dx, t + 1, dx_step, columns, inside, length, dx1)
+        _write(dx, t + 2, dx_step, columns, inside, length, dx2)
+        _write(dx, t + 3, dx_step, columns, inside, length, dx3)
+        n1, n2, n3 = g0, g1, g2
+        m1, m2, m3 = j0, j1, j2
+        a0, a1, a2, a3 = p0, p1, p2, p3
+        j0, j1, j2, j3 = q0, q1, q2, q3
+
+    at = sums + (sample * tl.cdiv(length, TOKENS) + share) * (5 * channels) + columns
+    tl.store(at, d0, mask=inside)
+    tl.store(at + channels, d1, mask=inside)
+    tl.store(at + 2 * channels, d2, mask=inside)
+    tl.store(at + 3 * channels, d3, mask=inside)
+    tl.store(at + 4 * channels, d_bias, mask=inside)
+    if INITIAL:  # rows -1, -2 and -3 of dx, which token 0 joins; n1, n2 and n3 are now the gradients of tokens 0, 1, 2
+        zero = tl.zeros((CHANNELS,), tl.float32)
+        at = d_initial + sample * channels * (WIDTH - 1) + columns * (WIDTH - 1) + (WIDTH - 1)
+        row1 = _taps(zero, n1, n2, n3, w0, w1, w2, w3, m1, m2, m3, WIDTH, DOCUMENTS)
+        row2 = _taps(zero, zero, n1, n2, w0, w1, w2, w3, m1, m1, m2, WIDTH, DOCUMENTS)
+        row3 = _taps(zero, zero, zero, n1, w0, w1, w2, w3, m1, m1, m1, WIDTH, DOCUMENTS)
+        tl.store(at - 1, row1, mask=inside & (t0 == 0))
+        tl.store(at - 2, row2, mask=inside & (t0 == 0) & (WIDTH > 2))
+        tl.store(at - 3, row3, mask=inside & (t0 == 0) & (WIDTH > 3))
+
+
+def causal_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    out: Tensor,
+) -> None:
+    """Writes the convolution of x, after its SiLU if asked for, to ``out``.
+
+    Args:
+        x: [b, s, c] in bf16, fp16 or fp32; any strides whose last is 1, as columns of a wider matrix have them.
+        weight: [c, w], contiguous; w of 2, 3 or 4.
+        bias: [c].
+        documents: Number of each token's document, int32 [b, s], contiguous, never falling along s
+            (:func:`megatron_hybrid.kernels.conv.document_number`): no tap reads across a change.
+        initial_states: The w - 1 inputs before the first token, [b, c, w - 1], contiguous; they belong to its document.
+        silu: Whether SiLU follows.
+        out: [b, s, c], strides as for x; must not overlap x.
+
+    Raises:
+        ValueError: A shape, a stride or a width does not fit.
+    """
+    _check(x, weight, bias, documents, initial_states, {"x": x, "out": out})
+    (b, s, c), width = x.shape, weight.shape[1]
+    options = launch_options("causal_conv_forward", str(x.element_size()))
+    grid = (triton.cdiv(c, options["CHANNELS"]) * triton.cdiv(s, options["TOKENS"]), b)
+    aligned = _alignment(x, out)
+    strides = [n // aligned for t in (x, out) for n in t.stride()[:2]]
+    _forward[grid](
+        x,
+        weight,
+        weight if bias is None else bias,
+        x if documents is None else documents,
+        x if initial_states is None else initial_states,
+        out,
+        s,
+        c,
+        *strides,
+        ALIGNED=aligned,
+        WIDTH=width,
+        BIAS=bias is not None,
+        DOCUMENTS=documents is not None,
+        INITIAL=initial_states is not None,
+        SILU=silu,
+        **options,
+    )
+
+
+def causal_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    dx: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`causal_conv_forward`, whose arguments it takes; deterministic.
+
+    Args:
+        dy: Gradient of its ``out``, [b, s, c], strides as for x.
+        dx: The gradient of x is written here, [b, s, c], strides as for x; must overlap neither dy nor x.
+
+    Returns:
+        Gradients of weight, fp32 [c, w], of bias, fp32 [c], and of initial_states, [b, c, w - 1] in their dtype; None
+        for the last two where there is nothing to differentiate.
+
+    Raises:
+        ValueError: A shape, a stride or a width does not fit.
+    """
+    _check(x, weight, bias, documents, initial_states, {"x": x, "dy": dy, "dx": dx})
+    (b, s, c), width = x.shape, weight.shape[1]
+    options = launch_options("causal_conv_backward", str(x.element_size()))
+    shares = triton.cdiv(s, options["TOKENS"])
+    sums = torch.empty(b * shares, 5, c, dtype=torch.float32, device=x.device)
+    d_initial = None if initial_states is None else torch.empty_like(initial_states)
+    aligned = _alignment(dy, x, dx)
+    strides = [n // aligned for t in (dy, x, dx) for n in t.stride()[:2]]
+    _backward[triton.cdiv(c, options["CHANNELS"]) * shares, b](
+        dy,
+        x,
+        weight,
+        weight if bias is None else bias,
+        x if documents is None else documents,
+        x if initial_states is None else initial_states,
+        dx,
+        x if d_initial is None else d_initial,
+        sums,
+        s,
+        c,
+        *strides,
+        ALIGNED=aligned,
+        WIDTH=width,
+        BIAS=bias is not None,
+        DOCUMENTS=documents is not None,
+        INITIAL=initial_states is not None,
+        SILU=silu,
+        **options,
+    )
+    total = sums.sum(0)  # [5, c]
+    d_weight = total[:width].flip(0).t()  # [c, w]
+    return d_weight, None if bias is None else total[4], d_initial
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """Elements, up to 16 bytes, of which the strides of all tensors are multiples: what one load may take."""
+    most = 16 // max(t.element_size() for t in tensors)
+    strides = [n for t in tensors for n in t.stride()[:2]]
+    return next(n for n in (most, most // 2, most // 4, 1) if n and all(stride % n == 0 for stride in strides))
+
+
+def _check(x, weight, bias, documents, initial_states, rows: dict[str, Tensor]) -> None:
+    """Raises ValueError unless shapes and strides are those of the functions above."""
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] not in WIDTHS:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [b, s, c] and [c, w], "
+            f"w one of {WIDTHS}"
+        )
+    b, s, c = x.shape
+    if not b * s * c:
+        raise ValueError(f"x has shape {tuple(x.shape)}; pass at least one token")
+    wanted = {
+        "weight": (weight, (c, weight.shape[1])),
+        "bias": (bias, (c,)),
+        "documents": (documents, (b, s)),
+        "initial_states": (initial_states, (b, c, weight.shape[1] - 1)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                f"with x {tuple(x.shape)} it must be {shape}, contiguous"
+            )
+    for name, tensor in rows.items():
+        if tensor.shape != x.shape or (tensor.stride(2) != 1 and c > 1):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                f"it must be {tuple(x.shape)} with a last stride of 1"
+            )
