@@ -59,9 +59,7 @@ def _only(condition, value, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def _taps(
-    r0, r1, r2, r3, w0, w1, w2, w3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
-):
+def _taps(r0, r1, r2, r3, w0, w1, w2, w3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr):
     """Sum of w_k r_k, [C], where r_k is a row k steps away and joined_k says whether no document ends on step k."""
     total = w1 * r1
     if WIDTH > 2:
