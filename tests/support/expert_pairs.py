@@ -47,7 +47,8 @@ def errors(counts: list[int], device: str = "cpu", **settings: Any) -> tuple[boo
 
     Returns:
         Whether all experts were computed at once, and the errors, relative to the largest entry of the loop's:
-        ``output``, and the gradients of ``tokens``, of the ``probabilities`` (fp32, as a router gives them) and of each weight.
+        ``output``, and the gradients of ``tokens``, of the ``probabilities`` (fp32, as a router gives them) and of each
+        weight.
     """
 
     with grouped_everywhere() if device == "cpu" else nullcontext():
