@@ -21,20 +21,32 @@ WIDTHS = (2, 3, 4)
 
 
 @triton.jit
-def _row(base, t, stride, columns, inside, first, end):
+def _row(base, t, step, columns, inside, first, end):
     """Row t of a [tokens, channels] matrix in fp32, [C]; zeros if t is not in [first, end)."""
-    at = base + t.to(tl.int64) * stride + columns
+    at = base + t.to(tl.int64) * step + columns
     return tl.load(at, mask=inside & (t >= first) & (t < end), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write(base, t, stride, columns, inside, end, row):
-    at = base + t.to(tl.int64) * stride + columns
-    tl.store(at, row.to(base.dtype.element_ty), mask=inside & (t < end))
+def _rows(base, t, step, columns, inside, first, end):
+    """Rows t to t + 3, four times [C]."""
+    a0 = _row(base, t, step, columns, inside, first, end)
+    a1 = _row(base, t + 1, step, columns, inside, first, end)
+    a2 = _row(base, t + 2, step, columns, inside, first, end)
+    a3 = _row(base, t + 3, step, columns, inside, first, end)
+    return a0, a1, a2, a3
 
 
 @triton.jit
-def _before(initial, t, columns, inside, WIDTH: tl.constexpr):
+def _write(base, t, step, columns, inside, end, rows):
+    """Writes rows t to t + 3, four times [C], of which those from ``end`` on do not exist."""
+    for i in tl.static_range(4):
+        at = base + (t + i).to(tl.int64) * step + columns
+        tl.store(at, rows[i].to(base.dtype.element_ty), mask=inside & (t + i < end))
+
+
+@triton.jit
+def _row_before(initial, t, columns, inside, WIDTH: tl.constexpr):
     """Row t < 0 of the inputs before the first token, initial [channels, w - 1]; zeros for other t, [C]."""
     known = (t < 0) & (t > -WIDTH)
     return tl.load(initial + columns * (WIDTH - 1) + (WIDTH - 1 + t), mask=inside & known, other=0.0).to(tl.float32)
@@ -51,6 +63,16 @@ def _joined(documents, t, end, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def _all_joined(documents, t, end, DOCUMENTS: tl.constexpr):
+    """_joined of tokens t to t + 3."""
+    j0 = _joined(documents, t, end, DOCUMENTS)
+    j1 = _joined(documents, t + 1, end, DOCUMENTS)
+    j2 = _joined(documents, t + 2, end, DOCUMENTS)
+    j3 = _joined(documents, t + 3, end, DOCUMENTS)
+    return j0, j1, j2, j3
+
+
+@triton.jit
 def _only(condition, value, DOCUMENTS: tl.constexpr):
     if DOCUMENTS:
         return tl.where(condition, value, 0.0)
@@ -59,20 +81,33 @@ def _only(condition, value, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def _taps(r0, r1, r2, r3, w0, w1, w2, w3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Sum of w_k r_k, [C], where r_k is a row k steps away and joined_k says whether no document ends on step k."""
-    total = w1 * r1
+def _taps(w, r0, r1, r2, r3, j1, j2, j3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Sum of w_k r_k, [C], where r_k is a row k steps away and j_k says whether no document ends on step k."""
+    total = w[1] * r1
     if WIDTH > 2:
-        further = w2 * r2
+        further = w[2] * r2
         if WIDTH > 3:
-            further += _only(joined3, w3 * r3, DOCUMENTS)
-        total += _only(joined2, further, DOCUMENTS)
-    return w0 * r0 + _only(joined1, total, DOCUMENTS)
+            further += _only(j3, w[3] * r3, DOCUMENTS)
+        total += _only(j2, further, DOCUMENTS)
+    return w[0] * r0 + _only(j1, total, DOCUMENTS)
+
+
+@triton.jit
+def _four_taps(w, a, p, j, i, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """_taps of the rows a, four times [C], each a step after the one before it; three rows p precede, the last first.
+
+    j and i say of each row of a, and of the first two of p, whether its token is in the document of the one before it.
+    """
+    y0 = _taps(w, a[0], p[0], p[1], p[2], j[0], i[0], i[1], WIDTH, DOCUMENTS)
+    y1 = _taps(w, a[1], a[0], p[0], p[1], j[1], j[0], i[0], WIDTH, DOCUMENTS)
+    y2 = _taps(w, a[2], a[1], a[0], p[0], j[2], j[1], j[0], WIDTH, DOCUMENTS)
+    y3 = _taps(w, a[3], a[2], a[1], a[0], j[3], j[2], j[1], WIDTH, DOCUMENTS)
+    return y0, y1, y2, y3
 
 
 @triton.jit
 def _weights(weight, bias, columns, inside, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr):
-    """Taps of 0, 1, 2 and 3 steps back, and the bias, [C] each; zeros for those that are not."""
+    """Taps of 0, 1, 2 and 3 steps back, [C] each, zeros for those that are not; and the bias, [C]."""
     tap = tl.arange(0, 4)[None, :] - (4 - WIDTH)  # [1, 4]
     at = weight + columns[:, None] * WIDTH + tap
     taps = tl.load(at, mask=inside[:, None] & (tap >= 0), other=0.0).to(tl.float32)  # [C, 4]
@@ -82,22 +117,22 @@ def _weights(weight, bias, columns, inside, CHANNELS: tl.constexpr, WIDTH: tl.co
     b = tl.zeros((CHANNELS,), tl.float32)
     if BIAS:
         b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return w0, w1, w2, w3, b
+    return (w0, w1, w2, w3), b
 
 
 @triton.jit
-def _silu(sums, SILU: tl.constexpr):
+def _silu(y, SILU: tl.constexpr):
     if SILU:
-        return sums / (1.0 + tl.exp(-sums))
+        return y / (1.0 + tl.exp(-y))
     else:
-        return sums
+        return y
 
 
 @triton.jit
-def _silu_gradient(dy, sums, SILU: tl.constexpr):
+def _silu_gradient(dy, y, SILU: tl.constexpr):
     if SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-sums))
-        return dy * sigmoid * (1.0 + sums * (1.0 - sigmoid))
+        sigmoid = 1.0 / (1.0 + tl.exp(-y))
+        return dy * sigmoid * (1.0 + y * (1.0 - sigmoid))
     else:
         return dy
 
@@ -124,6 +159,7 @@ def _forward(
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x [b, s, c] to out [b, s, c]; strides are in units of ALIGNED elements."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -138,53 +174,48 @@ def _forward(
     step = x_token.to(tl.int64) * ALIGNED
     out_step = out_token.to(tl.int64) * ALIGNED
 
-    w0, w1, w2, w3, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
-    first = tl.maximum(t0 - WIDTH + 1, 0)
-    p1 = _row(x, t0 - 1, step, columns, inside, first, length)
-    p2 = _row(x, t0 - 2, step, columns, inside, first, length)
-    p3 = _row(x, t0 - 3, step, columns, inside, first, length)
+    w, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
+    _, p3, p2, p1 = _rows(x, t0 - 4, step, columns, inside, tl.maximum(t0 - WIDTH + 1, 0), length)
     if INITIAL:
-        p1 += _before(initial, t0 - 1, columns, inside, WIDTH)
-        p2 += _before(initial, t0 - 2, columns, inside, WIDTH)
-        p3 += _before(initial, t0 - 3, columns, inside, WIDTH)
-    j1 = _joined(documents, t0 - 1, length, DOCUMENTS)
-    j2 = _joined(documents, t0 - 2, length, DOCUMENTS)
-    for start in range(0, tl.minimum(TOKENS, length - t0), 4):
+        p1 += _row_before(initial, t0 - 1, columns, inside, WIDTH)
+        p2 += _row_before(initial, t0 - 2, columns, inside, WIDTH)
+        p3 += _row_before(initial, t0 - 3, columns, inside, WIDTH)
+    i1 = _joined(documents, t0 - 1, length, DOCUMENTS)
+    i2 = _joined(documents, t0 - 2, length, DOCUMENTS)
+    for start in tl.range(0, tl.minimum(TOKENS, length - t0), 4, num_stages=STAGES):
         t = t0 + start
-        a0 = _row(x, t, step, columns, inside, 0, length)
-        a1 = _row(x, t + 1, step, columns, inside, 0, length)
-        a2 = _row(x, t + 2, step, columns, inside, 0, length)
-        a3 = _row(x, t + 3, step, columns, inside, 0, length)
-        k0 = _joined(documents, t, length, DOCUMENTS)
-        k1 = _joined(documents, t + 1, length, DOCUMENTS)
-        k2 = _joined(documents, t + 2, length, DOCUMENTS)
-        k3 = _joined(documents, t + 3, length, DOCUMENTS)
-        y0 = b + _taps(a0, p1, p2, p3, w0, w1, w2, w3, k0, j1, j2, WIDTH, DOCUMENTS)
-        y1 = b + _taps(a1, a0, p1, p2, w0, w1, w2, w3, k1, k0, j1, WIDTH, DOCUMENTS)
-        y2 = b + _taps(a2, a1, a0, p1, w0, w1, w2, w3, k2, k1, k0, WIDTH, DOCUMENTS)
-        y3 = b + _taps(a3, a2, a1, a0, w0, w1, w2, w3, k3, k2, k1, WIDTH, DOCUMENTS)
-        _write(out, t, out_step, columns, inside, length, _silu(y0, SILU))
-        _write(out, t + 1, out_step, columns, inside, length, _silu(y1, SILU))
-        _write(out, t + 2, out_step, columns, inside, length, _silu(y2, SILU))
-        _write(out, t + 3, out_step, columns, inside, length, _silu(y3, SILU))
-        p1, p2, p3 = a3, a2, a1
-        j1, j2 = k3, k2
+        a = _rows(x, t, step, columns, inside, 0, length)
+        j = _all_joined(documents, t, length, DOCUMENTS)
+        y0, y1, y2, y3 = _four_taps(w, a, (p1, p2, p3), j, (i1, i2), WIDTH, DOCUMENTS)
+        y = (_silu(b + y0, SILU), _silu(b + y1, SILU), _silu(b + y2, SILU), _silu(b + y3, SILU))
+        _write(out, t, out_step, columns, inside, length, y)
+        p1, p2, p3 = a[3], a[2], a[1]
+        i1, i2 = j[3], j[2]
 
 
 @triton.jit
-def _weight_gradients(
-    d0, d1, d2, d3, g, r0, r1, r2, r3, joined1, joined2, joined3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
-):
-    """Adds what a token's gradient g [C] gives to the gradients of the taps; arguments as for _taps."""
+def _add_weight_gradients(d, g, r0, r1, r2, r3, j1, j2, j3, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """What a token's gradient g [C] gives to the gradients of the taps, added to d; arguments as for _taps."""
+    d0, d1, d2, d3 = d
     d0 += g * r0
-    reaches = joined1
-    d1 += _only(reaches, g * r1, DOCUMENTS)
+    d1 += _only(j1, g * r1, DOCUMENTS)
     if WIDTH > 2:
-        reaches = reaches & joined2
-        d2 += _only(reaches, g * r2, DOCUMENTS)
-        if WIDTH > 3:
-            d3 += _only(reaches & joined3, g * r3, DOCUMENTS)
+        d2 += _only(j1 & j2, g * r2, DOCUMENTS)
+    if WIDTH > 3:
+        d3 += _only(j1 & j2 & j3, g * r3, DOCUMENTS)
     return d0, d1, d2, d3
+
+
+@triton.jit
+def _gradients_of_sums(
+    dy, t, step, columns, inside, end, w, b, a, p, j, i, SILU: tl.constexpr, WIDTH: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Gradients before the activation of tokens t to t + 3, four times [C], zeros from ``end`` on; a to i as above."""
+    g = _rows(dy, t, step, columns, inside, 0, end)
+    y = _four_taps(w, a, p, j, i, WIDTH, DOCUMENTS)
+    g0, g1 = _silu_gradient(g[0], b + y[0], SILU), _silu_gradient(g[1], b + y[1], SILU)
+    g2, g3 = _silu_gradient(g[2], b + y[2], SILU), _silu_gradient(g[3], b + y[3], SILU)
+    return g0, g1, g2, g3
 
 
 @triton.jit
@@ -214,10 +245,12 @@ def _backward(
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dy, x [b, s, c] to dx [b, s, c] and this program's share of the sums, [5, c] in fp32.
 
-    Rows of the sums: gradients of the taps of 0, 1, 2 and 3 steps back, and of the bias.
+    Rows of the sums: gradients of the taps of 0, 1, 2 and 3 steps back, and of the bias. The function is long because
+    Triton has no structures, and what a step hands to the next must be named here.
     """
     blocks = tl.cdiv(channels, CHANNELS)
     columns = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)  # [C]
@@ -233,74 +266,53 @@ def _backward(
     dy_step = dy_token.to(tl.int64) * ALIGNED
     step = x_token.to(tl.int64) * ALIGNED
     dx_step = dx_token.to(tl.int64) * ALIGNED
-    w0, w1, w2, w3, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
+    w, b = _weights(weight, bias, columns, inside, CHANNELS, WIDTH, BIAS)
     first = tl.maximum(t0 - WIDTH + 1, 0)
 
-    # The three tokens after this program's reach back into it: their gradients before the activation, n1 to n3.
+    # The three tokens after this program's reach back into it: gradients n1 to n3, joined to their predecessors by m.
     rounds = tl.cdiv(tl.minimum(TOKENS, length - t0), 4)
-    t = t0 + rounds * 4
-    a0 = _row(x, t - 4, step, columns, inside, first, length)
-    a1 = _row(x, t - 3, step, columns, inside, first, length)
-    a2 = _row(x, t - 2, step, columns, inside, first, length)
-    a3 = _row(x, t - 1, step, columns, inside, first, length)
-    after1 = _row(x, t, step, columns, inside, 0, length)
-    after2 = _row(x, t + 1, step, columns, inside, 0, length)
-    after3 = _row(x, t + 2, step, columns, inside, 0, length)
-    j0 = _joined(documents, t - 4, length, DOCUMENTS)
-    j1 = _joined(documents, t - 3, length, DOCUMENTS)
-    j2 = _joined(documents, t - 2, length, DOCUMENTS)
-    j3 = _joined(documents, t - 1, length, DOCUMENTS)
-    m1 = _joined(documents, t, length, DOCUMENTS)
-    m2 = _joined(documents, t + 1, length, DOCUMENTS)
-    m3 = _joined(documents, t + 2, length, DOCUMENTS)
-    n1 = b + _taps(after1, a3, a2, a1, w0, w1, w2, w3, m1, j3, j2, WIDTH, DOCUMENTS)
-    n2 = b + _taps(after2, after1, a3, a2, w0, w1, w2, w3, m2, m1, j3, WIDTH, DOCUMENTS)
-    n3 = b + _taps(after3, after2, after1, a3, w0, w1, w2, w3, m3, m2, m1, WIDTH, DOCUMENTS)
-    n1 = _silu_gradient(_row(dy, t, dy_step, columns, inside, 0, length), n1, SILU)
-    n2 = _silu_gradient(_row(dy, t + 1, dy_step, columns, inside, 0, length), n2, SILU)
-    n3 = _silu_gradient(_row(dy, t + 2, dy_step, columns, inside, 0, length), n3, SILU)
+    end = t0 + rounds * 4
+    a0, a1, a2, a3 = _rows(x, end - 4, step, columns, inside, first, length)
+    after = _rows(x, end, step, columns, inside, 0, tl.minimum(length, end + 3))
+    j0, j1, j2, j3 = _all_joined(documents, end - 4, length, DOCUMENTS)
+    m = _all_joined(documents, end, length, DOCUMENTS)
+    n1, n2, n3, _ = _gradients_of_sums(
+        dy, end, dy_step, columns, inside, tl.minimum(length, end + 3),
+        w, b, after, (a3, a2, a1), m, (j3, j2), SILU, WIDTH, DOCUMENTS,
+    )  # fmt: skip
+    m1, m2, m3, _ = m
 
     d0 = tl.zeros((CHANNELS,), tl.float32)
     d1 = tl.zeros((CHANNELS,), tl.float32)
     d2 = tl.zeros((CHANNELS,), tl.float32)
     d3 = tl.zeros((CHANNELS,), tl.float32)
     d_bias = tl.zeros((CHANNELS,), tl.float32)
-    for _ in range(rounds):
-        t -= 4
+    for back in tl.range(rounds, num_stages=STAGES):
+        t = end - 4 - 4 * back
         # a0 to a3 are rows t to t + 3 of x, p0 to p3 the four before; j and q say whether their tokens are joined
-        p0 = _row(x, t - 4, step, columns, inside, first, length)
-        p1 = _row(x, t - 3, step, columns, inside, first, length)
-        p2 = _row(x, t - 2, step, columns, inside, first, length)
-        p3 = _row(x, t - 1, step, columns, inside, first, length)
+        p0, p1, p2, p3 = _rows(x, t - 4, step, columns, inside, first, length)
         if INITIAL:
-            p1 += _before(initial, t - 3, columns, inside, WIDTH)
-            p2 += _before(initial, t - 2, columns, inside, WIDTH)
-            p3 += _before(initial, t - 1, columns, inside, WIDTH)
-        g0 = _row(dy, t, dy_step, columns, inside, 0, length)
-        g1 = _row(dy, t + 1, dy_step, columns, inside, 0, length)
-        g2 = _row(dy, t + 2, dy_step, columns, inside, 0, length)
-        g3 = _row(dy, t + 3, dy_step, columns, inside, 0, length)
-        q0 = _joined(documents, t - 4, length, DOCUMENTS)
-        q1 = _joined(documents, t - 3, length, DOCUMENTS)
-        q2 = _joined(documents, t - 2, length, DOCUMENTS)
-        q3 = _joined(documents, t - 1, length, DOCUMENTS)
-        g0 = _silu_gradient(g0, b + _taps(a0, p3, p2, p1, w0, w1, w2, w3, j0, q3, q2, WIDTH, DOCUMENTS), SILU)
-        g1 = _silu_gradient(g1, b + _taps(a1, a0, p3, p2, w0, w1, w2, w3, j1, j0, q3, WIDTH, DOCUMENTS), SILU)
-        g2 = _silu_gradient(g2, b + _taps(a2, a1, a0, p3, w0, w1, w2, w3, j2, j1, j0, WIDTH, DOCUMENTS), SILU)
-        g3 = _silu_gradient(g3, b + _taps(a3, a2, a1, a0, w0, w1, w2, w3, j3, j2, j1, WIDTH, DOCUMENTS), SILU)
-        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g0, a0, p3, p2, p1, j0, q3, q2, WIDTH, DOCUMENTS)
-        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g1, a1, a0, p3, p2, j1, j0, q3, WIDTH, DOCUMENTS)
-        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g2, a2, a1, a0, p3, j2, j1, j0, WIDTH, DOCUMENTS)
-        d0, d1, d2, d3 = _weight_gradients(d0, d1, d2, d3, g3, a3, a2, a1, a0, j3, j2, j1, WIDTH, DOCUMENTS)
+            p1 += _row_before(initial, t - 3, columns, inside, WIDTH)
+            p2 += _row_before(initial, t - 2, columns, inside, WIDTH)
+            p3 += _row_before(initial, t - 1, columns, inside, WIDTH)
+        q0, q1, q2, q3 = _all_joined(documents, t - 4, length, DOCUMENTS)
+        a, j = (a0, a1, a2, a3), (j0, j1, j2, j3)
+        g0, g1, g2, g3 = _gradients_of_sums(
+            dy, t, dy_step, columns, inside, length,
+            w, b, a, (p3, p2, p1), j, (q3, q2), SILU, WIDTH, DOCUMENTS,
+        )  # fmt: skip
+        d = (d0, d1, d2, d3)
+        d = _add_weight_gradients(d, g0, a0, p3, p2, p1, j0, q3, q2, WIDTH, DOCUMENTS)
+        d = _add_weight_gradients(d, g1, a1, a0, p3, p2, j1, j0, q3, WIDTH, DOCUMENTS)
+        d = _add_weight_gradients(d, g2, a2, a1, a0, p3, j2, j1, j0, WIDTH, DOCUMENTS)
+        d = _add_weight_gradients(d, g3, a3, a2, a1, a0, j3, j2, j1, WIDTH, DOCUMENTS)
+        d0, d1, d2, d3 = d
         d_bias += (g0 + g1) + (g2 + g3)
-        dx0 = _taps(g0, g1, g2, g3, w0, w1, w2, w3, j1, j2, j3, WIDTH, DOCUMENTS)
-        dx1 = _taps(g1, g2, g3, n1, w0, w1, w2, w3, j2, j3, m1, WIDTH, DOCUMENTS)
-        dx2 = _taps(g2, g3, n1, n2, w0, w1, w2, w3, j3, m1, m2, WIDTH, DOCUMENTS)
-        dx3 = _taps(g3, n1, n2, n3, w0, w1, w2, w3, m1, m2, m3, WIDTH, DOCUMENTS)
-        _write(dx, t, dx_step, columns, inside, length, dx0)
-        _write(dx, t + 1, dx_step, columns, inside, length, dx1)
-        _write(dx, t + 2, dx_step, columns, inside, length, dx2)
-        _write(dx, t + 3, dx_step, columns, inside, length, dx3)
+        # the same sums with time reversed
+        dx3, dx2, dx1, dx0 = _four_taps(
+            w, (g3, g2, g1, g0), (n1, n2, n3), (m1, j3, j2, j1), (m2, m3), WIDTH, DOCUMENTS
+        )
+        _write(dx, t, dx_step, columns, inside, length, (dx0, dx1, dx2, dx3))
         n1, n2, n3 = g0, g1, g2
         m1, m2, m3 = j0, j1, j2
         a0, a1, a2, a3 = p0, p1, p2, p3
@@ -315,9 +327,9 @@ def _backward(
     if INITIAL:  # rows -1, -2 and -3 of dx, which token 0 joins; n1, n2 and n3 are now the gradients of tokens 0, 1, 2
         zero = tl.zeros((CHANNELS,), tl.float32)
         at = d_initial + sample * channels * (WIDTH - 1) + columns * (WIDTH - 1) + (WIDTH - 1)
-        row1 = _taps(zero, n1, n2, n3, w0, w1, w2, w3, m1, m2, m3, WIDTH, DOCUMENTS)
-        row2 = _taps(zero, zero, n1, n2, w0, w1, w2, w3, m1, m1, m2, WIDTH, DOCUMENTS)
-        row3 = _taps(zero, zero, zero, n1, w0, w1, w2, w3, m1, m1, m1, WIDTH, DOCUMENTS)
+        row1 = _taps(w, zero, n1, n2, n3, m1, m2, m3, WIDTH, DOCUMENTS)
+        row2 = _taps(w, zero, zero, n1, n2, m1, m1, m2, WIDTH, DOCUMENTS)
+        row3 = _taps(w, zero, zero, zero, n1, m1, m1, m1, WIDTH, DOCUMENTS)
         tl.store(at - 1, row1, mask=inside & (t0 == 0))
         tl.store(at - 2, row2, mask=inside & (t0 == 0) & (WIDTH > 2))
         tl.store(at - 3, row3, mask=inside & (t0 == 0) & (WIDTH > 3))

@@ -23,7 +23,7 @@ def small_blocks(monkeypatch):
     """Several programs along tokens and channels at sizes that the interpreter takes in a second."""
     for key in list(configs.TABLE):
         if key[0].startswith("causal_conv"):
-            monkeypatch.setitem(configs.TABLE, key, {"CHANNELS": 16, "TOKENS": 8, "num_warps": 1})
+            monkeypatch.setitem(configs.TABLE, key, {"CHANNELS": 16, "TOKENS": 8, "STAGES": 1, "num_warps": 1})
 
 
 def check(ours, wanted, dtype):
@@ -32,16 +32,20 @@ def check(ours, wanted, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 21])
+@pytest.mark.parametrize(
+    ("length", "width", "dtype"),
+    [
+        (1, 4, torch.float32),
+        (2, 4, torch.bfloat16),
+        (3, 3, torch.float32),
+        (8, 2, torch.bfloat16),
+        (9, 4, torch.float32),
+        (21, 4, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_outputs_and_all_gradients(length, width, dtype, case):
     check(*results(2, length, 24, width, dtype, **CASES[case]), dtype)
-
-
-def test_the_tables_own_blocks():
-    for key in list(configs.TABLE):
-        assert key[0].startswith("causal_conv") is False or configs.TABLE[key]["TOKENS"] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
