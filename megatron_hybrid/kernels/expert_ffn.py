@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .triton_use import can_run
+from .weight_gradient import accumulate
 
 
 class Grouped:
@@ -39,6 +40,11 @@ class Grouped:
         """dy [n, out], x [n, in] to e gradients [out, in]; zeros for experts without rows."""
         return F.grouped_mm(dy.t(), x, offs=self.ends).unbind()
 
+    def add_weights(self, totals: Sequence[Tensor], dy: Tensor, x: Tensor) -> None:
+        """Adds the gradients of :meth:`weights` to e totals [out, in], behind the product."""
+        for total, gradient in zip(totals, self.weights(dy, x), strict=True):
+            total.add_(gradient)
+
 
 class OneByOne:
     """A product for each expert, which the host starts with its number of rows: nothing is copied.
@@ -63,6 +69,12 @@ class OneByOne:
         pairs = zip(dy.split(self.counts), x.split(self.counts), strict=True)
         return [torch.mm(d.t(), rows) for d, rows in pairs]
 
+    def add_weights(self, totals: Sequence[Tensor], dy: Tensor, x: Tensor) -> None:
+        """Adds the gradients of :meth:`weights` to e totals [out, in], inside the products."""
+        for total, d, rows in zip(totals, dy.split(self.counts), x.split(self.counts), strict=True):
+            if len(rows):
+                accumulate(total, d, rows)
+
     def _products(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         out = x.new_empty(len(x), weights[0].shape[1])
         for rows, weight, found in zip(x.split(self.counts), weights, out.split(self.counts), strict=True):
@@ -71,7 +83,12 @@ class OneByOne:
 
 
 def expert_ffn(
-    x: Tensor, p: Tensor, products: Grouped | OneByOne, first: Sequence[Tensor], second: Sequence[Tensor]
+    x: Tensor,
+    p: Tensor,
+    products: Grouped | OneByOne,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    add_to_main_grad: bool = False,
 ) -> Tensor:
     """``(silu(x_i a.T) * (x_i b.T) * p_i) second.T`` for each row i, with its expert's weights.
 
@@ -83,11 +100,13 @@ def expert_ffn(
         products: How the rows are divided among the experts, and how products are done.
         first: e weights [2 f, h]; a is the first half, b the second one.
         second: e weights [h, f].
+        add_to_main_grad: Gradients of weights that have ``main_grad`` are added to that in the backward pass, and
+            ``grad_added_to_main_grad`` is set, as Megatron's DDP wants it of fused gradient accumulation.
 
     Returns:
         [n, h].
     """
-    return _ExpertFFN.apply(x, p, products, *first, *second)
+    return _ExpertFFN.apply(x, p, products, add_to_main_grad, *first, *second)
 
 
 def expert_ffn_reference(
@@ -103,11 +122,11 @@ def expert_ffn_reference(
 
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: Tensor, products: Grouped | OneByOne, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: Tensor, products: Grouped | OneByOne, add: bool, *weights: Tensor) -> Tensor:
         first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
         y = products.forward(x, first)  # [n, 2 f]
         ctx.save_for_backward(x, p, y, *weights)
-        ctx.products = products
+        ctx.products, ctx.parameters = products, weights if add else None
         return products.forward(weighted_swiglu(y, p), second)
 
     @staticmethod
@@ -120,12 +139,27 @@ class _ExpertFFN(torch.autograd.Function):
         g = products.backward(dout, second)  # [n, f]
         dy, dp, inner = weighted_swiglu_backward(y, p, g)
         del g
-        none = (None,) * half
-        d_second = products.weights(dout, inner) if any(ctx.needs_input_grad[3 + half :]) else none
+        d_second = _weight_gradients(ctx, slice(half, None), dout, inner)
         del inner
-        d_first = products.weights(dy, x) if any(ctx.needs_input_grad[3 : 3 + half]) else none
+        d_first = _weight_gradients(ctx, slice(0, half), dy, x)
         dx = products.backward(dy, first) if ctx.needs_input_grad[0] else None
-        return dx, dp, None, *d_first, *d_second
+        return dx, dp, None, None, *d_first, *d_second
+
+
+def _weight_gradients(ctx: Any, chosen: slice, dy: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of the chosen weights [out, in] from dy [n, out] and x [n, in], or what DDP's hooks take for such."""
+    wanted = ctx.needs_input_grad[4:][chosen]
+    if not any(wanted):
+        return [None] * len(wanted)
+    parameters = ctx.parameters[chosen] if ctx.parameters else []
+    if not parameters or not all(wanted) or not all(hasattr(w, "main_grad") for w in parameters):
+        return ctx.products.weights(dy, x)
+    ctx.products.add_weights([w.main_grad for w in parameters], dy, x)
+    # A hook that is called with a gradient says that the weight is done; nobody reads these
+    unread = parameters[0].new_empty(parameters[0].shape)
+    for w in parameters:
+        w.grad_added_to_main_grad = True
+    return [unread.view(w.shape) for w in parameters]
 
 
 def weighted_swiglu(y: Tensor, p: Tensor) -> Tensor:

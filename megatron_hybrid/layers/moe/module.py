@@ -138,7 +138,8 @@ class GroupedExperts(SequentialMLP):
 
     Parameters, checkpoints and results are the same. Gradients of the loop's linears are not accumulated inside their
     products: one step may take both ways, and upstream leaves out the gradient of a weight whose other product
-    accumulates (core/distributed/distributed_data_parallel.py:490).
+    accumulates (core/distributed/distributed_data_parallel.py:490). So it does where :func:`expert_ffn` accumulates in
+    one micro-batch and a rank has no tokens, and loops, in another one: that gradient is zero.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -160,7 +161,9 @@ class GroupedExperts(SequentialMLP):
             wait_for_weights([*first, *second], tokens)
             weights = [linear.weight for linear in first], [linear.weight for linear in second]
             products = products_for(tokens_per_expert, tokens)
-            return expert_ffn(tokens, permuted_probs, products, *weights), None
+            return expert_ffn(
+                tokens, permuted_probs, products, *weights, self.config.gradient_accumulation_fusion
+            ), None
         ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)  # [E]
         # Upstream's forward, and with it every activation function, for the tokens of all experts at once.
         mlp = SimpleNamespace(
