@@ -11,14 +11,14 @@ import torch
 
 from megatron_hybrid.benchmarks.single_layers import Bench, Case, forward_flops, times_ms
 from megatron_hybrid.layers.moe import module
-from megatron_hybrid.patches import experts, patching
+from megatron_hybrid.patches import experts, patching, swiglu_kernels
 
 
 class Way(NamedTuple):
     """How a layer of experts is computed."""
 
     patched: bool = True
-    """Tokens on their way, and the router's product, as patches/experts.py has them."""
+    """Tokens on their way, the router's product and SwiGLU as patches/ has them."""
     fused: bool = True
     """SwiGLU by our kernel, as kernels/expert_ffn.py has it."""
     rows_for_own_product: float = 0
@@ -39,8 +39,10 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize
 def going(way: Way) -> Iterator[None]:
     """Layers of experts are computed in this way while the block runs."""
     kept = module.is_swiglu, module.ROWS_FOR_OWN_PRODUCT
+    tables = (experts.TABLE, swiglu_kernels.TABLE)
     if not way.patched:
-        patching.uninstall(experts.TABLE.name)
+        for table in tables:
+            patching.uninstall(table.name)
     if not way.fused:
         module.is_swiglu = lambda config: False
     module.ROWS_FOR_OWN_PRODUCT = way.rows_for_own_product  # type: ignore[assignment]
@@ -48,7 +50,8 @@ def going(way: Way) -> Iterator[None]:
         yield
     finally:
         module.is_swiglu, module.ROWS_FOR_OWN_PRODUCT = kept
-        patching.install(experts.TABLE)
+        for table in tables:
+            patching.install(table)
 
 
 def measure(bench: Bench, length: int, peaks: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, Counter]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_use import can_run
+from .swiglu import swiglu_backward, swiglu_forward
 from .weight_gradient import accumulate
 
 
@@ -127,7 +127,7 @@ class _ExpertFFN(torch.autograd.Function):
         y = products.forward(x, first)  # [n, 2 f]
         ctx.save_for_backward(x, p, y, *weights)
         ctx.products, ctx.parameters = products, weights if add else None
-        return products.forward(weighted_swiglu(y, p), second)
+        return products.forward(swiglu_forward(y, p), second)
 
     @staticmethod
     @once_differentiable
@@ -137,7 +137,7 @@ class _ExpertFFN(torch.autograd.Function):
         first, second = weights[:half], weights[half:]
         dout = dout.contiguous()
         g = products.backward(dout, second)  # [n, f]
-        dy, dp, inner = weighted_swiglu_backward(y, p, g)
+        dy, dp, inner = swiglu_backward(y, p, g)
         del g
         d_second = _weight_gradients(ctx, slice(half, None), dout, inner)
         del inner
@@ -160,26 +160,3 @@ def _weight_gradients(ctx: Any, chosen: slice, dy: Tensor, x: Tensor) -> Sequenc
     for w in parameters:
         w.grad_added_to_main_grad = True
     return [unread.view(w.shape) for w in parameters]
-
-
-def weighted_swiglu(y: Tensor, p: Tensor) -> Tensor:
-    """y [n, 2f] and p [n] to ``silu(y[:, :f]) * y[:, f:] * p`` [n, f], in fp32 and rounded once."""
-    if can_run(y):
-        from .triton import weighted_swiglu as kernels
-
-        return kernels.forward(y, p)
-    gate, value = y.float().chunk(2, dim=-1)
-    return (F.silu(gate) * value * p[:, None]).to(y.dtype)
-
-
-def weighted_swiglu_backward(y: Tensor, p: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient g [n, f]: the gradients of y [n, 2f] and p [n], and the forward pass's result [n, f]."""
-    if can_run(y):
-        from .triton import weighted_swiglu as kernels
-
-        return kernels.backward(y, p, g)
-    gate, value = y.float().chunk(2, dim=-1)
-    s, weight, wide = torch.sigmoid(gate), p[:, None], g.float()
-    product = gate * s * value
-    dy = torch.cat([wide * weight * value * s * (1 + gate * (1 - s)), wide * weight * gate * s], -1)
-    return dy.to(y.dtype), (product * wide).sum(-1).to(p.dtype), (product * weight).to(y.dtype)

@@ -2,7 +2,7 @@
 
 On CUDA with Transformer Engine and mamba_ssm these remain: :mod:`.parsing` and :mod:`.building`, without which hybrids
 do not start or are trained wrong; :mod:`.optimizer_state`, without which checkpoints are not saved, loaded or right;
-:mod:`.routers`; :mod:`.experts`, without which tokens are slow on their way; and the gated delta rule of
+:mod:`.routers`; :mod:`.experts` and :mod:`.swiglu_kernels`, for speed; and the gated delta rule of
 :mod:`.missing_packages` where flash-linear-attention is missing.
 """
 
@@ -10,7 +10,16 @@ import importlib
 import importlib.util
 
 from megatron_hybrid import kernels
-from megatron_hybrid.patches import building, experts, gloo, missing_packages, optimizer_state, parsing, routers
+from megatron_hybrid.patches import (
+    building,
+    experts,
+    gloo,
+    missing_packages,
+    optimizer_state,
+    parsing,
+    routers,
+    swiglu_kernels,
+)
 from megatron_hybrid.patches.patching import install, is_installed
 
 
@@ -32,6 +41,7 @@ def prepare(device: str, stack: type) -> list[str]:
     install(building.building(stack))
     install(routers.TABLE)
     install(experts.TABLE)
+    install(swiglu_kernels.TABLE)
     install(optimizer_state.TABLE)
     if kernels.ssm_backend(device) == "torch":
         install(missing_packages.mamba_kernels())

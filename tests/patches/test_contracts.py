@@ -17,6 +17,7 @@ from megatron_hybrid.patches import (
     optimizer_state,
     parsing,
     routers,
+    swiglu_kernels,
     unpickling,
 )
 from tests.patches.contract import VERSION, Contract, node
@@ -152,6 +153,7 @@ TABLES = [
     gloo.GLOO,
     routers.TABLE,
     experts.TABLE,
+    swiglu_kernels.TABLE,
     optimizer_state.TABLE,
     unpickling.TABLE,
     parsing.VOCABULARY,

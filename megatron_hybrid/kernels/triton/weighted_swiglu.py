@@ -25,8 +25,21 @@ def _forward(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _backward(y, p, g, dy, dp, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """g [n, f] to the gradients of y [n, 2f] and p [n]; and the forward pass's result once more."""
+def _backward(
+    y,
+    p,
+    g,
+    dy,
+    dp,
+    out,
+    rows,
+    width,
+    WEIGHTED: tl.constexpr,
+    AGAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """g [n, f] to the gradients of y [n, 2f] and p [n]; and the forward pass's result once more, if AGAIN."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = r < rows
     weight = tl.full((ROWS,), 1.0, tl.float32)
@@ -46,8 +59,9 @@ def _backward(y, p, g, dy, dp, out, rows, width, WEIGHTED: tl.constexpr, ROWS: t
         d *= weight[:, None]
         tl.store(dy + at, (d * b * s * (1.0 + a * (1.0 - s))).to(dy.dtype.element_ty), there)
         tl.store(dy + at + width, (d * a * s).to(dy.dtype.element_ty), there)
-        product *= weight[:, None]
-        tl.store(out + r[:, None] * width + c[None, :], product.to(out.dtype.element_ty), there)
+        if AGAIN:
+            product *= weight[:, None]
+            tl.store(out + r[:, None] * width + c[None, :], product.to(out.dtype.element_ty), there)
     if WEIGHTED:
         tl.store(dp + r, total.to(dp.dtype.element_ty), inside)
 
@@ -68,16 +82,16 @@ def forward(y: Tensor, p: Tensor | None) -> Tensor:
     return out
 
 
-def backward(y: Tensor, p: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of y [n, 2f] and p [n], and the forward pass's result [n, f], from the gradient g [n, f] of that.
+def backward(y: Tensor, p: Tensor | None, g: Tensor, again: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of y [n, 2f] and p [n] from the gradient g [n, f] of the forward pass's result; all contiguous.
 
-    All contiguous. The sum for p is taken in fp32, in one order.
+    The sum for p is taken in fp32, in one order. With ``again`` also the forward pass's result [n, f].
     """
     rows, width = g.shape
-    dy, out = torch.empty_like(y), torch.empty_like(g)
+    dy, out = torch.empty_like(y), torch.empty_like(g) if again else None
     dp = None if p is None else torch.zeros_like(p)
     if g.numel():
         tile = _tile(width)
         grid = (triton.cdiv(rows, tile["ROWS"]),)
-        _backward[grid](y, p, g, dy, dp, out, rows, width, WEIGHTED=p is not None, **tile)
+        _backward[grid](y, p, g, dy, dp, out, rows, width, WEIGHTED=p is not None, AGAIN=again, **tile)
     return dy, dp, out

@@ -25,7 +25,7 @@ from megatron_hybrid.layers.spec import Build
 
 ALIGNMENT = 8
 """Elements of bf16 in 16 bytes: grouped products need rows of a multiple of 16 bytes."""
-ROWS_FOR_OWN_PRODUCT = 2048
+ROWS_FOR_OWN_PRODUCT = 512
 """Tokens of an expert, on average, from which its own product fills a GPU and is worth a wait for their number."""
 
 

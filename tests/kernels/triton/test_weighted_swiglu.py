@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_hybrid.kernels.swiglu import swiglu
 from megatron_hybrid.kernels.triton import weighted_swiglu
 
 pytestmark = pytest.mark.triton_interpreter
@@ -33,6 +34,20 @@ def test_output_and_gradients(rows, width, dtype, bound, weighted):
     assert (dp is None) is not weighted
     if weighted:
         assert dp.dtype == torch.float32 and relative(dp, exact_p.grad) < 2e-6
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_as_a_function_of_tokens_of_any_shape(weighted):
+    """Gradients of strides 0 and transposed inputs included; p's gradient has its shape."""
+    torch.manual_seed(0)
+    y, p = torch.randn(12, 3, 2).permute(1, 2, 0).requires_grad_(), torch.rand(3, 2).requires_grad_()
+    swiglu(y, p if weighted else None).sum().backward()
+    exact_y, exact_p = (t.detach().double().requires_grad_() for t in (y, p))
+    gate, value = exact_y.chunk(2, -1)
+    (torch.nn.functional.silu(gate) * value * (exact_p if weighted else torch.ones(3, 2))[..., None]).sum().backward()
+    torch.testing.assert_close(y.grad.double(), exact_y.grad, rtol=1e-5, atol=1e-5)
+    if weighted:
+        torch.testing.assert_close(p.grad.double(), exact_p.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_large_gates_stay_finite():
