@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import expert_rows, router_product
+from megatron_hybrid.kernels import expert_choice, expert_rows, router_product
 from megatron_hybrid.kernels.triton_use import can_run
 from megatron_hybrid.patches.patching import Patch, Table
 
@@ -135,6 +135,49 @@ def multiply_in_bf16(upstreams: Callable) -> Callable:
     return router_gating_linear
 
 
+def choose_in_one_kernel(upstreams: Callable) -> Callable:
+    """Chooses experts by sigmoids in :func:`.expert_choice.choose_experts`.
+
+    Upstream takes some twenty operations on [tokens, experts], and a sort of each token's scores.
+    """
+
+    def topk_routing(
+        logits: Tensor,
+        topk: int,
+        use_pre_softmax: bool = False,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        scaling_factor: float | None = None,
+        score_function: str = "softmax",
+        expert_bias: Tensor | None = None,
+        fused: bool = False,
+        router_replay: Any = None,
+        dense_output: bool = False,
+        precomputed_indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        supported = can_run(logits) and logits.dtype == torch.float32 and score_function == "sigmoid"
+        supported = supported and topk <= logits.shape[1] <= expert_choice.MOST_EXPERTS
+        special = fused or group_topk or router_replay is not None or dense_output or precomputed_indices is not None
+        if supported and not special:
+            return expert_choice.choose_experts(logits, expert_bias, topk, scaling_factor or 1.0)
+        return upstreams(
+            logits,
+            topk,
+            use_pre_softmax,
+            num_groups,
+            group_topk,
+            scaling_factor,
+            score_function,
+            expert_bias,
+            fused,
+            router_replay,
+            dense_output,
+            precomputed_indices,
+        )
+
+    return topk_routing
+
+
 TABLE = Table(
     "experts",
     (
@@ -172,6 +215,13 @@ TABLE = Table(
             multiply_in_bf16,
             "all tokens are copied to fp32 in each pass",
             f"{UTILS}:1377",
+        ),
+        Patch(
+            "megatron.core.transformer.moe.router",
+            "topk_routing_with_score_function",
+            choose_in_one_kernel,
+            "many small operations, and a sort of each token's scores",
+            f"{UTILS}:710",
         ),
     ),
 )

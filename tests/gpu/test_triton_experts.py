@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_hybrid.kernels import expert_rows
+from megatron_hybrid.kernels.expert_choice import choose_experts, choose_experts_reference
 from megatron_hybrid.kernels.expert_ffn import Grouped, OneByOne, expert_ffn, expert_ffn_reference
 from megatron_hybrid.kernels.router_product import router_product
 from tests.kernels.triton.test_expert_permutation import both, routed
@@ -96,6 +97,21 @@ def test_router(tokens, experts):
     assert relative(scores.view(tokens, experts), wanted) < 1e-5  # exact products, sums of 2,048 in fp32
     # rounded once, to 8 bits
     assert max(relative(a.grad, b.grad) for a, b in zip(ours, exact, strict=True)) < 2**-8
+
+
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(32768, 8, 1), (1001, 64, 6), (333, 200, 8)], ids=str)
+def test_choice_of_experts(tokens, experts, topk):
+    torch.manual_seed(0)
+    logits, bias, g = (torch.randn(*shape) for shape in ((tokens, experts), (experts,), (tokens, experts)))
+    ours, exact = logits.cuda().requires_grad_(), logits.double().requires_grad_()
+    found, chosen = choose_experts(ours, bias.cuda(), topk, 2.5)
+    wanted, right = choose_experts_reference(exact, bias, topk, 2.5)
+    found.backward(g.cuda())
+    wanted.backward(g.double())
+    same = (chosen.cpu() == right).all(1)  # scores that are alike to fp32's bits may be taken for one another
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(found.cpu().double()[same], wanted[same], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.cpu().double()[same], exact.grad[same], rtol=1e-5, atol=1e-6)
 
 
 # Whole layers ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS = 64, 64
+TOKENS, CHANNELS = 32, 64
 """Of a tile."""
 PROGRAMS = 1024
 """About as many as keep a GPU busy; the partial sums of the weight's gradient are one for each."""

@@ -92,8 +92,7 @@ class ExpertsAccount(FFNAccount):
         n = t * s.topk * r.layout.etp  # the ranks of an expert gather each other's tokens
         lines = [
             Saved("router's scores", (t, s.experts), FP32),
-            Saved("chosen experts", (t, s.topk), 8),
-            Saved("their scores, and the sum", (t, s.topk + 1), FP32),
+            *_choice(r),
             *_order(r),
             Saved("tokens by expert", (n, s.hidden), e),
             Saved("routing probabilities", (n,), FP32),
@@ -127,6 +126,14 @@ class ExpertsAccount(FFNAccount):
 
     def _router(self, s: Sizes) -> Linear:
         return s.hidden, s.experts
+
+
+def _choice(r: Rank) -> list[Saved]:
+    """On CUDA what sigmoids need (kernels/expert_choice.py); with softmax upstream keeps some bytes more or less."""
+    t, experts, topk = r.rows, r.s.experts, r.s.topk
+    if r.cpu:
+        return [Saved("chosen experts", (t, topk), 8), Saved("their scores, and the sum", (t, topk + 1), FP32)]
+    return [Saved("chosen experts", (t, experts), 1)]
 
 
 def _order(r: Rank) -> list[Saved]:

@@ -93,4 +93,23 @@ CONTRACTS = [
         "Router.gating",
         holds=("logits = router_gating_linear(input, self.weight, self.bias, router_dtype)",),
     ),
+    _C(
+        "choose_in_one_kernel",
+        _UTILS,
+        "topk_routing_with_score_function",
+        "logits topk use_pre_softmax num_groups group_topk scaling_factor score_function expert_bias fused "
+        "router_replay dense_output precomputed_indices",
+        (
+            "scores_for_routing = scores + expert_bias.float()",
+            "probs = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) if topk > 1 else scores",
+            "probs = probs * scaling_factor",
+            "routing_probs = torch.zeros_like(logits).scatter(1, top_indices, probs)",
+        ),
+    ),
+    _C(
+        "choose_in_one_kernel",
+        ROUTER,
+        "TopKRouter.routing",
+        holds=("probs, routing_map = topk_routing_with_score_function(logits, self.topk, use_pre_softmax=",),
+    ),
 ]
