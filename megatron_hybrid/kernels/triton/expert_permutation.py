@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _count(routing, counts, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Tokens of each expert in a block of tokens: routing [t, e] to counts [e, blocks]."""
     block = tl.program_id(0)
@@ -20,7 +20,7 @@ def _count(routing, counts, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, 
     tl.store(counts + e * tl.num_programs(0) + block, tl.sum(chosen, 0), e < EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "limit"])
 def _place(
     routing,
     probabilities,
@@ -57,7 +57,7 @@ def _place(
         tl.store(sorted_probabilities + row, tl.load(probabilities + pair, placed, other=0.0), placed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_rows(
     x,
     index,

@@ -14,7 +14,7 @@ PROGRAMS = 1024
 """About as many as keep a GPU busy; the partial sums of the weight's gradient are one for each."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _gradients(
     g,
     x,

@@ -12,7 +12,7 @@ EPSILON: tl.constexpr = tl.constexpr(1e-20)
 """Added to the sum of several scores, as upstream does."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits,
     bias,
@@ -47,7 +47,7 @@ def _route(
     tl.store(routing + at, chosen.to(tl.uint8), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route_backward(
     logits,
     routing,

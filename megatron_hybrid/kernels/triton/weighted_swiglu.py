@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y [n, 2f] and p [n] to silu(y[:, :f]) * y[:, f:] * p [n, f]."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -24,7 +24,7 @@ def _forward(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
     tl.store(out + r[:, None] * width + c[None, :], product.to(out.dtype.element_ty), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     y,
     p,
