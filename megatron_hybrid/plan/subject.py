@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_hybrid import pattern
+from megatron_hybrid.accounting.activation_settings import DEFAULT_SSM_KERNELS, SSM_KERNELS
 from megatron_hybrid.argv import value, without
 from megatron_hybrid.cli import flags
 from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
@@ -42,10 +43,9 @@ class Where(NamedTuple):
 
     gpus: int | None = None
     device: str = "cuda"
-    mamba_ssm: bool = True
 
 
-def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mamba_ssm: bool = True) -> Subject:
+def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda") -> Subject:
     """Reads a command line of ``pretrain_hybrid.py`` for a machine that need not be here.
 
     Data and tokenizer need not be given, nor a GPU be there. Without a GPU the CPU engine stands in for one while
@@ -55,28 +55,33 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         argv: Flags, those of a recipe among them.
         gpus: Ranks; default the fewest that the layout fits.
         device: Where the run would be: ``cuda`` or ``cpu``.
-        mamba_ssm: On CUDA: whether its kernels are installed there.
 
     Raises:
         ValueError: What the run itself would be refused for, or no vocabulary size.
     """
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
-    words = list(argv)
+    words, names_alone = list(argv), []
     backend = "te" if value(words, "--backend") == "te" else None
     if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
-        words = without(words, "--backend")
+        words, names_alone = without(words, "--backend"), ["--backend", backend]
         for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
             if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
+    kernels = value(words, "--ssm-kernels", "auto")
+    if device == "cuda" and kernels in (*SSM_KERNELS, "auto"):  # likewise
+        words = without(words, "--ssm-kernels")
+        kernels = DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels
+        names_alone += ["--ssm-kernels", kernels]
     command, args = _checked(flags.resolve(words), gpus, device)
-    args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
+    args.backend = backend or args.backend
+    args.ssm_kernels = kernels if device == "cuda" else args.ssm_kernels
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):
         layers = equal_count(layers, layout.pp)
     return Subject(
         name=command.recipe or args.hybrid_layer_pattern,
-        argv=command.argv,
+        argv=[*command.argv, *names_alone],
         args=args,
         pattern=layers,
         sizes=sizes_of(args),
