@@ -2,15 +2,24 @@
 
 On CUDA with Transformer Engine and mamba_ssm's kernels these remain: :mod:`.parsing` and :mod:`.building`, without
 which hybrids do not start or are trained wrong; :mod:`.optimizer_state`, without which checkpoints are not saved,
-loaded or right; :mod:`.routers`; and the gated delta rule of :mod:`.missing_packages` where flash-linear-attention is
-missing.
+loaded or right; :mod:`.routers`; :mod:`.experts` and :mod:`.swiglu_kernels`, for speed; and the gated delta rule of
+:mod:`.missing_packages` where flash-linear-attention is missing.
 """
 
 import importlib
 import importlib.util
 
 from megatron_hybrid import kernels
-from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_state, parsing, routers
+from megatron_hybrid.patches import (
+    building,
+    experts,
+    gloo,
+    missing_packages,
+    optimizer_state,
+    parsing,
+    routers,
+    swiglu_kernels,
+)
 from megatron_hybrid.patches.patching import install, is_installed
 
 MAMBA_KERNELS: dict[kernels.SsmBackend, str] = {
@@ -40,6 +49,8 @@ def prepare(device: str, stack: type, model: type, ssm_backend: kernels.SsmBacke
     parsing.register_symbols()
     install(building.building(stack, model))
     install(routers.TABLE)
+    install(experts.TABLE)
+    install(swiglu_kernels.TABLE)
     install(optimizer_state.TABLE)
     chosen = ssm_backend or kernels.ssm_backend(device)
     if chosen != "mamba_ssm":

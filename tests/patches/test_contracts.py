@@ -11,12 +11,14 @@ from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.patches import (
     building,
     child_processes,
+    experts,
     gloo,
     hooks,
     missing_packages,
     optimizer_state,
     parsing,
     routers,
+    swiglu_kernels,
     unpickling,
 )
 from tests.patches.contract import VERSION, Contract, node
@@ -152,6 +154,8 @@ TABLES = [
     missing_packages.FUSED_ADAM,
     gloo.GLOO,
     routers.TABLE,
+    experts.TABLE,
+    swiglu_kernels.TABLE,
     optimizer_state.TABLE,
     unpickling.TABLE,
     parsing.VOCABULARY,

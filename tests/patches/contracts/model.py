@@ -285,7 +285,11 @@ CONTRACTS = [
         ROUTER,
         "TopKRouter._apply_expert_bias",
         "self routing_map padding_mask",
-        ("self.local_tokens_per_expert += routing_map.sum(dim=0)",),
+        (
+            "if self.enable_expert_bias and torch.is_grad_enabled():\n",
+            "routing_map = routing_map & ~padding_mask\n",
+            "self.local_tokens_per_expert += routing_map.sum(dim=0)",
+        ),
     ),
     _C(
         "count_tokens_of_experts",
