@@ -4,7 +4,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hybrid import pattern
 from megatron_hybrid.argv import value, without
@@ -43,9 +43,16 @@ class Where(NamedTuple):
     gpus: int | None = None
     device: str = "cuda"
     mamba_ssm: bool = True
+    memory: float | None = None
 
 
-def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mamba_ssm: bool = True) -> Subject:
+def read(
+    argv: Sequence[str],
+    gpus: int | None = None,
+    device: str = "cuda",
+    mamba_ssm: bool = True,
+    memory: float | None = None,
+) -> Subject:
     """Reads a command line of ``pretrain_hybrid.py`` for a machine that need not be here.
 
     Data and tokenizer need not be given, nor a GPU be there. Without a GPU the CPU engine stands in for one while
@@ -56,6 +63,7 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         gpus: Ranks; default the fewest that the layout fits.
         device: Where the run would be: ``cuda`` or ``cpu``.
         mamba_ssm: On CUDA: whether its kernels are installed there.
+        memory: Bytes of a GPU, by which a recipe's micro-batch is chosen as the run does; None: it stays as it is.
 
     Raises:
         ValueError: What the run itself would be refused for, or no vocabulary size.
@@ -69,8 +77,9 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
             if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
-    command, args = _checked(flags.resolve(words), gpus, device)
-    args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
+    assumed = {"mamba_ssm": mamba_ssm, **({"backend": backend} if backend else {})}
+    command, args = _checked(flags.resolve(words), gpus, device, memory, assumed)
+    vars(args).update(assumed)
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):
         layers = equal_count(layers, layout.pp)
@@ -84,17 +93,23 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     )
 
 
-def _checked(command: flags.Command, gpus: int | None, device: str) -> tuple[flags.Command, Namespace]:
-    """The command with its layers cut, and its arguments, as Megatron and the costs take them."""
+def _checked(
+    command: flags.Command, gpus: int | None, device: str, memory: float | None, assumed: dict[str, Any]
+) -> tuple[flags.Command, Namespace]:
+    """The command with its layers cut and its micro-batch chosen, and its arguments, as Megatron and the costs take
+    them."""
     light_import.postpone("wandb")
     with light_import.no_collection():
-        from megatron_hybrid.cli import arguments
+        from megatron_hybrid.cli import arguments, micro_batch_size
 
         arguments.choose_device("auto")
         with light_import.plain_functions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
             command = arguments.balance(command, device, launched=False)
             args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
+            if memory is not None and command.micro_batch_is_free:
+                command = micro_batch_size.for_memory(command, args, memory, assumed)
+                args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
             "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "

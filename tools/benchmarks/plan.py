@@ -40,7 +40,7 @@ def main() -> None:
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment("cuda")}
     print(f"{report['command']}\n{', '.join(f'{k} {v}' for k, v in report['environment'].items())}")
     scan = ssm_backend("cuda")
-    planned = subject.read(argv, options.processes, mamba_ssm=scan == "mamba_ssm")
+    planned = subject.read(argv, options.processes, mamba_ssm=scan == "mamba_ssm", memory=known.capacity)
     print(f"backend {planned.args.backend}, scan {scan}")
     machine = Machine.of(known, "bf16" if planned.args.bf16 else "fp32")
     plan = figures.figures(planned, machine)
