@@ -13,7 +13,7 @@ from megatron_hybrid.benchmarks.step_runs import OURS, Run
 Row = dict[str, Any]
 
 LEGEND = """
-step: median (and range) of whole training steps after warm-up: all micro-batches, the optimizer and the line of the log.
+step: median (and range) of whole training steps after warm-up: all micro-batches, the optimizer, the line of the log.
 MFU: FLOPs / (seconds x GPUs x peak). FLOPs are those of the `model` convention (docs/costs.md): forward and backward of
   the products, of attention's causal half and of the scan's chunks; what is recomputed does not count.
 peak GiB: allocated by torch at the worst moment of a rank.
@@ -82,8 +82,9 @@ def table(rows: Sequence[Row]) -> str:
         idle = f"{row['idle']:6.1%}" if "idle" in row else "     -"
         ratio = f"{row['median_seconds'] / ours[row['recipe']]:12.3f}" if row["recipe"] in ours else ""
         lines.append(
-            f"{row['recipe'] + '  ' + row['arm']:{width}}{row['median_seconds']:8.3f} {mfu}{row['tokens_per_second']:10,.0f}"
-            f"{row['peak_bytes'] / 2**30:10.1f}{row['first_step_seconds']:14.1f} {idle} {ratio}"
+            f"{row['recipe'] + '  ' + row['arm']:{width}}{row['median_seconds']:8.3f} {mfu}"
+            f"{row['tokens_per_second']:10,.0f}{row['peak_bytes'] / 2**30:10.1f}"
+            f"{row['first_step_seconds']:14.1f} {idle} {ratio}"
         )
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from megatron_hybrid import die_with_parent
 from megatron_hybrid.argv import value
 from megatron_hybrid.benchmarks.measured_run import GO, RESULT, Job
 from megatron_hybrid.benchmarks.short_runs import ROOT
+from megatron_hybrid.cli.recipes import recipe as known_recipe
 
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0"""
 OURS = "ours"
@@ -152,6 +153,7 @@ def plan(recipes: Sequence[str], arms: dict[str, list[str]], rest: list[str], op
     always = [*ALWAYS.split(), "--device", options.device, "--train-iters", str(steps)]
     found = []
     for recipe in recipes:
+        known_recipe(recipe)
         flags = {arm: ["--recipe", recipe, *rest, *words, *always] for arm, words in arms.items()}
         known = [words for arm, words in flags.items() if arm == OURS or arm in RIVALS]
         size = options.micro_batch_size or min(_largest_micro_batch(words, options) for words in known)

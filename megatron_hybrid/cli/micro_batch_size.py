@@ -100,11 +100,8 @@ def largest(args: Namespace, memory: float) -> Choice:
         except ValueError as error:
             return Choice(recipe, f"micro-batch {recipe}: the recipe's, since its memory is not known ({error})")
         if need <= (1 - RESERVE) * memory:
-            return Choice(
-                size,
-                f"micro-batch {size}: the largest that fits, with {need / 2**30:.1f} of {memory / 2**30:.1f} GiB planned "
-                f"({FLAG} sets another)",
-            )
+            planned = f"{need / 2**30:.1f} of {memory / 2**30:.1f} GiB planned"
+            return Choice(size, f"micro-batch {size}: the largest that fits, with {planned} ({FLAG} sets another)")
     return Choice(
         recipe, f"micro-batch {recipe}: the recipe's, although the plan does not fit {memory / 2**30:.1f} GiB"
     )
