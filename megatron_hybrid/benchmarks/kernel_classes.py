@@ -1,10 +1,11 @@
 """What a GPU did in a step: its kernels by class, and the time that it waited.
 
-Kernels are known by their names alone. The plain loss is made of torch's elementwise and reducing kernels, so it counts
-under ``elementwise and copies``.
+Kernels are known by their names alone, those of this package with the name of their file before it. The plain loss is
+made of torch's elementwise and reducing kernels, so it counts under ``elementwise and copies``.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ CLASSES = (
     ("attention", r"flash|fmha|sdpa|flex_?att|attn|attention|cudnn::fusion|convert_d[qkv]"),
     ("loss", r"cross_?entropy|log_?softmax|nll|vocab|logits"),
     ("convolution", r"conv(?!ert)"),
-    ("scan", r"chunk|state_passing|ssd|mamba"),
+    ("scan", r"chunk|state_passing|ssd|mamba|^scan"),
+    ("experts", r"expert|permut|router|moe"),
     ("norms", r"norm"),
-    ("matrix products", r"nvjet|gemm|cutlass|cublas|split_?k|matmul"),
+    ("matrix products", r"nvjet|gemm|cutlass|cublas|splitk|matmul"),
     (
         "elementwise and copies",
         r"elementwise|copy|memcpy|memset|fill|reduce|cat|index|gather|scatter|embedding|swiglu|triton_(poi|red|per)",
@@ -24,6 +26,7 @@ CLASSES = (
 )
 """Classes and what the names of their kernels contain, in any case; the first that fits is a kernel's."""
 OTHER = "other"
+OWN = "megatron_hybrid.kernels.triton."
 
 
 class Kernel(NamedTuple):
@@ -33,6 +36,17 @@ class Kernel(NamedTuple):
     start: int
     """Nanoseconds."""
     duration: int
+
+
+def own_names() -> dict[str, str]:
+    """Names of the Triton kernels of this package that are imported, to ``file.name``; a name of several files has all
+    of them."""
+    files: dict[str, list[str]] = {}
+    for module in [name for name in sys.modules if name.startswith(OWN)]:
+        for name, found in vars(sys.modules[module]).items():
+            if getattr(found, "__module__", "") == module and hasattr(found, "warmup"):
+                files.setdefault(name, []).append(module.removeprefix(OWN))
+    return {name: f"{'/'.join(sorted(of))}.{name}" for name, of in files.items()}
 
 
 def class_of(name: str) -> str:

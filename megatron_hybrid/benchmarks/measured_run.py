@@ -105,7 +105,7 @@ class Watch:
         import torch
         from torch.autograd import DeviceType
 
-        from megatron_hybrid.benchmarks.kernel_classes import Kernel, busy, by_name
+        from megatron_hybrid.benchmarks.kernel_classes import Kernel, busy, by_name, own_names
 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             start = time.perf_counter()
@@ -114,7 +114,8 @@ class Watch:
             self.found.profiled_seconds = time.perf_counter() - start
         events = profile.profiler.kineto_results.events()
         on_gpu = [e for e in events if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
-        kernels = [Kernel(e.name(), e.start_ns(), e.duration_ns()) for e in on_gpu]
+        own = own_names()
+        kernels = [Kernel(own.get(e.name(), e.name()), e.start_ns(), e.duration_ns()) for e in on_gpu]
         self.found.busy_ns, self.found.kernels = busy(kernels), by_name(kernels)
         return result
 

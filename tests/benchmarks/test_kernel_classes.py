@@ -2,7 +2,16 @@
 
 import pytest
 
-from megatron_hybrid.benchmarks.kernel_classes import CLASSES, OTHER, Kernel, busy, by_class, by_name, class_of
+from megatron_hybrid.benchmarks.kernel_classes import (
+    CLASSES,
+    OTHER,
+    Kernel,
+    busy,
+    by_class,
+    by_name,
+    class_of,
+    own_names,
+)
 
 NAMES = {
     "matrix products": [
@@ -38,6 +47,7 @@ NAMES = {
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<OpaqueType<2u>, unsigned int, 3>",
         "void at::native::index_elementwise_kernel<128, 4>",
     ],
+    "experts": ["expert_permutation._place"],
     OTHER: ["some_kernel_of_the_future"],
 }
 
@@ -68,3 +78,14 @@ def test_sums_by_name_and_class():
     rows = by_name(kernels)
     assert rows[0] == {"name": "nvjet_a", "class": "matrix products", "count": 2, "ms": 3.0}
     assert by_class(rows) == {"matrix products": 3.0, "elementwise and copies": 0.5}
+
+
+def test_kernels_of_this_package_are_known_by_their_files():
+    from megatron_hybrid.kernels.triton import mamba  # noqa: F401
+
+    names = own_names()
+    assert names["states_kernel"] == "scan_states.states_kernel"
+    labels = {name.partition(".")[0]: class_of(name) for name in names.values()}
+    assert labels["causal_conv"] == "convolution"
+    assert {label for file, label in labels.items() if file.startswith("scan")} == {"scan"}
+    assert "launch_options" not in names
