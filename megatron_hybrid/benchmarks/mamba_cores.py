@@ -136,8 +136,8 @@ def errors(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, 
 def _triton(sizes: Sizes) -> Callable[..., Tensor]:
     from megatron_hybrid.kernels.triton.mamba import mamba_split_conv_scan
 
-    def call(*inputs: Tensor) -> Tensor:
-        found = mamba_split_conv_scan(*inputs, head_dim=sizes.head_dim, groups=sizes.groups)
+    def call(zxbcdt: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> Tensor:
+        found = mamba_split_conv_scan(zxbcdt, weight, bias, dt_bias, A, D, sizes.head_dim, sizes.groups)
         assert isinstance(found, Tensor)  # no states are asked for
         return found
 

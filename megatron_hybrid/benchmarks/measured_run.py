@@ -133,7 +133,7 @@ class Watch:
         args = get_args()
         if args.rank:
             return
-        if self.job.tuning and not Path(self.job.tuning).exists():
+        if self.job.tuning and any(tuner.cache for _, tuner in rival_tuning.tuners()):
             rival_tuning.save(Path(self.job.tuning))
         text = json.dumps({**asdict(self.found), **_about(args)}, indent=1)
         temporary = self.folder / f"{RESULT}.tmp"

@@ -107,6 +107,29 @@ def class_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def card(report: dict[str, Any], beside: Sequence[str]) -> str:
+    """A report in Markdown: date, hardware, versions, command, results.
+
+    Args:
+        beside: Names of files with the same results.
+    """
+    rows, where = report["rows"], report["environment"]
+    versions = ", ".join(f"{name} {text}" for name, text in where.items() if name not in ("date", "gpu"))
+    links = ", ".join(f"[{name}]({name})" for name in beside)
+    lines = [
+        f"# Training steps, {where.get('gpu', report['settings']['device'])}, {where['date']}",
+        f"{versions}.",
+        f"```sh\n{report['command']}\n```" + (f"\n\n{links}" if links else ""),
+        f"```\n{table(rows)}\n```",
+    ]
+    lines += ["\n".join([f"- **{row['recipe']}, {row['arm']}**", describe(row)]) for row in rows]
+    profiled = any("classes_ms" in row for row in rows)
+    if profiled:
+        lines.append(f"Kernels of one step:\n\n```\n{class_table(rows).rstrip()}\n```")
+    lines.append(f"```\n{LEGEND}" + (f"\n{GPU_LEGEND}" if profiled else "") + "\n```")
+    return "\n\n".join(lines) + "\n"
+
+
 def longest(row: Row, count: int) -> str:
     """The kernels of a run that take most of the time."""
     lines = [f"longest kernels of {row['recipe']}, {row['arm']}"]

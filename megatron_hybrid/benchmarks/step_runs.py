@@ -59,6 +59,8 @@ class Settings:
     """Every run begins with empty caches of compiled kernels."""
     limit_s: float
     """After which a run has failed."""
+    tuning: str = ""
+    """File of what mamba_ssm's kernels have chosen; without one, the first run chooses for the others."""
 
 
 class Started:
@@ -207,7 +209,8 @@ def measure(
                     start(number)
                 _ready(waiting, settings.limit_s)
             say(f"{run.name} ...")
-            job = Job(run.argv, settings.warm_up, settings.steps, settings.profile, str(folder / "tuning.json"))
+            tuning = settings.tuning or str(folder / "tuning.json")
+            job = Job(run.argv, settings.warm_up, settings.steps, settings.profile, tuning)
             yield run, waiting.popleft().run(job)
 
 

@@ -85,7 +85,7 @@ def logits_gradient_bytes(sizes: Sizes, layout: Layout, settings: ActivationSett
     """What the backward pass of the loss makes while all else is still kept: the largest of all temporaries.
 
     The logits' gradient, turned from fp32, which the softmax's own memory takes, to 16 bits. On an H100 it is 1.96 of
-    the 2.03 GiB that the peak of ``paper-1b-intra`` has beyond what is kept (docs/benchmarks/README.md).
+    the 2.03 GiB that the peak of ``paper-1b-intra`` has beyond what is kept (docs/benchmarks/h100/README.md).
     """
     r = Rank(sizes, layout, settings)
     return 0 if r.e == FP32 else r.tokens * r.s.padded_vocab * r.e

@@ -30,7 +30,7 @@ from megatron_hybrid.plan.subject import Subject
 
 EFFICIENCY = 0.40
 """Of the dense peak: about what is published for a dense hybrid of 4 billion parameters (Nemotron-3 Nano 4B) on 8 H100,
-402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/README.md)."""
+402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/h100)."""
 NETWORK = 50e9
 """Bytes per second of one GPU between nodes: a port of 400 Gb/s for each GPU, as NVIDIA's DGX H100 has."""
 

@@ -11,6 +11,7 @@ TINY = """--hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-qu
 --mamba-head-dim 16 --mamba-state-dim 16 --intra-num-attention-heads 2 --intra-num-query-groups 1 --intra-qk-dim 32
 --intra-value-dim 64 --intra-ssm-dim 64 --intra-ssm-head-dim 16 --num-blocks 2 --block-ratio 1:1 --seq-length 64
 --max-position-embeddings 64 --vocab-size 128 --no-bf16 --peak-tflops 0.5"""
+ENDS = {"json": "json", "plot": "png", "card": "md"}
 ALWAYS = ["--device", "cpu", "--steps", "3", "--micro-batches", "2", *TINY.split()]
 
 
@@ -23,13 +24,23 @@ def run(tmp_path_factory):
     """A recipe, an arm of other layers and one that is refused: what it printed and what it wrote."""
     folder = tmp_path_factory.mktemp("step")
     arms = ["--arm", "three=--mamba-num-groups 3", "--arm", "inter=--block-mixers *:M"]
-    done = step("--recipes", "paper-100m-intra", *arms, "--json", folder / "out.json", "--plot", folder / "out.png")
+    done = step(
+        "--recipes",
+        "paper-100m-intra",
+        *arms,
+        "--json",
+        folder / "out.json",
+        "--plot",
+        folder / "out.png",
+        "--card",
+        folder / "out.md",
+    )
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG"), done.stderr
-    return done, json.loads((folder / "out.json").read_text())
+    return done, json.loads((folder / "out.json").read_text()), (folder / "out.md").read_text()
 
 
 def test_rows(run):
-    done, report = run
+    done, report, _ = run
     rows = {row["arm"]: row for row in report["rows"]}
     assert list(rows) == ["ours", "three", "inter"]
     for arm, layers in (("ours", "M-P-"), ("inter", "*-M-")):
@@ -57,11 +68,18 @@ def test_flops_are_those_of_the_plan(run):
 
 
 def test_a_run_that_is_refused_leaves_the_others(run):
-    done, report = run
+    done, report, _ = run
     assert done.returncode == 1
     (refused,) = [row for row in report["rows"] if row["arm"] == "three"]
     assert "--mamba-num-groups" in refused["error"] and "seconds" not in refused
     assert done.stdout.count("FAILED") == 1
+
+
+def test_card(run):
+    done, report, card = run
+    assert card.startswith("# Training steps, cpu, 20") and "[out.json](out.json), [out.png](out.png)" in card
+    assert report["command"] in card and "torch 2." in card and "FAILED" in card
+    assert f"{report['rows'][0]['mfu']:.1%}" in card
 
 
 def test_the_list_shows_commands_and_starts_nothing():

@@ -36,7 +36,8 @@ def main() -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device. Use --device cpu.")
-    cases = [Sizes(*case, options.heads, options.head_dim, options.state, options.groups) for case in options.cases]
+    model = {name: getattr(options, name) for name in ("heads", "head_dim", "state", "groups")}
+    cases = [Sizes(length, batch, **model) for length, batch in options.cases]
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "versions": versions(("causal_conv1d",))}
     print(f"{report['command']}\n{', '.join(f'{k} {v}' for k, v in report['versions'].items() if v)}", flush=True)
     dtype = getattr(torch, options.dtype)
@@ -61,7 +62,7 @@ def measure(sizes: Any, options: argparse.Namespace, dtype: Any) -> dict[str, An
     wrong = mamba_cores.errors(sizes, device, dtype)
     rows, runs = [], {}
     for core in mamba_cores.cores(sizes, device, dtype):
-        row = {"name": core.name, "error": wrong[core.name]}
+        row: dict[str, Any] = {"name": core.name, "error": wrong[core.name]}
         row["correct"] = row["error"] <= TOLERANCE[options.dtype]
         rows.append(row)
         if row["correct"]:

@@ -33,7 +33,14 @@ def main() -> int:
             print(f"{run.name}\n  pretrain_hybrid.py {shlex.join(run.argv)}")
         return 0
     settings = Settings(
-        options.device, options.processes, options.warm_up, options.steps, options.profile, options.cold, options.limit
+        options.device,
+        options.processes,
+        options.warm_up,
+        options.steps,
+        options.profile,
+        options.cold,
+        options.limit,
+        str(options.tuning.absolute()) if options.tuning else "",
     )
     report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
@@ -79,6 +86,9 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
         print(step_report.GPU_LEGEND)
     if options.plot and any("error" not in row for row in rows):
         step_report.plot(report, options.plot)
+    if options.card:
+        files = [path.name for path in (options.json, options.plot) if path]
+        options.card.write_text(step_report.card(report, files))
 
 
 def write(report: dict[str, Any], options: argparse.Namespace) -> None:
@@ -112,8 +122,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kernels", type=int, default=0, metavar="N", help="show the N longest kernels of each run")
     made.add_argument("--cold", action="store_true", help="empty caches of compiled kernels before each run")
     made.add_argument("--limit", type=float, default=600, help="seconds after which a run has failed; default 600")
+    made.add_argument("--tuning", type=Path, help="file that keeps what mamba_ssm's kernels have chosen by trial")
     made.add_argument("--list", action="store_true", help="show the runs and their flags, and end")
     made.add_argument("--json", type=Path, help="write everything here too")
+    made.add_argument("--card", type=Path, help="write a card in Markdown, with links to the files beside it")
     made.add_argument("--plot", type=Path, help="draw MFU and kernels (.png)")
     return made
 
