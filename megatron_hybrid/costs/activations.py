@@ -96,7 +96,7 @@ def loss_temporary_bytes(sizes: Sizes, layout: Layout, settings: ActivationSetti
 
     Fused with the output head: the logits of a chunk of tokens, or the weight's gradient in the weight's precision.
     Otherwise the logits' gradient, turned from fp32, which the softmax's own memory takes, to 16 bits. On an H100 that
-    was 1.96 of the 2.03 GiB that the peak of ``paper-1b-intra`` had beyond what is kept (docs/benchmarks/README.md).
+    was 1.96 of the 2.03 GiB that the peak of ``paper-1b-intra`` had beyond what is kept (docs/benchmarks/h100).
     """
     r = Rank(sizes, layout, settings)
     if settings.fused_loss:

@@ -20,6 +20,7 @@ from megatron_hybrid.argv import value
 from megatron_hybrid.cli.checks import check
 from megatron_hybrid.cli.flags import resolve
 from megatron_hybrid.costs.activations import stage_activation_bytes
+from megatron_hybrid.costs.hardware import MICRO_BATCHES
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.layers.registry import has_experts, layers_of
 from megatron_hybrid.pattern import Pattern
@@ -27,7 +28,6 @@ from megatron_hybrid.plan.figures import Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine, step_time
 
-MICRO_BATCHES = (1, 2, 4, 8)
 SEGMENTS = (1, 2)
 """Virtual stages of a pipeline stage."""
 LONG = 16384

@@ -38,7 +38,7 @@ def main() -> None:
         )
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment("cuda")}
     print(f"{report['command']}\n{', '.join(f'{k} {v}' for k, v in report['environment'].items())}")
-    planned = subject.read(argv, options.processes)
+    planned = subject.read(argv, options.processes, memory=known.capacity)
     print(f"backend {planned.args.backend}, scan {planned.args.ssm_kernels}")
     machine = Machine.of(known, "bf16" if planned.args.bf16 else "fp32")
     plan = figures.figures(planned, machine)
