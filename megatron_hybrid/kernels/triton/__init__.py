@@ -1,0 +1,1 @@
+"""Kernels in Triton. Each module is imported where it is used: importing Triton takes time, and CPU runs need none."""
