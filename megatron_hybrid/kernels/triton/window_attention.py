@@ -95,13 +95,14 @@ class _WindowAttention(torch.autograd.Function):
         q, k, v = (_addressable(t) for t in (q, k, v))
         (b, h, sq, d), dv = q.shape, v.shape[-1]
         out = _empty(b, h, sq, dv, q)
-        lse = torch.empty(b, h, sq, device=q.device, dtype=torch.float32)
+        # [b, h, sq] fp32 in rows of whole 16 bytes
+        lse = torch.empty(b, h, -(-sq // 4) * 4, device=q.device, dtype=torch.float32)[..., :sq]
         block, pack = blocks("forward", d, dv), _pack(h // k.shape[1])
         rows = block.m // pack
         with _device(q):
             forward[(triton.cdiv(sq, rows), b * h // pack)](
                 *_tiles(q, pack, rows), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(out, pack, rows),
-                lse, *_shape(rule, q, k, lse, starts), rule.scale * math.log2(math.e),
+                lse, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale * math.log2(math.e),
                 *parts(d), *parts(dv), *_kind(rule, starts), pack, block.m, block.n,
                 num_warps=block.warps, num_stages=block.stages,
             )  # fmt: skip
@@ -113,7 +114,7 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         q, k, v, out, lse, starts, ends = ctx.saved_tensors
         grad = _addressable(grad)
-        delta = torch.empty_like(lse)
+        delta = torch.empty_strided(lse.shape, lse.stride(), device=lse.device, dtype=lse.dtype)
         with _device(q):
             dq = _query_gradients(ctx.rule, q, k, v, out, grad, lse, delta, starts)  # fills delta
             dk, dv = _key_value_gradients(ctx.rule, q, k, v, grad, lse, delta, starts, ends)
@@ -131,7 +132,7 @@ def _query_gradients(
     query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
         *_tiles(q, pack, rows), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(out, pack, rows),
         *_tiles(grad, pack, rows), *_tiles(dq, pack, rows),
-        lse, delta, *_shape(rule, q, k, lse, starts), rule.scale, rule.scale * math.log2(math.e),
+        lse, delta, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale, rule.scale * math.log2(math.e),
         *parts(d), *parts(dv), *_kind(rule, starts), pack, block.m, block.n,
         num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
@@ -144,9 +145,8 @@ def _key_value_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (b, hk, sk, d), dv = k.shape, v.shape[-1]
     block, width = blocks("key_value_gradients", d, dv), (*parts(d), *parts(dv))
-    tiles = [
-        *_tiles(q, 1, block.m), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(grad, 1, block.m),
-    ]  # fmt: skip
+    tiles = [*_tiles(q, 1, block.m), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(grad, 1, block.m)]
+    rows = [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block.m]) for t in (lse, delta)]
     first, *shape = _shape(rule, q, k, lse, starts)
     shape = [first, lse if ends is None else ends, *shape]
     factor = rule.scale * math.log2(math.e)
@@ -157,11 +157,11 @@ def _key_value_gradients(
         chunks = triton.cdiv(sk, CHUNK)
         partial = lse.new_empty(b, hk, chunks, sink_blocks * block.n, sum(width))
         sink_gradients[(chunks, sink_blocks, b * hk)](
-            *tiles, partial, lse, delta, *shape, factor, *width, documents, CHUNK, block.m, block.n, **launch
+            *tiles, partial, *rows, *shape, factor, *width, documents, CHUNK, block.m, block.n, **launch
         )
     dk, d_v = _empty(*k.shape, k), _empty(*v.shape, v)
     key_value_gradients[(triton.cdiv(sk, block.n), b * hk)](
-        *tiles, *_tiles(dk, 1, block.n), *_tiles(d_v, 1, block.n), partial, lse, delta,
+        *tiles, *_tiles(dk, 1, block.n), *_tiles(d_v, 1, block.n), partial, *rows,
         *shape, sink_blocks * block.n, rule.scale, factor,
         *width, windowed, sinks, documents, CHUNK, block.m, block.n, **launch,
     )  # fmt: skip

@@ -12,18 +12,18 @@ A chunk that begins behind the start of a document begins inside it, so that a c
 import triton
 import triton.language as tl
 
-from .window_attention_forward import SHAPE, all_visible, key_block, key_range, products, read, start_of, visible
+from .window_attention_forward import SHAPE, all_visible, key_block, key_range, products, products_and, read, start_of, visible
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def query_gradients(
     q0, q1, k0, k1, v0, v1, o0, o1, do0, do1, dq0, dq1, lse, delta, starts,
-    sq, offset, length, window, sinks, heads, groups, scale, score_scale,
+    sq, offset, length, window, sinks, heads, groups, row_stride, scale, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of Q, and delta [b, h, sq] fp32: the sum over channels of output times its gradient."""
+    """The gradient of Q, and delta: the sum over channels of output times its gradient, stored as ``lse`` is."""
     ROWS: tl.constexpr = BLOCK_M // PACK
     r0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     b = tl.program_id(1) // (heads // PACK)
@@ -40,8 +40,8 @@ def query_gradients(
     if DOCUMENTS:
         start = tl.load(starts + i, mask=i < i1, other=0)[:, None]
 
-    rows = (b.to(tl.int64) * heads + h + tl.arange(0, BLOCK_M) // ROWS) * sq + r0 + r
-    norm = tl.load(lse + rows, mask=r0 + r < sq, other=float("inf"))  # rows behind the last query have weights of 0
+    rows = (b.to(tl.int64) * heads + h + tl.arange(0, BLOCK_M) // ROWS) * row_stride + r0 + r
+    norm = tl.load(lse + rows, mask=r0 + r < sq, other=0.0)
     doa, dob = read(do0, do1, b, h, r0, PACK, ROWS, E0, E1)
     oa, ob = read(o0, o1, b, h, r0, PACK, ROWS, E0, E1)
     d = tl.sum(oa.to(tl.float32) * doa.to(tl.float32), 1)
@@ -61,7 +61,7 @@ def query_gradients(
         dp = products(doa, dob, va, vb, E1 > 0)
         if not all_visible(j0, end, n, sink_blocks, i0, i1, last, window, WINDOW, SINKS, BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(i[:, None], j, start, window, sinks, WINDOW, SINKS, DOCUMENTS) & (j < end)
+            seen = visible(tl.minimum(i, end - 1)[:, None], j, start, window, sinks, WINDOW, SINKS, DOCUMENTS)
             s = tl.where(seen, s, float("-inf"))
         p = tl.math.exp2(s * score_scale - norm[:, None])
         ds = (p * (dp - d[:, None])).to(ka.dtype)
@@ -84,6 +84,8 @@ def rows_of_keys(
 ):  # fmt: skip
     """Gradients of keys j0.. and their values by queries i_low..i_high-1 of heads h..h+groups-1.
 
+    Behind the last query all that is read is zero, and so is what it adds.
+
     Queries before ``one_document`` belong to the document of key j0. PARTIAL: only those pairs that see each other
     because the key is a sink, of the document that begins at ``first``; otherwise only those that are not left to such
     partial sums.
@@ -93,21 +95,22 @@ def rows_of_keys(
     dv0 = tl.zeros([BLOCK_N, E0], tl.float32)
     dv1 = tl.zeros([BLOCK_N, E1 if E1 > 0 else 16], tl.float32)
     j = j0 + tl.arange(0, BLOCK_N)[:, None]
-    blocks = tl.cdiv(tl.maximum(i_high - i_low, 0), BLOCK_M)
+    low = (i_low - offset) // 4 * 4  # rows of fp32 begin at multiples of 16 bytes
+    blocks = tl.cdiv(tl.maximum(i_high - offset - low, 0), BLOCK_M)
     for n in tl.range(0, groups * blocks):
         head = h + n // blocks
-        i0 = i_low + n % blocks * BLOCK_M
-        r0 = i0 - offset
+        r0 = low + n % blocks * BLOCK_M
+        i0 = offset + r0
         qa, qb = read(q0, q1, b, head, r0, 1, BLOCK_M, D0, D1)
         doa, dob = read(do0, do1, b, head, r0, 1, BLOCK_M, E0, E1)
-        r = r0 + tl.arange(0, BLOCK_M)
-        row = (b.to(tl.int64) * heads + head) * sq + r
-        norm = tl.load(lse + row, mask=r < sq, other=float("inf"))  # weights of 0 behind the last query
-        d = tl.load(delta + row, mask=r < sq, other=0.0)
-        s = products(ka, kb, qa, qb, D1 > 0)
-        dp = products(va, vb, doa, dob, E1 > 0)
+        # Both products begin at what would be subtracted from them: registers hold these rows no longer
+        norm = lse.load([b, head, r0]).reshape(1, BLOCK_M) * (-1 / score_scale)
+        d = -delta.load([b, head, r0]).reshape(1, BLOCK_M)
+        s = products_and(tl.broadcast_to(norm, [BLOCK_N, BLOCK_M]), ka, kb, qa, qb, D1 > 0)
+        dp = products_and(tl.broadcast_to(d, [BLOCK_N, BLOCK_M]), va, vb, doa, dob, E1 > 0)
         if PARTIAL:
-            full = (i0 - (j0 + BLOCK_N - 1) >= window) & (j0 + BLOCK_N <= first + sinks) & (i0 + BLOCK_M <= i_high)
+            full = (i0 - (j0 + BLOCK_N - 1) >= window) & (j0 + BLOCK_N <= first + sinks)
+            full = full & (i0 >= i_low) & (i0 + BLOCK_M <= i_high)
         else:
             full = (i0 >= j0 + BLOCK_N - 1) & (i0 + BLOCK_M <= one_document)
             if WINDOW:
@@ -115,7 +118,7 @@ def rows_of_keys(
         if not full:
             i = (i0 + tl.arange(0, BLOCK_M))[None, :]
             if PARTIAL:
-                seen = (i - j >= window) & (j < first + sinks) & (i < i_high)
+                seen = (j <= i - window) & (j < first + sinks) & (i >= i_low) & (i < i_high)
             else:
                 start = 0
                 if DOCUMENTS:
@@ -123,13 +126,16 @@ def rows_of_keys(
                 # queries that leave their sinks to a partial sum see none here
                 own = tl.where(start >= i // CHUNK * CHUNK, sinks, 0)
                 seen = visible(i, j, start, window, own, WINDOW, SINKS, DOCUMENTS)
+            # Triton loads ahead what reaches a factor of a product, not where products begin: so these, which are
+            # always true, make both rows reach one.
+            seen = seen & (norm < float("inf")) & (d < float("inf"))
             s = tl.where(seen, s, float("-inf"))
-        p = tl.math.exp2(s * score_scale - norm[None, :])
+        p = tl.math.exp2(s * score_scale)
         weights = p.to(doa.dtype)
         dv0 = tl.dot(weights, doa, dv0)
         if E1 > 0:
             dv1 = tl.dot(weights, dob, dv1)
-        ds = (p * (dp - d[None, :])).to(qa.dtype)
+        ds = (p * dp).to(qa.dtype)
         dk0 = tl.dot(ds, qa, dk0)
         if D1 > 0:
             dk1 = tl.dot(ds, qb, dk1)

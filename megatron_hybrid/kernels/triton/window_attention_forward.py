@@ -9,7 +9,7 @@ behind the tensor's width reads as zero. Positions are those of keys; query row 
 import triton
 import triton.language as tl
 
-SHAPE = ("sq", "offset", "length", "window", "sinks", "heads", "groups")
+SHAPE = ("sq", "offset", "length", "window", "sinks", "heads", "groups", "row_stride")
 """Arguments whose values make no kernel of their own."""
 
 
@@ -27,6 +27,15 @@ def read(x0, x1, b, h, r, HEADS: tl.constexpr, ROWS: tl.constexpr, W0: tl.conste
 def products(a0, a1, b0, b1, SECOND: tl.constexpr):
     """a b^T over both parts, [rows of a, rows of b] fp32."""
     c = tl.dot(a0, b0.T)
+    if SECOND:
+        c = tl.dot(a1, b1.T, c)
+    return c
+
+
+@triton.jit
+def products_and(c, a0, a1, b0, b1, SECOND: tl.constexpr):
+    """c + a b^T over both parts."""
+    c = tl.dot(a0, b0.T, c)
     if SECOND:
         c = tl.dot(a1, b1.T, c)
     return c
@@ -86,27 +95,30 @@ def all_visible(
 
 @triton.jit
 def visible(i, j, start, window, sinks, WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The mask of queries i and keys j, which are shaped to be combined; ``start`` is that of the query's document."""
+    """The mask of queries i and keys j, one a column and one a row; ``start`` is that of the query's document.
+
+    What depends on one of them alone stands alone on its side, so that it is computed once a row.
+    """
     seen = j <= i
+    if WINDOW:
+        near = j > i - window
+        if SINKS:
+            near = near | (j < start + sinks)
+        seen = seen & near
     if DOCUMENTS:
         seen = seen & (j >= start)
-    if WINDOW:
-        near = i - j < window
-        if SINKS:
-            near = near | (j - start < sinks)
-        seen = seen & near
     return seen
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def forward(
     q0, q1, k0, k1, v0, v1, o0, o1, lse, starts,
-    sq, offset, length, window, sinks, heads, groups, score_scale,
+    sq, offset, length, window, sinks, heads, groups, row_stride, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output [b, h, sq, dv], and log2 of the sum of the exponentials [b, h, sq] fp32.
+    """Output [b, h, sq, dv], and log2 of the sum of the exponentials, fp32, in rows [b, h] of ``row_stride``.
 
     ``score_scale`` is the scale of the scores times log2(e); ``groups`` query heads read the same keys; ``starts`` is
     [b, length] int32.
@@ -139,7 +151,7 @@ def forward(
         s = products(qa, qb, ka, kb, D1 > 0)
         if not all_visible(j0, end, n, sink_blocks, i0, i1, last, window, WINDOW, SINKS, BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(i[:, None], j, start, window, sinks, WINDOW, SINKS, DOCUMENTS) & (j < end)
+            seen = visible(tl.minimum(i, end - 1)[:, None], j, start, window, sinks, WINDOW, SINKS, DOCUMENTS)
             s = tl.where(seen, s, float("-inf"))
         higher = tl.maximum(highest, tl.max(s, 1) * score_scale)
         p = tl.math.exp2(s * score_scale - higher[:, None])
@@ -157,5 +169,5 @@ def forward(
     if E1 > 0:
         o1.store([b, h, r0, E0], (acc1 / total[:, None]).to(o1.dtype).reshape(1, PACK, ROWS, E1))
     head = h + tl.arange(0, BLOCK_M) // ROWS
-    rows = (b.to(tl.int64) * heads + head) * sq + r0 + r
+    rows = (b.to(tl.int64) * heads + head) * row_stride + r0 + r
     tl.store(lse + rows, highest + tl.math.log2(total), mask=r0 + r < sq)
