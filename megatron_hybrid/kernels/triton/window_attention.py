@@ -146,23 +146,24 @@ def _key_value_gradients(
     (b, hk, sk, d), dv = k.shape, v.shape[-1]
     block, width = blocks("key_value_gradients", d, dv), (*parts(d), *parts(dv))
     tiles = [*_tiles(q, 1, block.m), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(grad, 1, block.m)]
-    rows = [TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block.m]) for t in (lse, delta)]
+    rows = [_tile(t, [1, 1, block.m]) for t in (lse, delta)]
     first, *shape = _shape(rule, q, k, lse, starts)
     shape = [first, lse if ends is None else ends, *shape]
     factor = rule.scale * math.log2(math.e)
     launch = {"num_warps": block.warps, "num_stages": block.stages}
     windowed, sinks, documents = _kind(rule, starts)
-    partial, sink_blocks = lse, triton.cdiv(rule.sinks, block.n) if sinks else 0
+    partial = [None] * 4
     if sinks:
-        chunks = triton.cdiv(sk, CHUNK)
-        partial = lse.new_empty(b, hk, chunks, sink_blocks * block.n, sum(width))
+        chunks, sink_blocks = triton.cdiv(sk, CHUNK), triton.cdiv(rule.sinks, block.n)
+        sums = lse.new_empty(b * hk * chunks, sink_blocks * block.n, sum(width))
+        partial = [_tile(sums, [1, block.n, part]) if part else None for part in width]
         sink_gradients[(chunks, sink_blocks, b * hk)](
-            *tiles, partial, *rows, *shape, factor, *width, documents, CHUNK, block.m, block.n, **launch
+            *tiles, *partial, *rows, *shape, factor, *width, documents, CHUNK, block.m, block.n, **launch
         )
     dk, d_v = _empty(*k.shape, k), _empty(*v.shape, v)
     key_value_gradients[(triton.cdiv(sk, block.n), b * hk)](
-        *tiles, *_tiles(dk, 1, block.n), *_tiles(d_v, 1, block.n), partial, *rows,
-        *shape, sink_blocks * block.n, rule.scale, factor,
+        *tiles, *_tiles(dk, 1, block.n), *_tiles(d_v, 1, block.n), *partial, *rows,
+        *shape, rule.scale, factor,
         *width, windowed, sinks, documents, CHUNK, block.m, block.n, **launch,
     )  # fmt: skip
     return dk, d_v
@@ -201,9 +202,11 @@ def _addressable(t: Tensor) -> Tensor:
 
 def _tiles(t: Tensor, heads: int, rows: int) -> list[TensorDescriptor | None]:
     """Descriptors of both parts of a tensor's width: blocks of ``rows`` rows of ``heads`` heads."""
-    widths = parts(t.shape[-1])
-    shape, strides = list(t.shape), list(t.stride())
-    return [TensorDescriptor(t, shape, strides, [1, heads, rows, width]) if width else None for width in widths]
+    return [_tile(t, [1, heads, rows, width]) if width else None for width in parts(t.shape[-1])]
+
+
+def _tile(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
 def _device(t: Tensor) -> Any:

@@ -12,7 +12,7 @@ A chunk that begins behind the start of a document begins inside it, so that a c
 import triton
 import triton.language as tl
 
-from .window_attention_forward import SHAPE, all_visible, key_block, key_range, products, products_and, read, start_of, visible
+from .window_attention_forward import SHAPE, all_visible, key_block, key_range, products, read, start_of, visible
 
 
 @triton.jit(do_not_specialize=SHAPE)
@@ -103,11 +103,10 @@ def rows_of_keys(
         i0 = offset + r0
         qa, qb = read(q0, q1, b, head, r0, 1, BLOCK_M, D0, D1)
         doa, dob = read(do0, do1, b, head, r0, 1, BLOCK_M, E0, E1)
-        # Both products begin at what would be subtracted from them: registers hold these rows no longer
-        norm = lse.load([b, head, r0]).reshape(1, BLOCK_M) * (-1 / score_scale)
-        d = -delta.load([b, head, r0]).reshape(1, BLOCK_M)
-        s = products_and(tl.broadcast_to(norm, [BLOCK_N, BLOCK_M]), ka, kb, qa, qb, D1 > 0)
-        dp = products_and(tl.broadcast_to(d, [BLOCK_N, BLOCK_M]), va, vb, doa, dob, E1 > 0)
+        norm = lse.load([b, head, r0]).reshape(1, BLOCK_M)
+        d = delta.load([b, head, r0]).reshape(1, BLOCK_M)
+        s = products(ka, kb, qa, qb, D1 > 0)
+        dp = products(va, vb, doa, dob, E1 > 0)
         if PARTIAL:
             full = (i0 - (j0 + BLOCK_N - 1) >= window) & (j0 + BLOCK_N <= first + sinks)
             full = full & (i0 >= i_low) & (i0 + BLOCK_M <= i_high)
@@ -126,16 +125,13 @@ def rows_of_keys(
                 # queries that leave their sinks to a partial sum see none here
                 own = tl.where(start >= i // CHUNK * CHUNK, sinks, 0)
                 seen = visible(i, j, start, window, own, WINDOW, SINKS, DOCUMENTS)
-            # Triton loads ahead what reaches a factor of a product, not where products begin: so these, which are
-            # always true, make both rows reach one.
-            seen = seen & (norm < float("inf")) & (d < float("inf"))
             s = tl.where(seen, s, float("-inf"))
-        p = tl.math.exp2(s * score_scale)
+        p = tl.math.exp2(s * score_scale - norm)
         weights = p.to(doa.dtype)
         dv0 = tl.dot(weights, doa, dv0)
         if E1 > 0:
             dv1 = tl.dot(weights, dob, dv1)
-        ds = (p * dp).to(qa.dtype)
+        ds = (p * (dp - d)).to(qa.dtype)
         dk0 = tl.dot(ds, qa, dk0)
         if D1 > 0:
             dk1 = tl.dot(ds, qb, dk1)
@@ -144,14 +140,14 @@ def rows_of_keys(
 
 @triton.jit(do_not_specialize=SHAPE)
 def sink_gradients(
-    q0, q1, k0, k1, v0, v1, do0, do1, partial, lse, delta, starts, ends,
+    q0, q1, k0, k1, v0, v1, do0, do1, pk0, pk1, pv0, pv1, lse, delta, starts, ends,
     sq, offset, length, window, sinks, heads, groups, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums [b, hk, chunks, blocks of sinks x BLOCK_N, D0 + D1 + E0 + E1] fp32 of the sinks' gradients.
+    """Partial sums [b x hk x chunks, blocks of sinks x BLOCK_N, D0 + D1 + E0 + E1] fp32 of the sinks' gradients.
 
-    Those of chunks that begin with a document are not written.
+    Row i is that of the i-th key of the document that the chunk begins in.
     """
     chunk = tl.program_id(0)
     hk = tl.program_id(2) % (heads // groups)
@@ -163,36 +159,36 @@ def sink_gradients(
     end = tl.minimum(begin + CHUNK, offset + sq)
     if DOCUMENTS:
         end = tl.minimum(end, tl.load(ends + begin))
-    if first < begin:
-        j0 = first + tl.program_id(1) * BLOCK_N
-        ka, kb = read(k0, k1, b, hk, j0, 1, BLOCK_N, D0, D1)
-        va, vb = read(v0, v1, b, hk, j0, 1, BLOCK_N, E0, E1)
-        i_low = tl.maximum(tl.maximum(begin, offset), j0 + window)
-        dk0, dk1, dv0, dv1 = rows_of_keys(
-            ka, kb, va, vb, q0, q1, do0, do1, lse, delta, starts,
-            b, hk * groups, j0, i_low, end, 0, first, sq, offset, window, sinks, heads, groups, score_scale,
-            D0, D1, E0, E1, True, True, DOCUMENTS, True, CHUNK, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        WIDTH: tl.constexpr = D0 + D1 + E0 + E1
-        row = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + chunk) * tl.num_programs(1) + tl.program_id(1)
-        row = (row * BLOCK_N + tl.arange(0, BLOCK_N))[:, None] * WIDTH
-        tl.store(partial + row + tl.arange(0, D0)[None, :], dk0)
-        tl.store(partial + row + D0 + D1 + tl.arange(0, E0)[None, :], dv0)
-        if D1 > 0:
-            tl.store(partial + row + D0 + tl.arange(0, D1)[None, :], dk1)
-        if E1 > 0:
-            tl.store(partial + row + D0 + D1 + E0 + tl.arange(0, E1)[None, :], dv1)
+    if first == begin:
+        end = 0  # a chunk that begins with a document: its sums are zero
+    j0 = first + tl.program_id(1) * BLOCK_N
+    ka, kb = read(k0, k1, b, hk, j0, 1, BLOCK_N, D0, D1)
+    va, vb = read(v0, v1, b, hk, j0, 1, BLOCK_N, E0, E1)
+    i_low = tl.maximum(tl.maximum(begin, offset), j0 + window)
+    dk0, dk1, dv0, dv1 = rows_of_keys(
+        ka, kb, va, vb, q0, q1, do0, do1, lse, delta, starts,
+        b, hk * groups, j0, i_low, end, 0, first, sq, offset, window, sinks, heads, groups, score_scale,
+        D0, D1, E0, E1, True, True, DOCUMENTS, True, CHUNK, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    z = tl.program_id(2) * tl.num_programs(0) + chunk
+    row = tl.program_id(1) * BLOCK_N
+    pk0.store([z, row, 0], dk0.reshape(1, BLOCK_N, D0))
+    pv0.store([z, row, D0 + D1], dv0.reshape(1, BLOCK_N, E0))
+    if D1 > 0:
+        pk1.store([z, row, D0], dk1.reshape(1, BLOCK_N, D1))
+    if E1 > 0:
+        pv1.store([z, row, D0 + D1 + E0], dv1.reshape(1, BLOCK_N, E1))
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def key_value_gradients(
-    q0, q1, k0, k1, v0, v1, do0, do1, dk0, dk1, dv0, dv1, partial, lse, delta, starts, ends,
-    sq, offset, length, window, sinks, heads, groups, sink_rows, scale, score_scale,
+    q0, q1, k0, k1, v0, v1, do0, do1, dk0, dk1, dv0, dv1, pk0, pk1, pv0, pv1, lse, delta, starts, ends,
+    sq, offset, length, window, sinks, heads, groups, scale, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of K and V; ``partial`` are the sums of :func:`sink_gradients`, ``sink_rows`` long each."""
+    """The gradients of K and V, to which the partial sums of :func:`sink_gradients` are added."""
     j0 = tl.program_id(0) * BLOCK_N
     hk = tl.program_id(1) % (heads // groups)
     b = tl.program_id(1) // (heads // groups)
@@ -224,23 +220,17 @@ def key_value_gradients(
     )  # fmt: skip
     if SINKS:
         if (last + sinks > j0) | (first + sinks > j0):
-            WIDTH: tl.constexpr = D0 + D1 + E0 + E1
-            j = j0 + tl.arange(0, BLOCK_N)
-            start = tl.zeros([BLOCK_N], tl.int32)
-            if DOCUMENTS:
-                start = tl.load(starts + j, mask=j < sk, other=-1)
             chunks = tl.cdiv(sk, CHUNK)
             for chunk in tl.range(tl.maximum(first // CHUNK + 1, offset // CHUNK), tl.cdiv(beyond, CHUNK)):
-                of = start_of(starts, chunk * CHUNK, DOCUMENTS)
-                mine = ((start == of) & (j - of < sinks))[:, None]
-                row = (tl.program_id(1).to(tl.int64) * chunks + chunk) * sink_rows + j - of
-                row = partial + row[:, None] * WIDTH
-                a0 += tl.load(row + tl.arange(0, D0)[None, :], mask=mine, other=0.0)
-                c0 += tl.load(row + D0 + D1 + tl.arange(0, E0)[None, :], mask=mine, other=0.0)
+                z = tl.program_id(1) * chunks + chunk
+                # rows before and behind the sinks of the chunk's document read as zero
+                row = j0 - start_of(starts, chunk * CHUNK, DOCUMENTS)
+                a0 += pk0.load([z, row, 0]).reshape(BLOCK_N, D0)
+                c0 += pv0.load([z, row, D0 + D1]).reshape(BLOCK_N, E0)
                 if D1 > 0:
-                    a1 += tl.load(row + D0 + tl.arange(0, D1)[None, :], mask=mine, other=0.0)
+                    a1 += pk1.load([z, row, D0]).reshape(BLOCK_N, D1)
                 if E1 > 0:
-                    c1 += tl.load(row + D0 + D1 + E0 + tl.arange(0, E1)[None, :], mask=mine, other=0.0)
+                    c1 += pv1.load([z, row, D0 + D1 + E0]).reshape(BLOCK_N, E1)
     dk0.store([b, hk, j0, 0], (a0 * scale).to(dk0.dtype).reshape(1, 1, BLOCK_N, D0))
     dv0.store([b, hk, j0, 0], c0.to(dv0.dtype).reshape(1, 1, BLOCK_N, E0))
     if D1 > 0:

@@ -33,15 +33,6 @@ def products(a0, a1, b0, b1, SECOND: tl.constexpr):
 
 
 @triton.jit
-def products_and(c, a0, a1, b0, b1, SECOND: tl.constexpr):
-    """c + a b^T over both parts."""
-    c = tl.dot(a0, b0.T, c)
-    if SECOND:
-        c = tl.dot(a1, b1.T, c)
-    return c
-
-
-@triton.jit
 def start_of(starts, position, DOCUMENTS: tl.constexpr):
     """First position of the document at ``position``."""
     if DOCUMENTS:
