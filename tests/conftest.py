@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from megatron_hybrid.cli.config import HybridConfig, IntraConfig
+from tests.support import interpreted_tests
 from tests.support.ranks import Ranks
 from tests.support.training import folder, initial_checkpoint, losses
 
@@ -24,6 +25,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 # a shell gives programs in its background no Ctrl-C, and they would give none to those that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    interpreted_tests.configure(config)
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    return interpreted_tests.run_elsewhere(item) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

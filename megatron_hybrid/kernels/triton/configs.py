@@ -1,0 +1,39 @@
+"""Sizes of blocks, warps and stages of the Triton kernels: fixed, so that no run starts with a search.
+
+Each line was the fastest of a search on one H200 (tools/benchmarks) unless its comment says otherwise. A kernel gets
+its line as keyword arguments of its launch. Results do not depend on time or machine, but the order of sums, and so the
+last bits, depend on the line.
+"""
+
+from collections.abc import Mapping
+
+TABLE: dict[tuple[str, str], Mapping[str, int]] = {
+    # (kernel, shape class): arguments of its launch
+    # causal_conv: channels of a block, tokens that a program steps through (a multiple of 4), stages of its loads;
+    # class: bytes of an element. Chosen by registers and bytes in flight, not yet by a search.
+    ("causal_conv_forward", "2"): {"CHANNELS": 256, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
+    ("causal_conv_forward", "4"): {"CHANNELS": 128, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
+    ("causal_conv_backward", "2"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 3, "num_warps": 1, "maxnreg": 128},
+    ("causal_conv_backward", "4"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 2, "num_warps": 1, "maxnreg": 128},
+    # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy (the heads of a group are split over
+    # more programs only below that); class: bytes of an element.
+    ("scan_states", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
+    ("scan_states", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    ("scan_output", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_output", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_output_backward", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_output_backward", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
+    ("scan_senders", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+}
+
+
+def launch_options(kernel: str, shape_class: str) -> dict[str, int]:
+    """The line of a kernel for a class of shapes.
+
+    Raises:
+        KeyError: The table has no such line.
+    """
+    return dict(TABLE[kernel, shape_class])
