@@ -83,10 +83,8 @@ def flex(
 ) -> Tensor:
     """Attention by FlexAttention: arguments and result of :func:`megatron_hybrid.kernels.attention.attention`."""
     rule = q.shape[2], k.shape[2], window, sinks, offset, q.device
-    if documents is None:
-        mask = _window_blocks(*rule, None)
-    else:
-        mask = cached(documents, rule, lambda ids: blocks(*rule, ids))
+    packed = documents is not None
+    mask = cached(documents, rule, lambda ids: blocks(*rule, ids)) if packed else _window_blocks(*rule, None)
     return compiled_flex_attention()(
         q.contiguous(),
         k.contiguous(),

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_hybrid.kernels.attention import attention, attention_reference, kernel_for
-from megatron_hybrid.kernels.attention_masks import _masks, document_ends, document_starts, visible
+from megatron_hybrid.kernels.attention import attention, attention_reference
+from megatron_hybrid.kernels.attention_masks import _masks, document_starts, visible
 from megatron_hybrid.kernels.flex_attention import blocks
 
 # fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add

@@ -15,32 +15,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .window_attention_backward import key_value_gradients, query_gradients, sink_gradients
-from .window_attention_forward import forward
-
-WIDEST = 256
-"""Channels of a head."""
-
-
-class Blocks(NamedTuple):
-    """Queries (of all heads that a program takes) and keys of a block; warps of a program; blocks in flight."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-BLOCKS: dict[str, dict[int, Blocks]] = {
-    "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
-    "query_gradients": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-    "key_value_gradients": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(32, 64, 8, 1)},
-}
-"""By kernel and by the greatest width of a head up to which they are taken
-(``tools/benchmarks/attention.py --search`` compares others)."""
+from megatron_hybrid.kernels.triton.configs import launch_options
+from megatron_hybrid.kernels.triton.window_attention_backward import (
+    key_value_gradients,
+    query_gradients,
+    sink_gradients,
+)
+from megatron_hybrid.kernels.triton.window_attention_forward import forward
 
 CHUNK = 512
-"""Queries whose gradients of sinks are added up by one program: a multiple of every block."""
+"""Queries whose gradients of sinks are added up by one program: a multiple of every block of keys."""
 
 
 class Rule(NamedTuple):
@@ -61,20 +45,24 @@ def window_attention(
         q: [b, h, sq, d], bf16 or fp16 (fp32 in Triton's interpreter alone), d and dv multiples of 8 up to 256.
         k: [b, hk, offset + sq, d]; h a multiple of hk.
         v: [b, hk, offset + sq, dv].
-        rule: Scale above zero, window, sinks, offset.
+        rule: Scale, window, sinks, offset.
         starts: [b, at least offset + sq] int32: the first position of each position's document, or None for one.
         ends: The same: the position behind each position's document.
 
     Returns:
         [b, h, sq, dv] in the memory order [sq, b, h, dv].
+
+    Raises:
+        ValueError: The scale is not above zero: the greatest score would not be that of the greatest product.
     """
+    if not rule.scale > 0:
+        raise ValueError(f"scale is {rule.scale:g} and must be above 0")
     return _WindowAttention.apply(q, k, v, rule, starts, ends)
 
 
-def blocks(kernel: str, d: int, dv: int) -> Blocks:
-    """The table's row for these widths."""
-    rows = BLOCKS[kernel]
-    return rows[min(width for width in rows if width >= max(d, dv))]
+def shape_class(d: int, dv: int) -> str:
+    """The class of head sizes in the table of configurations."""
+    return str(next(width for width in (64, 128, 256) if width >= max(d, dv)))
 
 
 def parts(width: int) -> tuple[int, int]:
@@ -94,24 +82,23 @@ class _WindowAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = (_addressable(t) for t in (q, k, v))
         (b, h, sq, d), dv = q.shape, v.shape[-1]
-        out = _empty(b, h, sq, dv, q)
+        out = _empty(q, dv)
         # [b, h, sq] fp32 in rows of whole 16 bytes
         lse = torch.empty(b, h, -(-sq // 4) * 4, device=q.device, dtype=torch.float32)[..., :sq]
-        block, pack = blocks("forward", d, dv), _pack(h // k.shape[1])
-        rows = block.m // pack
+        line, pack = launch_options("attention_forward", shape_class(d, dv)), _pack(h // k.shape[1])
+        rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
         with _device(q):
             forward[(triton.cdiv(sq, rows), b * h // pack)](
-                *_tiles(q, pack, rows), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(out, pack, rows),
+                *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
                 lse, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale * math.log2(math.e),
-                *parts(d), *parts(dv), *_kind(rule, starts), pack, block.m, block.n,
-                num_warps=block.warps, num_stages=block.stages,
+                *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, starts, ends)
         ctx.rule = rule
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         q, k, v, out, lse, starts, ends = ctx.saved_tensors
         grad = _addressable(grad)
         delta = torch.empty_strided(lse.shape, lse.stride(), device=lse.device, dtype=lse.dtype)
@@ -126,15 +113,14 @@ def _query_gradients(
     starts: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (b, h, sq, d), dv = q.shape, v.shape[-1]
-    block, pack = blocks("query_gradients", d, dv), _pack(h // k.shape[1])
-    rows = block.m // pack
-    dq = _empty(*q.shape, q)
+    line, pack = launch_options("attention_query_gradients", shape_class(d, dv)), _pack(h // k.shape[1])
+    rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
+    dq = _empty(q, d)
     query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
-        *_tiles(q, pack, rows), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(out, pack, rows),
+        *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
         *_tiles(grad, pack, rows), *_tiles(dq, pack, rows),
         lse, delta, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale, rule.scale * math.log2(math.e),
-        *parts(d), *parts(dv), *_kind(rule, starts), pack, block.m, block.n,
-        num_warps=block.warps, num_stages=block.stages,
+        *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
     )  # fmt: skip
     return dq
 
@@ -144,29 +130,39 @@ def _key_value_gradients(
     starts: Tensor | None, ends: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (b, hk, sk, d), dv = k.shape, v.shape[-1]
-    block, width = blocks("key_value_gradients", d, dv), (*parts(d), *parts(dv))
-    tiles = [*_tiles(q, 1, block.m), *_tiles(k, 1, block.n), *_tiles(v, 1, block.n), *_tiles(grad, 1, block.m)]
-    rows = [_tile(t, [1, 1, block.m]) for t in (lse, delta)]
+    width, named = (*parts(d), *parts(dv)), shape_class(d, dv)
     first, *shape = _shape(rule, q, k, lse, starts)
     shape = [first, lse if ends is None else ends, *shape]
     factor = rule.scale * math.log2(math.e)
-    launch = {"num_warps": block.warps, "num_stages": block.stages}
     windowed, sinks, documents = _kind(rule, starts)
-    partial = [None] * 4
+
+    def read(line: dict[str, int]) -> tuple[list, list]:
+        m, n = line["BLOCK_M"], line["BLOCK_N"]
+        tiles = [*_tiles(q, 1, m), *_tiles(k, 1, n), *_tiles(v, 1, n), *_tiles(grad, 1, m)]
+        return tiles, [_tile(t, [1, 1, m]) for t in (lse, delta)]
+
+    sums = None
     if sinks:
-        chunks, sink_blocks = triton.cdiv(sk, CHUNK), triton.cdiv(rule.sinks, block.n)
-        sums = lse.new_empty(b * hk * chunks, sink_blocks * block.n, sum(width))
-        partial = [_tile(sums, [1, block.n, part]) if part else None for part in width]
-        sink_gradients[(chunks, sink_blocks, b * hk)](
-            *tiles, *partial, *rows, *shape, factor, *width, documents, CHUNK, block.m, block.n, **launch
+        line = launch_options("attention_sink_gradients", named)
+        (tiles, rows), n = read(line), line["BLOCK_N"]
+        chunks, blocks = triton.cdiv(sk, CHUNK), triton.cdiv(rule.sinks, n)
+        sums = lse.new_empty(b * hk * chunks, blocks * n, sum(width))
+        sink_gradients[(chunks, blocks, b * hk)](
+            *tiles, *_partial(sums, n, width), *rows, *shape, factor, *width, documents, CHUNK, **line
         )
-    dk, d_v = _empty(*k.shape, k), _empty(*v.shape, v)
-    key_value_gradients[(triton.cdiv(sk, block.n), b * hk)](
-        *tiles, *_tiles(dk, 1, block.n), *_tiles(d_v, 1, block.n), *partial, *rows,
-        *shape, rule.scale, factor,
-        *width, windowed, sinks, documents, CHUNK, block.m, block.n, **launch,
+    line = launch_options("attention_key_value_gradients", named)
+    (tiles, rows), n = read(line), line["BLOCK_N"]
+    dk, d_v = _empty(k, d), _empty(v, dv)
+    key_value_gradients[(triton.cdiv(sk, n), b * hk)](
+        *tiles, *_tiles(dk, 1, n), *_tiles(d_v, 1, n), *_partial(sums, n, width), *rows,
+        *shape, rule.scale, factor, *width, windowed, sinks, documents, CHUNK, **line,
     )  # fmt: skip
     return dk, d_v
+
+
+def _partial(sums: Tensor | None, rows: int, width: tuple[int, ...]) -> list[TensorDescriptor | None]:
+    """Descriptors of the partial sums of the sinks' gradients: both parts of K's and of V's."""
+    return [_tile(sums, [1, rows, part]) if sums is not None and part else None for part in width]
 
 
 def _shape(rule: Rule, q: Tensor, k: Tensor, unused: Tensor, starts: Tensor | None) -> list:
@@ -187,8 +183,9 @@ def _pack(groups: int) -> int:
     return min(groups & -groups, 8)
 
 
-def _empty(b: int, h: int, s: int, width: int, like: Tensor) -> Tensor:
-    """[b, h, s, width], stored as [s, b, h, width]."""
+def _empty(like: Tensor, width: int) -> Tensor:
+    """[b, h, s, width] of a tensor's b, h and s, stored as [s, b, h, width]."""
+    b, h, s, _ = like.shape
     return torch.empty(s, b, h, width, device=like.device, dtype=like.dtype).permute(1, 2, 0, 3)
 
 

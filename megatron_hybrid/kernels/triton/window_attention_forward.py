@@ -15,7 +15,7 @@ SHAPE = ("sq", "offset", "length", "window", "sinks", "heads", "groups", "row_st
 
 @triton.jit
 def read(x0, x1, b, h, r, HEADS: tl.constexpr, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
-    """Both parts [HEADS x ROWS, W0] and [HEADS x ROWS, W1] of rows r.. of heads h..; the second is the first if W1 = 0."""
+    """Rows r.. of heads h..: both parts, [HEADS x ROWS, W0] and [HEADS x ROWS, W1]; the first twice if W1 is 0."""
     part0 = x0.load([b, h, r, 0]).reshape(HEADS * ROWS, W0)
     part1 = part0
     if W1 > 0:
@@ -63,7 +63,7 @@ def key_block(n, sink_blocks, first, low, sinks, i1, SINKS: tl.constexpr, BLOCK_
     """Block n of a program's keys: (first key, end of the range that it belongs to)."""
     j0 = low + (n - sink_blocks) * BLOCK_N
     end = i1
-    if SINKS:
+    if SINKS:  # noqa: SIM102 - one is known when the kernel is compiled
         if n < sink_blocks:
             j0 = first + n * BLOCK_N
             end = first + sinks
