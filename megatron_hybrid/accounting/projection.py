@@ -30,3 +30,12 @@ class Part:
     def start(self, tp: int, rank: int) -> int:
         """First row of a rank's units."""
         return rank * self.units // tp * self.width
+
+
+ALIGNMENT = 8
+"""Elements of bf16 in 16 bytes, of which cuBLAS's fast kernels want whole multiples in a row."""
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of an input projection's product on one rank, zeros included (layers/aligned_linear.py)."""
+    return rows + -rows % ALIGNMENT

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_hybrid.accounting.activation_settings import ActivationSettings
 from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.sizes import Sizes
 
 FP32 = 4
@@ -78,9 +79,19 @@ def norm(r: Rank, rows: float, width: float, weight: bool = True, groups: float 
     return lines + [Saved("norm: normalised", (rows, width), FP32)] * (weight and r.cpu)
 
 
-def shared_rows(r: Rank, width: int, fewest_units: int) -> list[Saved]:
-    """The input projection's weight where ranks share rows of it: put together anew in each pass (layers/parts.py)."""
-    return [Saved("weight of own and shared rows", (width, r.whole.hidden), r.e)] * (fewest_units < r.layout.tp)
+def projected_columns(r: Rank, width: int, fewest_units: int | None = None) -> tuple[int, list[Saved]]:
+    """Columns of a mixer's input projection, padding included, and its weight where each pass puts it together anew.
+
+    That is where ranks share rows (layers/parts.py), and where rows of zeros are added (layers/aligned_linear.py).
+
+    Args:
+        width: Columns that the mixer reads.
+        fewest_units: Heads or groups of the part that has fewest; None where ranks share none.
+    """
+    shares = fewest_units is not None and fewest_units < r.layout.tp
+    columns = padded_rows(width) if shares or r.settings.backend == "torch" else width
+    weight = Saved("weight with shared rows and rows of zeros", (columns, r.whole.hidden), r.e)
+    return columns, [weight] * (shares or columns > width)
 
 
 def ffn(r: Rank, rows: float, width: float, routed: bool = False) -> list[Saved]:

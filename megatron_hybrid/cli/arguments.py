@@ -29,7 +29,6 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 # What upstream's fast paths need beyond torch. Our torch layers do without, on CUDA too.
 _TORCH_BACKEND_FLAGS = [
     "--transformer-impl=local",
-    "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
     "--no-persist-layer-norm",
     "--no-rope-fusion",
@@ -290,8 +289,6 @@ def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:
     flags = [*without(argv, "--num-virtual-stages-per-pipeline-rank"), *rules.defaults(argv)]
     if backend == "torch":
         flags += _TORCH_BACKEND_FLAGS
-    elif not has_module("fused_weight_gradient_mlp_cuda"):
-        flags.append("--no-gradient-accumulation-fusion")  # upstream's output layer needs Apex's kernel for it
     flags += saving.saving_flags(argv, device)
     if device == "cpu":
         asked = value(argv, "--distributed-backend", "gloo")

@@ -158,6 +158,3 @@ class IntraConfig:
     intra_sinks: int = 0
     """P layers: first tokens of the sequence, or of each packed document, that every query sees besides
     --intra-window."""
-
-    intra_overlap: bool = True
-    """P layers: run both branches one after the other on CUDA, instead of on two streams."""

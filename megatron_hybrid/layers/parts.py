@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
@@ -21,6 +20,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
 
 
 def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:
@@ -34,7 +34,7 @@ def shared_by_ranks(parameter: nn.Parameter) -> nn.Parameter:
     return parameter
 
 
-class SharedRowsLinear(ColumnParallelLinear):
+class SharedRowsLinear(AlignedColumnLinear):
     """Column-parallel linear without bias; several ranks may share some of its rows.
 
     Parts with fewer units than ranks (B and C of few groups, few key heads, a gate for each token) cannot be split.
@@ -70,7 +70,7 @@ class SharedRowsLinear(ColumnParallelLinear):
             skip_weight_param_allocation=True,
             **kwargs,
         )
-        # The weight of the product is a new tensor each time, so no gradient can be accumulated into it.
+        # Its gradient is that of many parts, of which each would be a narrow product of its own.
         self.gradient_accumulation_fusion = False
         self.parts = parts
         self.tp, self.tp_rank = tp_group.size(), tp_group.rank()

@@ -23,6 +23,8 @@ class Parts:
     """Norm before a linear; IdentityOp where the linear includes it."""
     normed_column: Any
     """Column-parallel linear after input_norm."""
+    mixer_column: Any
+    """The same for input projections of mixers, whose rows may be any number: of each head, dt or a gate has one."""
     column: Any
     row: Any
     core_attention: Any
@@ -31,7 +33,7 @@ class Parts:
 
     def with_shared_rows(self) -> "Parts":
         """For mixers with shared rows in their input projection, which Transformer Engine's linears do not support."""
-        return replace(self, input_norm=RMSNorm, normed_column=SharedRowsLinear)
+        return replace(self, input_norm=RMSNorm, mixer_column=SharedRowsLinear)
 
     def stored_as(self, norm: str, linear: str) -> dict[str, str]:
         """A norm's name to its name in checkpoints, which is that of Transformer Engine, whose linears hold norms."""
@@ -53,7 +55,7 @@ def mixer_layer(parts: Parts, linear: str, mixer: ModuleSpec) -> ModuleSpec:
     """A layer of a norm and a mixer: a ``TransformerLayer`` with the mixer in place of self-attention.
 
     Args:
-        linear: The attribute of the mixer that holds its first linear, ``parts.normed_column``.
+        linear: The attribute of the mixer that holds its first linear, which follows the norm.
     """
     return ModuleSpec(
         module=TransformerLayer,

@@ -15,6 +15,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
 from megatron_hybrid.layers.attention.module import TorchCoreAttention
 from megatron_hybrid.layers.moe.module import GroupedExperts
 from megatron_hybrid.layers.norm import RMSNorm, StandaloneRMSNorm
@@ -49,6 +50,7 @@ def torch_parts(num_experts: int | None) -> Parts:
         norm=StandaloneRMSNorm,
         input_norm=RMSNorm,
         normed_column=ColumnParallelLinear,
+        mixer_column=AlignedColumnLinear,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
         core_attention=TorchCoreAttention,
@@ -69,6 +71,7 @@ def te_parts(num_experts: int | None) -> Parts:
         norm=TENorm,
         input_norm=IdentityOp,
         normed_column=TELayerNormColumnParallelLinear,
+        mixer_column=TELayerNormColumnParallelLinear,
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,
         core_attention=TEDotProductAttention,

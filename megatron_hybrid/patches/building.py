@@ -13,18 +13,24 @@ NAME = "building"
 
 
 def tie_output_layers_of_heads(set_up: Callable) -> Callable:
-    """Takes the weight from a tied output layer beside prediction heads.
+    """Takes the weight from a tied output layer beside prediction heads; marks the one that it shares.
 
     A last stage with heads has a copy of the embedding, which is the output layer's weight as well
     (core/models/common/language_module/language_module.py:350). Upstream's GPT model allocates no other there, the
     hybrid one does, though nothing uses it: optimizer state of vocabulary x hidden, a failure at the first save (:497)
     and checkpoints of one process that do not load.
+
+    The embedding's weight then has two gradients on that stage: one is added to ``main_grad`` inside the output layer's
+    product, the other by the parameter's hook, which upstream calls for a marked weight alone (:259 marks it where the
+    model has one stage).
     """
 
     def setup_embeddings_and_output_layer(self: Any) -> None:
         if self.mtp_process and self.share_embeddings_and_output_weights:
             self.output_layer.weight = None  # as skip_weight_param_allocation leaves it
         set_up(self)
+        if self.mtp_process and self.share_embeddings_and_output_weights:
+            self.shared_embedding_or_output_weight().zero_out_wgrad = True
 
     return setup_embeddings_and_output_layer
 

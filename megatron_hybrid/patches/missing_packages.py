@@ -2,18 +2,24 @@
 Engine."""
 
 from collections.abc import Callable
+from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_hybrid.kernels import ssm_kernels
+from megatron_hybrid.kernels.weight_gradient import accumulate
 from megatron_hybrid.patches.adam import FusedAdam
 from megatron_hybrid.patches.patching import Patch, Table, Value
 
 MIXER = "megatron.core.ssm.mamba_mixer"
 DELTA = "megatron.core.ssm.gated_delta_net.common"
+LINEARS = "megatron.core.tensor_parallel.layers"
 OPTIMIZER = "megatron.core.optimizer"
 SHARDED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+GRADIENT_ACCUMULATION = "gradient accumulation in products"
 
 
 def extended_norm(there: Any) -> type:
@@ -80,6 +86,66 @@ GATED_DELTA_RULE = Table(
         _delta("l2norm", _l2norm, "of the package; None without it", 51),
     ),
 )
+
+
+def _accumulate(x: Tensor, dy: Tensor, total: Tensor) -> None:
+    """x [t, h], dy [t, n or more], total [n, h], in upstream's order."""
+    accumulate(total, dy, x)
+
+
+# for a total in fp32, and for one in the dtype of the product
+_PRODUCTS = SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate)
+
+
+def accumulate_where_there_is_a_buffer(linear: Callable) -> Callable:
+    """Upstream's linear on a weight without ``main_grad``, which only its DDP makes: gradients as torch gives them."""
+
+    @wraps(linear)  # with the attribute by which upstream warns once
+    def applied(
+        input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool, *args: Any, **kw: Any
+    ) -> Tensor:
+        return linear(input, weight, bias, gradient_accumulation_fusion and hasattr(weight, "main_grad"), *args, **kw)
+
+    return applied
+
+
+def gradient_accumulation(apex: bool) -> Table:
+    """Upstream's linears add weight gradients to ``main_grad`` inside the product, by torch instead of Apex.
+
+    Args:
+        apex: Upstream has found Apex's functions, whose place ours take: those know no padded gradients
+            (layers/aligned_linear.py).
+    """
+    upstream, contract = "core/tensor_parallel/layers.py", "accumulate_in_products"
+    reason = "a function of Apex's compiled part, which torch has too"
+    rows = (
+        Patch(
+            LINEARS,
+            "fused_weight_gradient_mlp_cuda",
+            Value(_PRODUCTS),
+            reason,
+            f"{upstream}:51",
+            adds=not apex,
+            contract=contract,
+        ),
+        Patch(
+            LINEARS,
+            "_grad_accum_fusion_available",
+            Value(True),
+            "upstream's linears refuse without Apex",
+            f"{upstream}:49",
+            contract=contract,
+        ),
+        Patch(
+            LINEARS,
+            "linear_with_grad_accumulation_and_async_allreduce",
+            accumulate_where_there_is_a_buffer,
+            "the backward pass of a layer without DDP fails",
+            f"{upstream}:755",
+            contract=contract,
+        ),
+    )
+    return Table(GRADIENT_ACCUMULATION, rows)
 
 
 def lacks_fused_adam() -> bool:

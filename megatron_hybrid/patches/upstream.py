@@ -5,11 +5,12 @@ do not start or are trained wrong; :mod:`.optimizer_state`, without which checkp
 :mod:`.routers`; and the gated delta rule of :mod:`.missing_packages` where flash-linear-attention is missing.
 """
 
+import importlib
 import importlib.util
 
 from megatron_hybrid import kernels
 from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_state, parsing, routers
-from megatron_hybrid.patches.patching import install
+from megatron_hybrid.patches.patching import install, is_installed
 
 
 def prepare(device: str, stack: type) -> list[str]:
@@ -35,6 +36,9 @@ def prepare(device: str, stack: type) -> list[str]:
         notes.append("Mamba-2 kernels: plain PyTorch (mamba_ssm is not in use)")
     if not has_module("fla"):
         install(missing_packages.GATED_DELTA_RULE)
+    if not is_installed(missing_packages.GRADIENT_ACCUMULATION):
+        linears = importlib.import_module(missing_packages.LINEARS)
+        install(missing_packages.gradient_accumulation(hasattr(linears, "fused_weight_gradient_mlp_cuda")))
     if missing_packages.lacks_fused_adam():
         install(missing_packages.FUSED_ADAM)
         notes.append("Adam: plain PyTorch (neither Transformer Engine nor Apex can be imported)")

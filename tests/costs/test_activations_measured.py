@@ -139,6 +139,9 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-method"
 TP2, SP, CP2 = "--tensor-model-parallel-size 2", "--sequence-parallel", "--context-parallel-size 2"
 
+ODD = "--mamba-num-heads 18 --intra-ssm-dim 192 --linear-num-key-heads 6 --linear-num-value-heads 6"
+"""M, P and G have input projections of 1,362, 806 and 780 rows."""
+
 
 def agree(found, symbols):
     """Of each layer: the rank that holds most; of experts the mean, since routing decides on each rank's share."""
@@ -157,6 +160,8 @@ def agree(found, symbols):
         (1, "*WMPEG-", SHORT),
         (1, "*WMPE-", LONG),  # twice as long: what grows with the square shows
         (1, "*WMPEG-", f"{LONG} --bf16"),
+        (1, "MPG", f"{SHORT} {ODD} --bf16"),  # input projections are padded
+        (2, "MPG", f"{SHORT} {ODD} {TP2} {SP} --hybrid-recompute ssm"),
         (1, "*-MP", f"{SHORT} --hidden-dropout 0.1 --position-embedding-type none"),
         (1, "*WP-E", f"{SHORT} --rotary-percent 0.5 --squared-relu --moe-shared-expert-gate"),
         (1, "*WMPE-", f"{SHORT} {SELECTIVE} core_attn mlp moe --hybrid-recompute ssm"),

@@ -37,7 +37,6 @@ peak MiB: the worst moment beyond weights, input and output gradient: activation
 bound ms: the larger of FLOPs (costs/flops.py, forward x 3) at the speed of a large square product, and least
   memory traffic (benchmarks/single_layers.py, `traffic`) at the speed of a large copy, both measured in this run.
 roofline: bound / median. The scan counts as the chunked products that its mask leaves.
-P overlapped: both branches on two CUDA streams. P in order: --no-intra-overlap.
 attention alone: P's attention branch (its heads, narrow Q and K, wide V) between an input and an output projection of
   its own; upstream's attention cannot have values wider than queries. No norm of its output.
 mamba alone: the stock M layer with P's ssm width and head size, gated norm included.
@@ -48,15 +47,14 @@ ratio: median (and range) of the ratios within one round, and that of the fastes
 """.strip()
 
 
-def intra_cases(preset: str, d: IntraDesign, cuda: bool) -> list[Case]:
+def intra_cases(preset: str, d: IntraDesign) -> list[Case]:
     """P, each of its mixers alone, and both as two layers."""
     chosen = ["--intra-preset", preset]
     mamba = f"--mamba-num-heads {d.ssm_heads} --mamba-head-dim {d.ssm_head_dim} --intra-ssm-head-dim {d.ssm_head_dim}"
     separate = [*chosen, *mamba.split()]
     symbols = {"attention": "P", "mamba": "M"}
     return [
-        *([Case("P overlapped", "P", chosen, preset)] if cuda else []),
-        Case("P in order", "P", [*chosen, "--no-intra-overlap"], preset),
+        Case("P", "P", chosen, preset),
         *(Case(f"{kind} alone", symbols[kind], separate, preset, "P") for kind in dict.fromkeys(d.branches)),
         Case("one after the other", "".join(symbols[kind] for kind in d.branches), separate, preset, "P"),
     ]
@@ -71,7 +69,7 @@ def ratios_of(rows: list[dict[str, Any]], d: IntraDesign) -> list[dict[str, Any]
         "one after the other": times.get("one after the other", []),
     }
     found = []
-    for name in (name for name in times if name.startswith("P ")):
+    for name in (name for name in times if name == "P"):
         for rival, theirs in rivals.items():
             each = [ours / other for ours, other in zip(times[name], theirs, strict=False)]
             if each:
@@ -113,7 +111,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         rows = [row for row in timed if row["length"] == length]
         medians = [row["median_ms"] for row in rows]
         low, high = ([abs(f(r["times_ms"]) - r["median_ms"]) for r in rows] for f in (min, max))
-        color = ["C1" if r["name"].startswith("P ") else "C0" if r["preset"] else "C7" for r in rows]
+        color = ["C1" if r["name"] == "P" else "C0" if r["preset"] else "C7" for r in rows]
         ax.barh(range(len(rows)), medians, xerr=[low, high], color=color, error_kw={"linewidth": 0.8})
         ax.plot([r["bound_ms"] for r in rows], range(len(rows)), "k|", label="roofline bound")
         ax.set_yticks(range(len(rows)), [f"{r['preset']} {r['name']}".strip() for r in rows], fontsize=8)
@@ -200,7 +198,7 @@ def run(bench: Bench, options: argparse.Namespace, peaks: dict[str, float]) -> d
         rows, ratios = bench.measure(stock, length, peaks), []
         print_rows(rows)
         for preset, d in designs.items():
-            block = bench.measure(intra_cases(preset, d, bench.cuda), length, peaks)
+            block = bench.measure(intra_cases(preset, d), length, peaks)
             print_rows(block)
             rows += block
             ratios += ratios_of(block, d)

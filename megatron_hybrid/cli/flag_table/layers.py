@@ -96,9 +96,10 @@ FAMILIES: dict[str, list[Row]] = {
         yes(
             "backend torch has none of these fusions",
             """--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
-            --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --disable-jit-fuser
+            --no-rope-fusion --no-persist-layer-norm --disable-jit-fuser
             --cross-entropy-loss-fusion --cross-entropy-fusion-impl --no-clone-scatter-output-in-embedding""",
         ),
+        yes("by default gradients are added inside the products that make them", "--no-gradient-accumulation-fusion"),
         ours("`--backend te` or `torch`", "--transformer-impl"),
         idle("Megatron no longer reads it", "--use-flash-attn --use-mcore-models --onnx-safe"),
         yes("", "--enable-experimental"),

@@ -11,26 +11,26 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     # (kernel, shape class): arguments of its launch
     # causal_conv: channels of a block, tokens that a program steps through (a multiple of 4), stages of its loads;
     # class: bytes of an element, and whether there are documents (tools/benchmarks/convolution.py).
-    # Chosen by registers and bytes in flight, not yet by a search.
-    ("causal_conv_forward", "2"): {"CHANNELS": 256, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
+    # Those with documents, and those of 4 bytes: by registers and bytes in flight, not yet by a search.
+    ("causal_conv_forward", "2"): {"CHANNELS": 128, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
     ("causal_conv_forward", "4"): {"CHANNELS": 128, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
-    ("causal_conv_forward", "2 documents"): {"CHANNELS": 256, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
+    ("causal_conv_forward", "2 documents"): {"CHANNELS": 128, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
     ("causal_conv_forward", "4 documents"): {"CHANNELS": 128, "TOKENS": 64, "STAGES": 1, "num_warps": 1},
     ("causal_conv_backward", "2"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 3, "num_warps": 1, "maxnreg": 128},
     ("causal_conv_backward", "4"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     ("causal_conv_backward", "2 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     ("causal_conv_backward", "4 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
-    # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy (the heads of a group are split over
-    # more programs only below that); class: bytes of an element.
+    # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy, and the heads of a group are split
+    # over more programs only below that; class: bytes of an element.
     ("scan_states", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
     ("scan_states", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
     ("scan_output", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
     ("scan_output", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_output_backward", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
     ("scan_output_backward", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
-    ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 2},
     ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
-    ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
+    ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
     # Attention: queries (of all heads that a program takes) and keys of a block; class: the greatest head size up to
     # which a line is taken (tools/benchmarks/attention.py). Chosen by registers and occupancy, not yet by a search.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hybrid.kernels.columns import GradientPlace
 from megatron_hybrid.kernels.conv import document_number
 from megatron_hybrid.kernels.triton import scan
 from megatron_hybrid.kernels.triton.causal_conv import causal_conv_backward, causal_conv_forward
@@ -62,11 +63,11 @@ def mamba_split_conv_scan(
     if rest or states < 1 or zxbcdt.shape[-1] != width or A.shape[0] % groups:
         raise ValueError(
             f"the projection is {zxbcdt.shape[-1]} and the convolution {conv_weight.shape[0]} channels wide; "
-            f"{A.shape[0]} heads of {head_dim} and {groups} groups need {inner} + 2 x {groups} x d_state channels in the "
-            f"convolution, {inner} + {A.shape[0]} more in the projection, and heads that are a multiple of the groups"
+            f"{A.shape[0]} heads of {head_dim} and {groups} groups need {inner} + 2 x {groups} x d_state channels in "
+            f"the convolution, {inner} + {A.shape[0]} more in the projection, and a multiple of {groups} heads"
         )
     if D.numel() == A.shape[0]:
-        D = D.reshape(-1, 1).expand(-1, head_dim).reshape(-1)  # [h p]
+        D = D.repeat_interleave(head_dim)  # [h p]
     documents = None if seq_idx is None else document_number(seq_idx).int().contiguous()  # [b, s]
     y, final = _Core.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, documents, (head_dim, groups), dt_limit,
@@ -85,7 +86,7 @@ class _Core(torch.autograd.Function):
         s, b, _ = zxbcdt.shape
         weight = weight.contiguous()
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, initial_states, documents)
-        ctx.sizes, ctx.dt_limit = sizes, dt_limit
+        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, GradientPlace(zxbcdt)
         convolved = _convolve(zxbcdt, weight, bias, documents, A.shape[0] * sizes[0])
         y = zxbcdt.new_empty(s, b, A.shape[0] * sizes[0])
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, sizes, dt_limit)
@@ -98,7 +99,7 @@ class _Core(torch.autograd.Function):
         inner = A.shape[0] * ctx.sizes[0]
         convolved = _convolve(zxbcdt, weight, bias, documents, inner)
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, ctx.sizes, ctx.dt_limit)
-        d_zxbcdt = torch.empty_strided(zxbcdt.shape, zxbcdt.stride(), dtype=zxbcdt.dtype, device=zxbcdt.device)
+        d_zxbcdt = ctx.place.make()  # [s, b, z x B C dt]
         d_convolved = torch.empty_like(convolved)
         to = _inputs(d_zxbcdt, d_convolved, dt_bias, A, D, None, None, ctx.sizes, ctx.dt_limit)
         if d_y.stride(-1) != 1:
@@ -127,9 +128,7 @@ def _channels(zxbcdt: Tensor, inner: int, weight: Tensor) -> Tensor:
 def _convolve(zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, inner: int) -> Tensor:
     """[s, b, z x B C dt] to the convolved channels, [s, b, c]."""
     out = zxbcdt.new_empty(*zxbcdt.shape[:2], weight.shape[0])
-    causal_conv_forward(
-        _channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1)
-    )
+    causal_conv_forward(_channels(zxbcdt, inner, weight), weight, bias, documents, None, True, out.transpose(0, 1))
     return out
 
 
@@ -144,7 +143,7 @@ def _inputs(
     x, B, C = convolved.transpose(0, 1).split([inner, states, states], -1)  # [b, s, h p], [b, s, g n] twice
     z, _, raw_steps = zxbcdt.transpose(0, 1).split([inner, convolved.shape[-1], A.shape[0]], -1)
     first = None if initial_states is None else initial_states.float().contiguous()
+    dt_bias, A, D = (t.float().contiguous() for t in (dt_bias, A, D))
     return scan.Scan(
-        x, z, B, C, raw_steps, dt_bias.float(), A.float(), D.float(), documents, first, head_dim, groups,
-        limits=dt_limit,
+        x, z, B, C, raw_steps, dt_bias, A, D, documents, first, head_dim, groups, limits=dt_limit,
     )  # fmt: skip

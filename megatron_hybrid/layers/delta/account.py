@@ -3,7 +3,7 @@
 from math import ceil
 
 from megatron_hybrid.accounting.cache import Cache
-from megatron_hybrid.accounting.saved import FP32, Rank, Saved
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import Convention, pairs_in_chunks
 from megatron_hybrid.accounting.sizes import Sizes
@@ -100,7 +100,8 @@ class DeltaAccount(Account):
             Saved("normed, its gate, the gate activated", (t, v, 1), e + 2 * FP32),
             Saved("input of the output projection", (r.tokens, v * cp), e),
         ]
-        return [*lines, *(_torch_rule if r.cpu else _fla_rule)(r, t, value_heads), *gated_norm]
+        _, weight = projected_columns(r, self.linears(s)[0][1])
+        return [*weight, *lines, *(_torch_rule if r.cpu else _fla_rule)(r, t, value_heads), *gated_norm]
 
     def exchanges(self, m: MicroBatch) -> list[Exchange]:
         """The projected input to whole sequences of some heads, the result back (core/ssm/gated_delta_net)."""

@@ -16,7 +16,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
     installed = common.chunk_gated_delta_rule is not None
     mixer = ModuleSpec(
         module=GatedDeltaNet if installed else TorchGatedDeltaNet,
-        submodules=GatedDeltaNetSubmodules(in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row),
+        submodules=GatedDeltaNetSubmodules(in_proj=parts.mixer_column, out_norm=parts.norm, out_proj=parts.row),
     )
     return mixer_layer(parts, "in_proj", mixer)
 

@@ -13,7 +13,7 @@ from megatron_hybrid.accounting.attention_core import (
     rope,
 )
 from megatron_hybrid.accounting.cache import Cache
-from megatron_hybrid.accounting.saved import FP32, Rank, Saved, shared_rows
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import (
     CONV_WIDTH,
@@ -128,8 +128,8 @@ class IntraAccount(Account):
         if "attention" in d.branches:
             refuse_dropout(r)
         width = sum(part.rows for part in d.in_parts)
-        projected = Saved("input projection", (t, width), e)
-        weight = shared_rows(r, width, min(part.units for part in self.design(r.whole).in_parts))
+        columns, weight = projected_columns(r, width, min(part.units for part in self.design(r.whole).in_parts))
+        projected = Saved("input projection", (t, columns), e)
         out = Saved("fused, input of the output projection", (t, sum(d.out_parts.values())), e)
         if not r.keeps("intra"):
             table = Saved("RoPE: angles", angles(r, d.qk_head_dim), FP32)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_hybrid.kernels.columns import split_columns
+
 
 class BranchInputs:
     """Splits the projection's output into the inputs of both branches and the gate.
@@ -21,12 +23,12 @@ class BranchInputs:
         self.has_gate = "gate" in widths
 
     def split(self, projected: Any) -> tuple[list[list[Any]], Any | None]:
-        """[s, b, sum of widths] to views, [s, b, w] each.
+        """[s, b, sum of widths or more] to views, [s, b, w] each; what is behind them is padding.
 
         Returns:
             For each branch its views, to be put together in their order; and the gate's logits, None without a gate.
         """
-        pieces = projected.split(self.chunk_widths, -1)
+        pieces = split_columns(projected, self.chunk_widths)
         return [[pieces[i] for i in reads] for reads in self.reads], pieces[-1] if self.has_gate else None
 
 

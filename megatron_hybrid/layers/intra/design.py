@@ -57,7 +57,6 @@ class IntraDesign:
     """Groups that the norm takes in a branch; None: one for each head."""
     window: int | None = None
     sinks: int = 0
-    overlap: bool = True
 
     @property
     def qk_head_dim(self) -> int:
@@ -210,21 +209,10 @@ def design(args: Any) -> IntraDesign:
         norm_groups=get("intra_norm_groups"),
         window=get("intra_window"),
         sinks=get("intra_sinks", 0),
-        overlap=get("intra_overlap", True) and _may_overlap(branches, get("overlap_param_gather", False)),
     )
     check_axes(result)
     check_widths(result)
     return result
-
-
-def _may_overlap(branches: tuple[str, ...], gathers_parameters: bool) -> bool:
-    """Whether the branches may run on two streams.
-
-    Two attentions fill the device one by one, and would share masks that one of them is still making. Under
-    ``--overlap-param-gather`` the first branch to need a bucket of parameters waits for it on its own stream: two
-    Mamba branches may need the same one.
-    """
-    return branches == ("attention", "mamba") or branches == ("mamba", "mamba") and not gathers_parameters
 
 
 def check_axes(d: IntraDesign) -> None:

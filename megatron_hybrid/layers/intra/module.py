@@ -13,7 +13,6 @@ s/(cp tp) under sequence parallelism.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
@@ -54,7 +54,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
             "a_init_range": tuple(args.mamba_a_init_range),
             "recompute": tuple(args.hybrid_recompute),
         },
-        submodules=IntraSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+        submodules=IntraSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
     return mixer_layer(parts, "in_proj", mixer)
 
@@ -140,7 +140,7 @@ class IntraHybrid(MegatronModule):
 
     Two separate mixers would cost two all-gathers and two reduce-scatters under sequence parallelism and four matrix
     products; the fused projections cost one, one and two. The module takes the place of self-attention in a
-    ``TransformerLayer``. On CUDA the branches run on two streams.
+    ``TransformerLayer``.
 
     Args:
         design: Axes and global widths.
@@ -196,12 +196,15 @@ class IntraHybrid(MegatronModule):
         config, tp = self.config, self.tp_group.size()
         shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         in_proj = getattr(submodules.in_proj, "module", submodules.in_proj)
+        own: dict[str, Any] = {"keeps_padding": True} if issubclass(in_proj, AlignedColumnLinear) else {}
+        if in_proj is SharedRowsLinear:
+            own["parts"] = self.design.in_parts
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
             tp * sum(self.in_parts.values()),
             **shared,
-            **({"parts": self.design.in_parts} if in_proj is SharedRowsLinear else {}),
+            **own,
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -245,7 +248,7 @@ class IntraHybrid(MegatronModule):
         if inference_context is not None:
             raise ValueError("P layers have no inference cache yet: run the model on whole sequences.")
         angles = rotary_table(self.rotary, hidden_states, self.config, None, packed_seq_params)  # [s/cp, 1, 1, d]
-        projected, _ = self.in_proj(hidden_states)  # [s/cp, b, i/tp]
+        projected, _ = self.in_proj(hidden_states)  # [s/cp, b, i/tp or a few zeros more]
         if self.recompute and self.training:
             # checkpoint takes only tensors, and packed_seq_params is none
             run = lambda x, angles: self._between(x, angles, packed_seq_params)  # noqa: E731
@@ -255,7 +258,7 @@ class IntraHybrid(MegatronModule):
         return self.out_proj(fused)
 
     def _between(self, projected: Tensor, angles: Tensor | None, packed_seq_params: Any) -> Tensor:
-        """[s/cp, b, i/tp] to [s/cp, b, o/tp]."""
+        """[s/cp, b, i/tp or more] to [s/cp, b, o/tp]."""
         branches, gate = self.inputs.split(projected)  # gate [s/cp, b, 1 or 2] or None
 
         def run(branch: int) -> Tensor:
@@ -266,13 +269,7 @@ class IntraHybrid(MegatronModule):
                 return module(x, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
             return module(x, packed_seq_params=packed_seq_params)[0]
 
-        if self.design.overlap and projected.is_cuda:
-            documents = packed_seq_params.seq_idx if packed_seq_params is not None else None
-            first, second = side_by_side(run, [t for t in (projected, angles, documents) if t is not None])
-        else:
-            second, first = run(1), run(0)  # as with two streams, which draw random numbers in this order
-        # first and second: [s/cp, b, w/tp]
-        return self.fusion(first, second, gate)
+        return self.fusion(run(0), run(1), gate)  # of two tensors [s/cp, b, w/tp]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """The fused weights are stored part by part, so that they load at any tensor-parallel size."""
@@ -282,26 +279,3 @@ class IntraHybrid(MegatronModule):
             store_by_parts(result, f"{prefix}in_proj.weight", self.in_parts)
         store_by_parts(result, f"{prefix}out_proj.weight", self.out_parts, dim=1)
         return result
-
-
-def side_by_side(run: Callable[[int], Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``run(0)`` on the current CUDA stream and ``run(1)`` on a second one; both read ``sources``.
-
-    The backward pass needs no code: autograd runs each node on the stream of its forward pass and synchronises where a
-    gradient changes streams. Tensors used on both streams are recorded, so that their memory is not reused too early.
-    """
-    main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        second = run(1)
-    first = run(0)
-    main.wait_stream(side)
-    for source in sources:
-        source.record_stream(side)
-    second.record_stream(main)
-    return first, second
-
-
-@functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

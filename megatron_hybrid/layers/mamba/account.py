@@ -1,7 +1,7 @@
 """Costs of Mamba-2: ``M``."""
 
 from megatron_hybrid.accounting.cache import Cache
-from megatron_hybrid.accounting.saved import FP32, Rank, Saved, shared_rows
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import (
     CONV_WIDTH,
@@ -60,10 +60,10 @@ class MambaAccount(Account):
         s, t = r.s, r.tokens
         inner = s.mamba_heads * s.mamba_head_dim
         width = 2 * inner + 2 * s.mamba_groups * s.state_dim + s.mamba_heads
-        weight = shared_rows(r, width, r.whole.mamba_groups)
+        columns, weight = projected_columns(r, width, r.whole.mamba_groups)
         out = Saved("normed, input of the output projection", (t, inner), r.e)
         if not r.keeps("ssm"):
-            return [*weight, Saved("z x B C dt", (t, width), r.e), out]
+            return [*weight, Saved("z x B C dt", (t, columns), r.e), out]
         core = scan_saved(r, s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_dim)
         if r.whole.mamba_groups >= r.layout.tp:
             gated_norm = saved_norm(r, t, inner, groups=s.mamba_groups)

@@ -40,7 +40,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
     mixer = ModuleSpec(
         module=HybridMambaMixer,
         params={"A_init_range": tuple(args.mamba_a_init_range), "recompute": "ssm" in args.hybrid_recompute},
-        submodules=MambaMixerSubmodules(in_proj=parts.normed_column, out_proj=parts.row),
+        submodules=MambaMixerSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
     return ModuleSpec(
         module=MambaLayer,

@@ -101,8 +101,16 @@ class GroupedLinears(torch.nn.Module):
 class GroupedExperts(SequentialMLP):
     """SequentialMLP (core/transformer/moe/experts.py:1260) on grouped products, where :func:`can_group` allows them.
 
-    Parameters, checkpoints and results are the same.
+    Parameters, checkpoints and results are the same. Gradients of the loop's linears are not accumulated inside their
+    products: one step may take both ways, and upstream leaves out the gradient of a weight whose other product
+    accumulates (core/distributed/distributed_data_parallel.py:490).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for expert in self.local_experts:
+            expert.linear_fc1.gradient_accumulation_fusion = False
+            expert.linear_fc2.gradient_accumulation_fusion = False
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor

@@ -6,6 +6,7 @@ from tests.patches.contract import (
     DELTA,
     DISPATCHER,
     LANGUAGE,
+    LINEARS,
     MAPPINGS,
     MIXER,
     MTP,
@@ -174,6 +175,15 @@ CONTRACTS = [
         holds=("if self.pre_process or getattr(self, 'mtp_process', False):",),
     ),
     _C(
+        "tie_output_layers_of_heads",
+        LANGUAGE,
+        "LanguageModule.setup_embeddings_and_output_layer",
+        holds=(
+            "if self.config.pipeline_model_parallel_size == 1:\n        self.shared_embedding_or_output_weight()"
+            ".zero_out_wgrad = True\n        return",
+        ),
+    ),
+    _C(
         "log_router_losses_of_all_layers",
         ROUTER_LOG,
         "MoEMetricsTracker.record",
@@ -276,6 +286,57 @@ CONTRACTS = [
         ROUTER_LOG,
         "MoEMetricsTracker.report",
         holds=("self._sync_metrics(", "self._count_moe_layers("),
+    ),
+    _C(
+        "accumulate_in_products",
+        LINEARS,
+        "LinearWithGradAccumulationAndAsyncCommunication.forward",
+        holds=("if gradient_accumulation_fusion and hasattr(weight, 'main_grad'):",),
+    ),
+    _C(
+        "accumulate_in_products",
+        LINEARS,
+        "LinearWithGradAccumulationAndAsyncCommunication.backward",
+        "ctx grad_output",
+        (
+            "wgrad_gemm_accum_fp32(total_input, grad_output, weight.main_grad)",
+            "wgrad_gemm_accum_fp16(total_input, grad_output, weight.main_grad)",
+            # of a padded weight, which has no such attribute, the gradient is None
+            "if hasattr(weight, 'grad_added_to_main_grad'):",
+            "else:\n            grad_weight = None",
+            "if getattr(weight, 'zero_out_wgrad', False):",
+        ),
+    ),
+    _C(
+        "accumulate_in_products",
+        LINEARS,
+        "linear_with_grad_accumulation_and_async_allreduce",
+        "input weight bias gradient_accumulation_fusion allreduce_dgrad sequence_parallel grad_output_buffer "
+        "wgrad_deferral_limit tp_group gtp_remat_size",
+        ("linear_with_grad_accumulation_and_async_allreduce.warned = True",),
+    ),
+    _C(
+        "accumulate_in_products",
+        LINEARS,
+        "ColumnParallelLinear.forward",
+        holds=(
+            "self._forward_impl(input=input_parallel, weight=weight, bias=bias, gradient_accumulation_fusion="
+            "self.gradient_accumulation_fusion",
+        ),
+    ),
+    _C(
+        "accumulate_in_products",
+        LINEARS,
+        holds=("_grad_accum_fusion_available = True\ntry:\n    import fused_weight_gradient_mlp_cuda\n",),
+    ),
+    _C(
+        "accumulate_in_products",
+        "core/distributed/distributed_data_parallel.py",
+        holds=(
+            "if param.grad is not None and (not param.grad_added_to_main_grad or getattr(param, 'zero_out_wgrad', "
+            "False)):",
+            "param.grad_added_to_main_grad = False",
+        ),
     ),
     _C("postpone", "core/timers.py", holds=("import wandb",)),
 ]
