@@ -68,7 +68,8 @@ def main(argv: list[str], hooks: Mapping[str, Wrapper] | None = None) -> None:
 
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack) + args.notes + throughput.peak_notes(args, peak)
+    notes = upstream.prepare(device, HybridLayerStack, args.ssm_kernels)
+    notes += args.notes + throughput.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:
             print(report.describe(args, command, counted, drawn))

@@ -28,7 +28,7 @@ from megatron_hybrid.cli.recipes import recipe as known_recipe
 
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0"""
 OURS = "ours"
-RIVALS: dict[str, str] = {}
+RIVALS = {"before": "--ssm-kernels mamba_ssm"}
 """What a run can use in place of this package's kernels, by name: flags."""
 
 
@@ -178,7 +178,6 @@ def _largest_micro_batch(argv: list[str], options: argparse.Namespace) -> int:
     import torch
 
     from megatron_hybrid.costs.hardware import MICRO_BATCHES, gpu_of_device
-    from megatron_hybrid.kernels import ssm_backend
     from megatron_hybrid.plan import subject
 
     gpu = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -186,8 +185,7 @@ def _largest_micro_batch(argv: list[str], options: argparse.Namespace) -> int:
         raise ValueError("--micro-batch-size is not given, and the memory of this machine's GPU is not known: give it.")
     batch = max(MICRO_BATCHES) * options.micro_batches * _replicas(argv, options.processes)
     words = [*argv, "--global-batch-size", str(batch)]
-    scan = ssm_backend("cuda") == "mamba_ssm"
-    return subject.read(words, options.processes, mamba_ssm=scan, memory=gpu.capacity).args.micro_batch_size
+    return subject.read(words, options.processes, memory=gpu.capacity).args.micro_batch_size
 
 
 def measure(

@@ -241,7 +241,7 @@ def build(args: Any, device: str) -> Any:
     from megatron_hybrid.model.stack import HybridLayerStack
     from megatron_hybrid.patches import upstream
 
-    upstream.prepare(device, HybridLayerStack)
+    upstream.prepare(device, HybridLayerStack, args.ssm_kernels)
     with upstream_errors_as_value_errors():
         config = model_config(args)
     return weights.build_on_one_process(config)

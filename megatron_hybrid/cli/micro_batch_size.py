@@ -48,11 +48,9 @@ def for_this_device(command: Command, device: str) -> Command:
         return command
     from megatron_hybrid.checkpoint import agreement
     from megatron_hybrid.cli import arguments
-    from megatron_hybrid.kernels import ssm_backend
 
     world = None if command.print_config else int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments.parse(command.argv, device, print_config=True, world=world)
-    args.mamba_ssm = ssm_backend(device) == "mamba_ssm"
 
     def decide(ask: Any) -> dict[str, Any]:
         memory = min(float(text) for text in ask(Path()))
@@ -75,7 +73,7 @@ def for_memory(command: Command, args: Namespace, memory: float, assumed: Mappin
     Args:
         args: Megatron's arguments of the command, validated.
         memory: Bytes of a GPU.
-        assumed: Attributes of ``args`` that are otherwise on the machine of the run: ``backend``, ``mamba_ssm``.
+        assumed: Attributes of ``args`` that are otherwise on the machine of the run: ``backend``, ``ssm_kernels``.
     """
     if not command.micro_batch_is_free or args.device != "cuda":
         return command

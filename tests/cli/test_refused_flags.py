@@ -41,6 +41,8 @@ REFUSED = [
     ("*- --normalization LayerNorm", ["--normalization LayerNorm", "RMSNorm"]),
     ("*- --fp8-format hybrid", ["--fp8-format", "--backend te"]),
     ("*- --backend te", ["--backend te", "CUDA", "--backend torch"]),
+    ("M- --ssm-kernels triton", ["--ssm-kernels triton", "needs a CUDA device", "use torch"]),
+    ("M- --ssm-kernels mamba_ssm", ["--ssm-kernels mamba_ssm", "needs a CUDA device"]),
     ("*- --device cuda", ["--device cuda", "--device cpu"]),
     ("*- --distributed-backend nccl", ["nccl", "gloo"]),
     ("*- --cuda-graph-impl local", ["--cuda-graph-impl", "CUDA device"]),
