@@ -66,9 +66,10 @@ def main(argv: list[str], hooks: Mapping[str, Wrapper] | None = None) -> None:
     except Unreachable as error:
         refuse(error, 1)
 
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack, args.ssm_kernels)
+    notes = upstream.prepare(device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
     notes += args.notes + throughput.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
 from megatron_hybrid.accounting.sizes import setting
 
@@ -99,6 +100,8 @@ class ActivationSettings:
     """Documents are kept apart."""
     fused_activation: bool = True
     """On CUDA, SwiGLU is one operation, routing probabilities included; squared ReLU with them likewise."""
+    fused_loss: bool = True
+    """Output head and loss are one function, which keeps gradients in place of the softmax."""
     recompute: Recompute = Recompute()
 
     @classmethod
@@ -129,6 +132,7 @@ class ActivationSettings:
             fused_activation=get("bias_swiglu_fusion", True)
             if get("swiglu")
             else bool(get("use_fused_weighted_squared_relu")),
+            fused_loss=fuses_loss(args),
             recompute=recompute,
         )
 

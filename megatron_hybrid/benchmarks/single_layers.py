@@ -126,10 +126,11 @@ class Bench:
         from megatron.core import mpu
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        from megatron_hybrid.model.loss_head import HybridLossModel
         from megatron_hybrid.model.stack import HybridLayerStack
 
         logging.getLogger("megatron").setLevel(logging.WARNING)
-        self.notes = upstream.prepare(options.device, HybridLayerStack, args.ssm_kernels)
+        self.notes = upstream.prepare(options.device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
         torch.distributed.init_process_group("nccl" if self.cuda else "gloo")
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

@@ -2,15 +2,24 @@
 
 On CUDA with Transformer Engine and mamba_ssm's kernels these remain: :mod:`.parsing` and :mod:`.building`, without
 which hybrids do not start or are trained wrong; :mod:`.optimizer_state`, without which checkpoints are not saved,
-loaded or right; :mod:`.routers`; and the gated delta rule of :mod:`.missing_packages` where flash-linear-attention is
-missing.
+loaded or right; :mod:`.routers`; :mod:`.experts` and :mod:`.swiglu_kernels`, for speed; and the gated delta rule of
+:mod:`.missing_packages` where flash-linear-attention is missing.
 """
 
 import importlib
 import importlib.util
 
 from megatron_hybrid import kernels
-from megatron_hybrid.patches import building, gloo, missing_packages, optimizer_state, parsing, routers
+from megatron_hybrid.patches import (
+    building,
+    experts,
+    gloo,
+    missing_packages,
+    optimizer_state,
+    parsing,
+    routers,
+    swiglu_kernels,
+)
 from megatron_hybrid.patches.patching import install, is_installed
 
 MAMBA_KERNELS: dict[kernels.SsmBackend, str] = {
@@ -20,12 +29,13 @@ MAMBA_KERNELS: dict[kernels.SsmBackend, str] = {
 }
 
 
-def prepare(device: str, stack: type, ssm_backend: kernels.SsmBackend | None = None) -> list[str]:
-    """Makes this process ready to build and train hybrid models. A second call with the same stack changes nothing.
+def prepare(device: str, stack: type, model: type, ssm_backend: kernels.SsmBackend | None = None) -> list[str]:
+    """Makes this process ready to build and train hybrid models. A second call with the same classes changes nothing.
 
     Args:
         device: ``cpu`` or ``cuda``.
         stack: The class that builds the layers of a pattern.
+        model: The class of the whole model.
         ssm_backend: The kernels of Mamba-2 layers; default as :func:`megatron_hybrid.kernels.ssm_backend` chooses.
 
     Returns:
@@ -33,12 +43,14 @@ def prepare(device: str, stack: type, ssm_backend: kernels.SsmBackend | None = N
         to be shown to the user.
 
     Raises:
-        RuntimeError: The process is prepared with another stack, or other kernels.
+        RuntimeError: The process is prepared with other classes or kernels.
     """
     notes = []
     parsing.register_symbols()
-    install(building.building(stack))
+    install(building.building(stack, model))
     install(routers.TABLE)
+    install(experts.TABLE)
+    install(swiglu_kernels.TABLE)
     install(optimizer_state.TABLE)
     chosen = ssm_backend or kernels.ssm_backend(device)
     if chosen != "mamba_ssm":

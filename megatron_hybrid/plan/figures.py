@@ -61,6 +61,7 @@ def _implementation(s: Subject) -> Figures:
     return {
         "backend": settings.backend,
         "scan": settings.ssm_kernels if settings.device == "cuda" else "torch",
+        "loss": "fused" if settings.fused_loss else "plain",
         "recompute": again.method or sorted(again.modules),
     }
 

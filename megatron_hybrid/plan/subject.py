@@ -4,7 +4,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hybrid import pattern
 from megatron_hybrid.accounting.activation_settings import DEFAULT_SSM_KERNELS, SSM_KERNELS
@@ -71,12 +71,13 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mem
             if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
     kernels = value(words, "--ssm-kernels", "auto")
-    if device == "cuda" and kernels in (*SSM_KERNELS, "auto"):  # likewise
-        words = without(words, "--ssm-kernels")
-        kernels = DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels
-        names_alone += ["--ssm-kernels", kernels]
     assumed = {"backend": backend} if backend else {}
-    assumed |= {"ssm_kernels": kernels} if device == "cuda" else {}
+    if device == "cuda":
+        if kernels in (*SSM_KERNELS, "auto"):  # likewise
+            words = without(words, "--ssm-kernels")
+            kernels = DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels
+            names_alone += ["--ssm-kernels", kernels]
+        assumed["ssm_kernels"] = kernels
     command, args = _checked(flags.resolve(words), gpus, device, memory, assumed)
     vars(args).update(assumed)
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
@@ -93,13 +94,10 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mem
 
 
 def _checked(
-    command: flags.Command, gpus: int | None, device: str, memory: float | None, assumed: dict[str, str]
+    command: flags.Command, gpus: int | None, device: str, memory: float | None, assumed: dict[str, Any]
 ) -> tuple[flags.Command, Namespace]:
     """The command with its layers cut and its micro-batch chosen, and its arguments, as Megatron and the costs take
-    them.
-
-    assumed: Arguments that stand for what is not installed here.
-    """
+    them."""
     light_import.postpone("wandb")
     with light_import.no_collection():
         from megatron_hybrid.cli import arguments, micro_batch_size

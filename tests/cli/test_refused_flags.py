@@ -38,6 +38,8 @@ REFUSED = [
     ("M-*- --balance-pipeline 2 --num-attention-heads 0", ["--num-attention-heads is 0", "at least 1"]),
     ("M-*- --balance-pipeline 5", ["5 pipeline segments of 4 layers"]),
     ("*- --softmax-type learnable", ["--softmax-type learnable", "Drop it"]),
+    ("*- --loss-kernel fused --fp16", ["--loss-kernel fused", "--fp16", "Drop one"]),
+    ("*- --loss-kernel fused --cross-entropy-loss-fusion", ["--loss-kernel fused", "another kernel"]),
     ("*- --normalization LayerNorm", ["--normalization LayerNorm", "RMSNorm"]),
     ("*- --fp8-format hybrid", ["--fp8-format", "--backend te"]),
     ("*- --backend te", ["--backend te", "CUDA", "--backend torch"]),

@@ -35,18 +35,35 @@ def test_a_stage_holds_what_is_in_flight():
     pattern, layout = parse("M" * 8), Layout(pp=4, global_batch=8)
     found = [stage_activation_bytes(pattern, SMALL, layout, CUDA, stage) for stage in range(4)]
     embedding, head = (total(part(SMALL, layout, CUDA)) for part in (embedding_saved, head_saved))
-    last = 2 * each("M") + head + 10 * 32 * 2  # and the gradient of the logits, in bf16
+    last = 2 * each("M") + head + 16 * 32 * 2  # and the gradient of the head's weight, in bf16
     assert found == [4 * (2 * each("M") + embedding), 3 * 2 * each("M"), 2 * 2 * each("M"), last]
     few = replace(layout, global_batch=2)
     assert stage_activation_bytes(pattern, SMALL, few, CUDA, 1) == 2 * 2 * each("M")
 
 
-def test_the_gradient_of_the_logits_takes_memory_of_its_own_in_16_bits_alone():
+@pytest.mark.parametrize(
+    ("fused", "element", "extra"),
+    [
+        (False, 2, 10 * 1000 * 2),  # the logits' gradient, which in fp32 takes the place of the softmax
+        (False, 4, 0),
+        (True, 2, 16 * 1000 * 2),  # the weight's gradient, since there is but one chunk of 10 tokens
+        (True, 4, 16 * 1000 * 4),
+    ],
+)
+def test_what_the_loss_makes_takes_memory_of_its_own(fused, element, extra):
     pattern, layout, wide = parse("M"), Layout(), replace(SMALL, padded_vocab=1000)
-    for element, extra in ((2, 10 * 1000 * 2), (4, 0)):
-        of = replace(CUDA, bytes_each=element)
-        kept = sum(total(part(wide, layout, of)) for part in (embedding_saved, head_saved)) + each("M", of)
-        assert stage_activation_bytes(pattern, wide, layout, of, 0) == kept + extra
+    of = replace(CUDA, bytes_each=element, fused_loss=fused)
+    kept = sum(total(part(wide, layout, of)) for part in (embedding_saved, head_saved)) + each("M", of)
+    assert stage_activation_bytes(pattern, wide, layout, of, 0) == kept + extra
+
+
+def test_a_chunk_of_logits_is_counted():
+    """A vocabulary of 2^20: 512 tokens in bf16 are a GiB."""
+    wide = replace(SMALL, padded_vocab=2**20, seq_length=2000)
+    found = stage_activation_bytes(parse("M"), wide, Layout(), CUDA, 0)
+    assert found == sum(total(part(wide, Layout(), CUDA)) for part in (embedding_saved, head_saved)) + (
+        layer_activation_bytes("M", wide, Layout(), CUDA) + 512 * 2**20 * 2
+    )
 
 
 def test_an_interleaved_stage_holds_more():
@@ -108,9 +125,11 @@ def test_full_recomputation_of_segments_whose_scans_run_again(text, method, laye
     first, second = (one_input + sum(each(symbol, of) for symbol in symbols) for symbols in (kept, after))
     second += total(head_saved(SMALL, layout, of))
     alive = SCAN_AGAIN + sum(each(symbol, of) for symbol in again or "")
-    if again is None:  # three norms, state and token joined, layers; it keeps state and token
+    if (
+        again is None
+    ):  # three norms, state and token joined, layers; it keeps state and token, its loss the stack's output
         alive = 10 * (3 * (16 * 2 + 4) + 32 * 2) + each("*", of) + each("M", of)
-        second += total(mtp_saved(SMALL, layout, of)) + 2 * one_input
+        second += total(mtp_saved(SMALL, layout, of)) + 3 * one_input
     assert stage_activation_bytes(pattern, SMALL, layout, of, 1) == 2 * first + second + alive
 
 

@@ -11,12 +11,14 @@ from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.patches import (
     building,
     child_processes,
+    experts,
     gloo,
     hooks,
     missing_packages,
     optimizer_state,
     parsing,
     routers,
+    swiglu_kernels,
     unpickling,
 )
 from tests.patches.contract import VERSION, Contract, node
@@ -145,13 +147,15 @@ def test_every_public_function_that_knows_upstream_has_a_contract():
 
 
 TABLES = [
-    building.building(object),
+    building.building(object, object),
     missing_packages.mamba_kernels(ssm_kernels("cpu")),
     missing_packages.GATED_DELTA_RULE,
     missing_packages.gradient_accumulation(apex=False),
     missing_packages.FUSED_ADAM,
     gloo.GLOO,
     routers.TABLE,
+    experts.TABLE,
+    swiglu_kernels.TABLE,
     optimizer_state.TABLE,
     unpickling.TABLE,
     parsing.VOCABULARY,

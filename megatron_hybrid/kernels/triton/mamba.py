@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels.columns import GradientPlace
 from megatron_hybrid.kernels.conv import document_number
-from megatron_hybrid.kernels.triton import scan
+from megatron_hybrid.kernels.triton import ssd_scan as scan
 from megatron_hybrid.kernels.triton.causal_conv import causal_conv_backward, causal_conv_forward
 
 
