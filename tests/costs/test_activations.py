@@ -147,7 +147,7 @@ def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
     """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads."""
     windowed = replace(SMALL, own=(("P", replace(SMALL.of("P"), qk_dim=12, window=4)),))
     attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
-    fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
+    fusion = (12 * 2 + 2 * 4) + (16 * 2 + 2 * 4) + (12 + 16) * 2
     found = layer_activation_bytes("P", windowed, Layout(), CUDA)
     assert found == 10 * (NORM + attention + 44 * 2 + 16 * 2 + fusion)
 
