@@ -1,19 +1,29 @@
 """Causal softmax attention: full or with a sliding window and sinks, inside packed documents, with V of any width.
 
 Shape letters: b batch, h query heads, hk key and value heads, sq queries, sk keys, d head size of Q and K, dv head size
-of V, nq and nk blocks of queries and of keys. The kernel knows nothing of parallelism: h and hk are the heads of this
-rank, and under context parallelism sq are the queries of one chunk, with ``offset`` as its place in the sequence.
+of V. The kernel knows nothing of parallelism: h and hk are the heads of this rank, and under context parallelism sq are
+the queries of one chunk, with ``offset`` as its place in the sequence.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_hybrid.kernels.attention_masks import cached, document_ends, document_starts, visible
+
+Preference = Literal["auto", "triton", "cudnn", "torch"]
+"""auto: the fastest; triton: our kernel wherever it can serve; cudnn: cuDNN for full attention, and auto's choice where
+it cannot serve; torch: what torch chooses, with padding for unequal head sizes, and FlexAttention."""
+Kernel = Literal["triton", "cudnn", "sdpa", "flex"]
+"""What serves a call. sdpa: scaled_dot_product_attention by torch's choice, on CPU with a mask for windows and
+documents."""
 
 
 def attention(
@@ -26,6 +36,7 @@ def attention(
     offset: int = 0,
     dropout: float = 0.0,
     documents: Tensor | None = None,
+    prefer: Preference = "auto",
 ) -> Tensor:
     """Attention of queries at positions ``offset, offset + 1, ...`` to keys at ``0, 1, ...``.
 
@@ -33,22 +44,22 @@ def attention(
     (Bae et al., arXiv:2510.04800, section 2: the paper's window is 512 with 64 sinks). With documents it sees only keys
     of its own document, and the sinks are the first keys of each document: the result is that of each document alone.
 
-    On CUDA no [sq, sk] matrix is stored: full attention uses torch's fused kernels; windows and documents use
-    FlexAttention, which has no dropout. On CPU windows and documents are a boolean mask. The masks of a ``documents``
-    tensor are cached as long as the tensor lives, so that all layers of a micro-batch share them. Differentiable in q,
-    k and v.
+    On CUDA no [sq, sk] matrix is stored; :func:`kernel_for` says which kernel serves. On CPU windows and documents are
+    a boolean mask. What is made of a ``documents`` tensor is cached as long as the tensor lives, so that all layers of
+    a micro-batch share it. Differentiable in q, k and v.
 
     Args:
         q: [b, h, sq, d], any floating dtype.
         k: [b, hk, sk, d]; h must be a multiple of hk (grouped queries: head i reads head i // (h / hk) of k and v).
         v: [b, hk, sk, dv].
-        scale: Factor of the scores.
+        scale: Factor of the scores, above 0.
         window: Keys that a query sees, including its own position; None for all.
         sinks: First keys of the sequence (or of each document) that every query sees in addition to its window.
         offset: Position of the first query; keys after the last query are never read.
         dropout: Probability of dropping an attention weight.
         documents: [b, at least offset + sq], any integer dtype: the document of each key, and of the query at the
             same position. The tokens of a document are contiguous.
+        prefer: Which kernel to take where several can serve.
 
     Returns:
         [b, h, sq, dv] in q's dtype.
@@ -60,48 +71,72 @@ def attention(
     k, v = k[:, :, :end], v[:, :, :end]  # [b, hk, offset + sq, d], [b, hk, offset + sq, dv]
     if window is not None and window >= end:
         window = None  # every window holds all keys
-    if documents is None and window is None:
-        return _full(q, k, v, scale, dropout)
+    masked = documents is not None or window is not None
     if documents is not None and (documents.shape[0] != q.shape[0] or documents.shape[1] < end):
         raise ValueError(
             f"documents has shape {list(documents.shape)}; {q.shape[0]} samples whose queries end at {end} need "
             f"[{q.shape[0]}, at least {end}]"
         )
-    if q.is_cuda:
-        if dropout:
-            raise ValueError(
-                "Sliding windows and packed documents have no attention dropout on CUDA: set --attention-dropout 0."
-            )
-        return _flex(q, k, v, scale, window, sinks, offset, documents)
+    if masked and q.is_cuda and dropout:
+        raise ValueError(
+            "Sliding windows and packed documents have no attention dropout on CUDA: set --attention-dropout 0."
+        )
+    kernel = kernel_for(
+        prefer,
+        masked=masked,
+        chunk=offset > 0,
+        widths=(q.shape[-1], v.shape[-1]),
+        dtype=q.dtype,
+        capability=_capability(q.device),
+        dropout=dropout,
+    )
+    if kernel == "triton":
+        return _triton(q, k, v, scale, window, sinks, offset, documents)
+    if kernel == "flex":
+        from megatron_hybrid.kernels.flex_attention import flex
+
+        return flex(q, k, v, scale, window, sinks, offset, documents)
+    if not masked:
+        return _full(q, k, v, scale, dropout, kernel)
     rule = sq, end, window, sinks, offset
-    mask = _cached_mask(documents, rule, lambda ids: visible(*rule, q.device, ids))  # [sq, sk] or [b, 1, sq, sk]
+    mask = cached(documents, rule, lambda ids: visible(*rule, q.device, ids))  # [sq, sk] or [b, 1, sq, sk]
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=True)
 
 
-def visible(
-    sq: int,
-    sk: int,
-    window: int | None,
-    sinks: int,
-    offset: int,
-    device: torch.device,
-    documents: Tensor | None = None,
-) -> Tensor:
-    """The boolean mask of the keys that each query sees (True), [sq, sk], or [b, 1, sq, sk] with documents [b, s]."""
-    i = torch.arange(offset, offset + sq, device=device)[:, None]  # [sq, 1]
-    j = torch.arange(sk, device=device)[None, :]  # [1, sk]
-    start = 0 if documents is None else document_starts(documents)[:, None, offset : offset + sq, None]  # [b, 1, sq, 1]
-    seen = (j <= i) & (j >= start)  # [sq, sk] or [b, 1, sq, sk]
-    if window is not None:
-        seen = seen & ((i - j < window) | (j - start < sinks))
-    return seen
+def kernel_for(
+    prefer: Preference,
+    *,
+    masked: bool,
+    chunk: bool,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    dropout: float,
+) -> Kernel:
+    """The kernel that serves a call. For cuDNN, torch has the last word (:func:`_full`).
 
-
-def document_starts(documents: Tensor) -> Tensor:
-    """Document ids [b, s] to the position of the first token of each token's document, [b, s] int32."""
-    i = torch.arange(documents.shape[1], device=documents.device, dtype=torch.int32).expand_as(documents)
-    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)  # [b, s], True at first tokens
-    return torch.where(starts, i, 0).cummax(1).values
+    Args:
+        prefer: The user's wish.
+        masked: There is a window or there are documents.
+        chunk: There are keys before the first query, as under context parallelism.
+        widths: Head sizes of Q and K, and of V.
+        dtype: Of q, k and v.
+        capability: Of the CUDA device; None for the CPU.
+        dropout: Of attention weights.
+    """
+    if capability is None:
+        return "sdpa"
+    wide, half = max(widths), dtype in (torch.bfloat16, torch.float16) and all(width % 8 == 0 for width in widths)
+    ours = half and wide <= 256 and not dropout and capability >= (8, 0) and _has_triton()
+    if masked:
+        return "triton" if ours and prefer != "torch" else "flex"
+    if ours and (prefer == "triton" or (prefer != "torch" and chunk)):
+        return "triton"
+    # torch's choice is cuDNN on Hopper where the head sizes are equal; unequal ones have been tried there alone
+    unequal = widths[0] != widths[1] and capability[0] == 9 and wide <= 128
+    if not chunk and half and (prefer == "cudnn" or (prefer == "auto" and unequal)):
+        return "cudnn"
+    return "sdpa"
 
 
 def attention_reference(
@@ -122,123 +157,48 @@ def attention_reference(
     return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1) @ v
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: int, offset: int, documents: Tensor | None
+) -> Tensor:
+    """Attention by our own kernel: arguments and result of :func:`attention`."""
+    from megatron_hybrid.kernels.triton.window_attention import Rule, window_attention
+
+    bounds = cached(documents, ("bounds",), _bounds)
+    return window_attention(q, k, v, Rule(scale, window, sinks, offset), *bounds)
+
+
+def _bounds(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where each position's document begins and where it ends, [b, s] int32 each."""
+    return (None, None) if documents is None else (document_starts(documents), document_ends(documents))
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, kernel: Kernel) -> Tensor:
     """Full causal attention, the last query at the last key: arguments and result of :func:`attention`."""
+    if kernel == "cudnn" and can_use_cudnn_attention(SDPAParams(q, k, v, None, dropout, True, True)):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
     d, dv = q.shape[-1], v.shape[-1]
     if d != dv:
-        # torch's fused kernels need equal head sizes; the others store the scores. Zeros in Q and K change no score,
-        # and those in V are cut off (tools/benchmarks/attention.py compares the alternatives).
+        # torch's other fused kernels need equal head sizes; the rest store the scores. Zeros in Q and K change no
+        # score, and those in V are cut off.
         width = max(d, dv)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))  # [b, h or hk, sq or sk, width]
-        if dv < width:
-            return _full(q, k, v, scale, dropout)[..., :dv]
     if q.is_cuda and q.dtype == torch.float32:  # the fused kernel for fp32 has no grouped queries
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # [b, h, sk, d]
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # [b, h, sk, width]
     if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
-    if q.is_cuda:
-        bias: Any = causal_lower_right(q.shape[2], k.shape[2])
+        bias: Any = None
+    elif q.is_cuda:
+        bias = causal_lower_right(q.shape[2], k.shape[2])
     else:
         bias = visible(q.shape[2], k.shape[2], None, 0, k.shape[2] - q.shape[2], q.device)  # [sq, sk]
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout, bias is None, scale=scale, enable_gqa=True)
+    return out if out.shape[-1] == dv else out[..., :dv]
 
 
-_masks = WeakTensorKeyDictionary()
-"""Tensor of document ids to its masks, by the arguments that each was made with."""
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _cached_mask(documents: Tensor | None, rule: tuple, make: Callable[[Tensor | None], Any]) -> Any:
-    """``make(documents)``, cached for as long as ``documents`` lives and is not changed; not cached without one."""
-    if documents is None:
-        return make(None)
-    known = _masks.setdefault(documents, {})
-    rule = (documents._version, *rule)
-    if rule not in known:
-        known[rule] = make(documents.clone())  # a mask that refers to the tensor itself would keep it alive
-    return known[rule]
-
-
-def _blocks(
-    sq: int, sk: int, window: int | None, sinks: int, offset: int, device: torch.device, documents: Tensor | None
-) -> Any:
-    """FlexAttention's form of :func:`visible`: which blocks of queries and keys have any visible pair, and which all.
-
-    It is computed from the first and last position of each block. ``create_block_mask`` evaluates every pair: it
-    stores them all unless it is compiled, which takes minutes at some lengths.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size = 128
-    i0 = torch.arange(offset, offset + sq, size, device=device)[:, None]  # first position of each block, [nq, 1]
-    j0 = torch.arange(0, sk, size, device=device)[None, :]  # [1, nk]
-    i1, j1 = (i0 + size - 1).clamp(max=offset + sq - 1), (j0 + size - 1).clamp(max=sk - 1)
-    ids = torch.zeros(1, sk, device=device) if documents is None else documents
-    starts = document_starts(ids)  # [b, sk]
-    first, last = starts[:, i0], starts[:, i1]  # start of the document of a block's first and last query, [b, nq, 1]
-    # Blocks with some visible pair and with only visible pairs, [b, nq, nk]
-    some = (j0 <= i1) & (j1 >= (first if window is None else first.clamp(min=i0 - window + 1)))
-    every = (j1 <= i0) & (j0 >= last) & (i1 - i0 == size - 1) & (j1 - j0 == size - 1)
-    if window is not None:
-        some = some | ((j0 <= i1) & (j0 - first < sinks) & (j1 >= first) & (sinks > 0))
-        every = every & ((i1 - j0 < window) | (j1 - last < sinks))
-
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        i = i + offset
-        start = 0 if documents is None else starts[b, i]
-        if window is None:
-            return (j <= i) & (j >= start)
-        return (j <= i) & (j >= start) & ((i - j < window) | (j - start < sinks))
-
-    parts: list[Tensor] = []
-    for blocks in (some & ~every, every):
-        blocks = blocks[:, None]  # [b, 1, nq, nk]: the same for all heads
-        parts += blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
-    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=size, mask_mod=seen, seq_lengths=(sq, sk))
-
-
-_window_blocks = functools.lru_cache(maxsize=16)(_blocks)
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_flex_attention() -> Any:
-    """FlexAttention, compiled for each combination of shapes, window and offset.
-
-    Uncompiled it stores the scores, and torch silently falls back to that after eight compilations of one function.
-    Windowed and full layers, several head sizes, and the two chunks of context parallelism soon exceed eight.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=256):
-            return compiled(*args, **kwargs)
-
-    return run
-
-
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    sinks: int,
-    offset: int,
-    documents: Tensor | None,
-) -> Tensor:
-    """Attention by FlexAttention: arguments and result of :func:`attention`."""
-    rule = q.shape[2], k.shape[2], window, sinks, offset, q.device
-    if documents is None:
-        blocks = _window_blocks(*rule, None)
-    else:
-        blocks = _cached_mask(documents, rule, lambda ids: _blocks(*rule, ids))
-    return _compiled_flex_attention()(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        block_mask=blocks,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options={"BACKEND": "TRITON"},  # its kernel for short sequences does not support all shapes
-    )
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

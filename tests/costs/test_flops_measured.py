@@ -22,7 +22,8 @@ from megatron_hybrid.costs import (
     sizes_of,
     training_flops_per_token,
 )
-from megatron_hybrid.kernels.attention import attention_reference, visible
+from megatron_hybrid.kernels.attention import attention_reference
+from megatron_hybrid.kernels.attention_masks import visible
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan
 from megatron_hybrid.layers.delta.account import DELTA_CHUNK, delta_scan_flops
 from megatron_hybrid.layers.intra.design import PRESETS

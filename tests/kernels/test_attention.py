@@ -9,14 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_hybrid.kernels.attention import (
-    _blocks,
-    _masks,
-    attention,
-    attention_reference,
-    document_starts,
-    visible,
-)
+from megatron_hybrid.kernels.attention import attention, attention_reference
+from megatron_hybrid.kernels.attention_masks import _masks, document_starts, visible
+from megatron_hybrid.kernels.flex_attention import blocks
 
 # fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add
 # like a random walk to about 1e-6; a factor of five as a margin. A wrong mask entry gives 1e-2 or more.
@@ -211,7 +206,7 @@ def test_blocks_are_those_that_hold_the_entries(sq, offset, window, sinks, packe
     documents = make_documents([1, 127, 128, 3, 400, 341], [1000]) if packed else None
     mask = visible(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
     mask = mask if packed else mask[None, None]
-    found = _blocks(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
+    found = blocks(sq, sk, window, sinks, offset, torch.device("cpu"), documents)
     tail = (0, -sk % size, 0, -sq % size)
     tiles = torch.nn.functional.pad(mask, tail).unfold(2, size, size).unfold(3, size, size).float().mean((-1, -2))
     partial_, full = (

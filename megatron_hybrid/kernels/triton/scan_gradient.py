@@ -1,17 +1,18 @@
 """The backward pass of the Mamba-2 scan inside each chunk: of the tokens as receivers i, and as senders j.
 
-One program for a chunk and some heads of one group, as in ``scan_output.py``, which computes dy and from_state. With
+One program for a chunk and some heads of one group, as in ``scan_output.py``, which computes dy. With
 E_ij = exp(sum_i - sum_j) for j <= i, H_ij = (dy_i . x_j) E_ij dt_j and W_ij = H_ij (C_i . B_j):
 
-    receivers   dC_i = sum_j H_ij B_j + exp(sum_i) S^T dy_i                                summed over the group's heads
-                rows_t = sum_j W_tj - sum_i W_it,    steps_t = sum_i W_it / dt_t
-    senders     dx_j = sum_i E_ij (C_i . B_j) dt_j dy_i + w_j dS B_j + D dy_j              w_j = dt_j exp(sum_last - sum_j)
-                dB_j = sum_i H_ij C_i + w_j dS^T x_j                                       summed over the group's heads
-                columns_t = w_t / dt_t x_t . dS B_t
+    receivers   dC_i = sum_j H_ij B_j + exp(sum_i) S^T dy_i                summed over the group's heads
+                rows_t = sum_j W_tj - sum_i W_it + exp(sum_t) dy_t . S C_t
+                steps_t = sum_i W_it / dt_t
+    senders     dx_j = sum_i E_ij (C_i . B_j) dt_j dy_i + w_j dS B_j + D dy_j
+                dB_j = sum_i H_ij C_i + w_j dS^T x_j                       summed over the group's heads
+                columns_t = w_t / dt_t x_t . dS B_t                        w_j = dt_j exp(sum_last - sum_j)
 
 S and dS are the state at the chunk's start and its gradient at the chunk's end. ``scan_steps.py`` makes the gradients
-of dt and A from these. Two kernels, because the tiles of both do not fit into the registers of one. ``scan.py`` has the
-shape letters.
+of dt and A from these. Two kernels, because the tiles of both do not fit into the registers of one. ``ssd_scan.py`` has
+the shape letters.
 """
 
 import triton
@@ -69,13 +70,15 @@ def receivers_kernel(
         state = load_tile(states + at, HEAD_DIM, n, p, STATE, width, ALL_N, ALL_P)  # [STATES, CHANNELS]
         x_tile = load_tile(x + column, x_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
         d_tile = load_tile(d_y + column, d_y_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
+        y = tl.dot(C_tile, state, input_precision=PRECISION)  # of the state alone, [CHUNK, CHANNELS]
+        from_state = tl.sum(d_tile.to(tl.float32) * y, 1) * into
         pairs = tl.dot(d_tile, tl.trans(x_tile), input_precision=PRECISION)  # [CHUNK, CHUNK]
         pairs *= tl.exp(tl.where(seen, sum_t[:, None] - sum_t[None, :], float("-inf")))  # H without dt
         summed += pairs * dt[None, :]
         pairs *= scores  # W without dt
         sum_columns = tl.sum(pairs, 0)
         at = ((k % BLOCKS * batch + b) * heads + head) * (chunks * CHUNK) + start + i
-        tl.store(d_rows + at, tl.sum(pairs * dt[None, :], 1) - sum_columns * dt)
+        tl.store(d_rows + at, tl.sum(pairs * dt[None, :], 1) + from_state - sum_columns * dt)
         tl.store(d_steps + at, sum_columns)
         weighted = (d_tile.to(tl.float32) * into[:, None]).to(DTYPE)
         d_C_tile = tl.dot(weighted, tl.trans(state), d_C_tile, input_precision=PRECISION)

@@ -2,12 +2,12 @@
 
     y_i = sum_(j <= i) (C_i . B_j) exp(sum_i - sum_j) dt_j x_j + exp(sum_i) S C_i + D x_i,    out = y silu(z)
 
-One program for a chunk and some heads of one group: C B^T is computed once for all of them. The backward pass computes y
-again, for the gradient of the gate:
+One program for a chunk and some heads of one group: C B^T is computed once for all of them. The backward pass computes
+y again, for the gradient of the gate:
 
-    dz = dout y silu'(z),    dy = dout silu(z),    from_state_i = exp(sum_i) dy_i . S C_i
+    dz = dout y silu'(z),    dy = dout silu(z)
 
-``scan.py`` has the shape letters.
+``ssd_scan.py`` has the shape letters.
 """
 
 import triton
@@ -19,19 +19,19 @@ from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 @triton.jit
 def output_kernel(
-    x, z, B, C, D, steps, sums, documents, states, out, d_out, d_z, from_state,
+    x, z, B, C, D, steps, sums, documents, states, out, d_out, d_z,
     x_b, x_s, z_b, z_s, maps_b, maps_s, out_b, out_s, d_out_b, d_out_s, d_z_b, d_z_s,
-    length, heads, chunks, batch, SPLITS,
+    length, heads, chunks, SPLITS,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x, z, out [b, s, h p], B and C [b, s, g n]; a program's heads are those of split ``program_id(2) % SPLITS``.
 
-    The backward pass reads d_out and writes d_z and dy (as ``out``), [b, s, h p], of which there are none without z; and
-    from_state, [v, b, h, c CHUNK] fp32, v being a block of a head's channels.
+    The backward pass, which without z does not need this kernel, reads d_out and writes d_z and, as ``out``, dy.
     """
-    x_s, z_s, maps_s, out_s, d_out_s, d_z_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED, out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
+    x_s, z_s, maps_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED
+    out_s, d_out_s, d_z_s = out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -64,30 +64,25 @@ def output_kernel(
         at = ((b * chunks + chunk) * heads + head) * (HEAD_DIM * STATE) + p0
         state = load_tile(states + at, HEAD_DIM, n, p, STATE, width, ALL_N, ALL_P)  # [STATES, CHANNELS]
         x_tile = load_tile(x + column, x_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
+        if HAS_Z:
+            z_tile = load_tile(z + column, z_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
+        if BACKWARD:
+            d_tile = load_tile(d_out + column, d_out_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
+            d_y = d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[0]
+            store_tile(out + column, out_s, i, p, left, width, d_y, WHOLE_CHUNKS, ALL_P)
         into = tl.exp(sum_t)
         if HAS_DOCUMENTS:
             into = tl.where(mine == before, into, 0.0)
         y = tl.dot(C_tile, state, input_precision=PRECISION) * into[:, None]  # [CHUNK, CHANNELS]
+        decay = tl.exp(tl.where(seen, sum_t[:, None] - sum_t[None, :], float("-inf")))
+        y = tl.dot((scores * decay * dt[None, :]).to(DTYPE), x_tile, y, input_precision=PRECISION)
+        if HAS_D:
+            skip = tl.load(D + column + p) if ALL_P else tl.load(D + column + p, mask=p < width, other=0.0)
+            y += x_tile.to(tl.float32) * skip[None, :]
         if BACKWARD:
-            d_tile = load_tile(d_out + column, d_out_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-            d_y = d_tile.to(tl.float32)
+            y *= d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[1]
+            store_tile(d_z + column, d_z_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
+        else:
             if HAS_Z:
-                z_tile = load_tile(z + column, z_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-                d_y *= gate(z_tile.to(tl.float32))[0]
-                store_tile(out + column, out_s, i, p, left, width, d_y, WHOLE_CHUNKS, ALL_P)
-            at = ((k % BLOCKS * batch + b) * heads + head) * (chunks * CHUNK) + start + i
-            tl.store(from_state + at, tl.sum(d_y * y, 1))
-        if HAS_Z or not BACKWARD:
-            decay = tl.exp(tl.where(seen, sum_t[:, None] - sum_t[None, :], float("-inf")))
-            y = tl.dot((scores * decay * dt[None, :]).to(DTYPE), x_tile, y, input_precision=PRECISION)
-            if HAS_D:
-                skip = tl.load(D + column + p) if ALL_P else tl.load(D + column + p, mask=p < width, other=0.0)
-                y += x_tile.to(tl.float32) * skip[None, :]
-            if BACKWARD:
-                y *= d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[1]
-                store_tile(d_z + column, d_z_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
-            else:
-                if HAS_Z:
-                    z_tile = load_tile(z + column, z_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-                    y *= gate(z_tile.to(tl.float32))[0]
-                store_tile(out + column, out_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
+                y *= gate(z_tile.to(tl.float32))[0]
+            store_tile(out + column, out_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)

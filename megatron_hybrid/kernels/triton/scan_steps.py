@@ -2,8 +2,8 @@
 
     dt = clamp(softplus(raw + bias), low, high)        sum_t = sum of dt A over the chunk's tokens up to t
 
-Shape letters: b batch, s tokens, h heads, c chunks, v blocks of a head's channels (``scan.py``). Both results are fp32
-[b, h, c CHUNK]: a head's tokens side by side. Tokens behind the end have dt 0, so that they change no sum.
+Shape letters: b batch, s tokens, h heads, c chunks, v blocks of a head's channels (``ssd_scan.py``). Both results are
+fp32 [b, h, c CHUNK]: a head's tokens side by side. Tokens behind the end have dt 0, so that they change no sum.
 """
 
 import math
@@ -59,26 +59,25 @@ def steps_kernel(
 
 @triton.jit
 def steps_backward_kernel(
-    raw, bias, A, d_steps, d_rows, from_state, d_columns, d_whole, d_raw, d_A, d_bias,
+    raw, bias, A, d_steps, d_rows, d_columns, d_whole, d_raw, d_A, d_bias,
     raw_b, raw_s, out_b, out_s, length, heads, chunks, batch, low, high,
     BLOCKS: tl.constexpr, SENDER_BLOCKS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
     CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """From the gradients that ``scan_gradient.py`` leaves to those of raw, A and bias.
 
-    d_steps, d_rows and d_columns are [v, b, h, c CHUNK], from_state [b, h, c CHUNK] and d_whole [b, c, h]; d_A and d_bias get one row per chunk,
+    d_steps, d_rows and d_columns are [v, b, h, c CHUNK], d_whole [b, c, h]; d_A and d_bias get one row per chunk,
     [b, c, h]. The decay dt_t A of token t is part of every pair of a later or the same token (rows) with an earlier one
     (columns); d_rows has, for each token, its pairs as the later minus those as the earlier token, so that the sum over
-    tokens from t on leaves those around t. dt times d_columns is its part in the state at the chunk's end, which all later
-    decays shrink.
+    tokens from t on leaves those around t. dt times d_columns is its part in the state at the chunk's end, which all
+    later decays shrink.
     """
     b, c = tl.program_id(1), tl.program_id(0)
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     t = c * CHUNK + tl.arange(0, CHUNK)
     inside = (t < length)[:, None] & (h < heads)[None, :]
     direct = tl.zeros((CHUNK, HEADS), tl.float32)
-    at = (b * heads + h).to(tl.int64)[None, :] * (chunks * CHUNK) + t[:, None]
-    rows = tl.load(from_state + at, mask=inside, other=0.0)
+    rows = tl.zeros((CHUNK, HEADS), tl.float32)
     columns = tl.zeros((CHUNK, HEADS), tl.float32)
     whole = tl.load(d_whole + (b * chunks + c) * heads + h, mask=h < heads, other=0.0)
     for v in tl.static_range(BLOCKS):

@@ -1,4 +1,4 @@
-"""Loads and stores of tiles [rows, columns] by a scalar base, a row stride and masks only where a tile may stick out."""
+"""Loads and stores of tiles [rows, columns], with masks only where a tile may stick out."""
 
 import triton
 import triton.language as tl

@@ -22,6 +22,7 @@ from megatron_hybrid.accounting.scan import (
     scan_cache,
     scan_exchanges,
     scan_flops,
+    scan_kernels,
     scan_saved,
     scan_tensors,
     shared_states,
@@ -249,7 +250,8 @@ def _attention_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
 
 
 def _mamba_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
-    if not r.keeps("ssm"):
+    """A Mamba branch, and whether it keeps views of the input projection's output."""
+    if not r.keeps("ssm") or scan_kernels(r) == "triton" and r.layout.cp == 1:
         return [], True
     return scan_saved(r, d.ssm_heads, d.ssm_head_dim, d.ssm_groups, d.state_dim), False
 

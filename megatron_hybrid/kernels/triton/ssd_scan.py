@@ -73,7 +73,7 @@ def forward(scan: Scan, out: Tensor, want_final_states: bool = False) -> Tensor 
     """Writes the output, gated, to ``out`` [b, s, h p]; returns the final states [b, h, p, n] fp32 if they are wanted.
 
     Raises:
-        ValueError: A dtype that the kernels do not have, or a tensor whose last dimension is not contiguous.
+        ValueError: A dtype that the kernels do not have, or strides that they do not take.
     """
     _check(scan)
     b, _, h, p, n, c = scan.sizes
@@ -103,8 +103,10 @@ def backward(
     states, d_states = (empty(b, c, h, n, p, dtype=scan.x.dtype) for _ in range(2))
     d_first = empty(b, h, p, n) if scan.initial_states is not None else None
     _walk(scan, scan.x, scan.B, steps, sums, scan.initial_states, states, None)
-    d_y = d_out if scan.z is None else torch.empty_like(scan.x)
-    from_state = _output(scan, steps, sums, states, d_y, d_out, to.z)
+    d_y = d_out
+    if scan.z is not None:
+        d_y = torch.empty(s, b, h * p, dtype=d_out.dtype, device=d_out.device).transpose(0, 1)
+        _output(scan, steps, sums, states, d_y, d_out, to.z)
     d_whole = _walk(scan, d_y, scan.C, steps, sums, d_final, d_states, d_first, states)
     splits, receivers = _splits(scan, "scan_receivers")
     senders = _options(scan, "scan_senders")
@@ -131,10 +133,10 @@ def backward(
     d_A, d_bias = empty(b, c, h), empty(b, c, h)
     grid = (c, b, triton.cdiv(h, 16))
     steps_backward_kernel[grid](
-        scan.raw_steps, _or(scan.bias, scan.A), scan.A, d_steps, d_rows, from_state, d_columns, d_whole,
-        to.raw_steps, d_A, d_bias,
+        scan.raw_steps, _or(scan.bias, scan.A), scan.A, d_steps, d_rows, d_columns, d_whole, to.raw_steps, d_A, d_bias,
         *scan.raw_steps.stride()[:2], *to.raw_steps.stride()[:2], s, h, c, b, *scan.limits,
-        BLOCKS=blocks, SENDER_BLOCKS=sender_blocks, SOFTPLUS=scan.softplus, HAS_BIAS=scan.bias is not None, CHUNK=CHUNK, HEADS=16,
+        BLOCKS=blocks, SENDER_BLOCKS=sender_blocks, SOFTPLUS=scan.softplus, HAS_BIAS=scan.bias is not None,
+        CHUNK=CHUNK, HEADS=16,
     )  # fmt: skip
     return d_A.sum((0, 1)), d_bias.sum((0, 1)), d_D.sum((0, 1)), d_first
 
@@ -144,7 +146,8 @@ def _steps(scan: Scan) -> tuple[Tensor, Tensor]:
     b, s, h, _, _, c = scan.sizes
     steps, sums = torch.empty(2, b, h, c * CHUNK, dtype=torch.float32, device=scan.x.device)
     steps_kernel[(c, b, triton.cdiv(h, 16))](
-        scan.raw_steps, _or(scan.bias, scan.A), scan.A, steps, sums, *scan.raw_steps.stride()[:2], s, h, c, *scan.limits,
+        scan.raw_steps, _or(scan.bias, scan.A), scan.A, steps, sums,
+        *scan.raw_steps.stride()[:2], s, h, c, *scan.limits,
         SOFTPLUS=scan.softplus, HAS_BIAS=scan.bias is not None, CHUNK=CHUNK, HEADS=16,
     )  # fmt: skip
     return steps, sums
@@ -161,6 +164,8 @@ def _walk(
     """
     b, s, h, p, n, c = scan.sizes
     options = _options(scan, "scan_states")
+    while b * h * triton.cdiv(p, options["CHANNELS"]) < 128 and options["CHANNELS"] > 32:
+        options["CHANNELS"] //= 2  # few sequences: more programs, each with a part of a state
     backward = forward_states is not None
     overlaps = torch.empty(b, c, h, p if backward else 0, dtype=torch.float32, device=scan.x.device)
     aligned, rows = _rows(values, maps)
@@ -176,26 +181,19 @@ def _walk(
 def _output(
     scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, out: Tensor, d_out: Tensor | None = None,
     d_z: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Writes the output to ``out``; with ``d_out``, its gradient dy to ``out`` and that of z to ``d_z``.
-
-    Returns:
-        With ``d_out``: from_state of ``scan_output.py``, [b, h, c CHUNK] fp32.
-    """
-    b, s, h, p, _, c = scan.sizes
+) -> None:  # fmt: skip
+    """Writes the output to ``out``; with ``d_out``, dout silu(z) to ``out`` and the gradient of z to ``d_z``."""
     backward = d_out is not None
     splits, options = _splits(scan, "scan_output_backward" if backward else "scan_output")
-    blocks = triton.cdiv(p, options["CHANNELS"])
-    from_state = torch.empty(blocks, b, h, c * CHUNK if backward else 0, dtype=torch.float32, device=out.device)
+    b, s, h, _, _, c = scan.sizes
     z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
     aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
     output_kernel[(c, b, scan.groups * splits)](
         scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums), states,
-        out, d_out, d_z, from_state, *rows, s, h, c, b, splits,
+        out, d_out, d_z, *rows, s, h, c, splits,
         HAS_Z=scan.z is not None, HAS_D=scan.D is not None, BACKWARD=backward, ALIGNED=aligned, **_shared(scan),
         **options,
     )  # fmt: skip
-    return from_state.sum(0)
 
 
 def _shared(scan: Scan) -> dict[str, Any]:
@@ -250,10 +248,13 @@ def _rows(*tensors: Tensor) -> tuple[int, list[int]]:
 def _check(scan: Scan) -> None:
     if scan.x.dtype not in _TYPES:
         raise ValueError(
-            f"the scan's Triton kernels take float32, bfloat16 or float16, not {scan.x.dtype}; "
-            "use --ssm-kernels torch"
+            f"the scan's Triton kernels take float32, bfloat16 or float16, not {scan.x.dtype}; use --ssm-kernels torch"
         )
     for name in ("x", "z", "B", "C", "raw_steps"):
         tensor = getattr(scan, name)
         if tensor is not None and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+    for name in ("bias", "A", "D", "documents", "initial_states"):
+        tensor = getattr(scan, name)
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
