@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hybrid.kernels.norms import rms_norm_reference
+from megatron_hybrid.kernels.norms import DTYPES, rms_norm_reference
+from megatron_hybrid.kernels.triton_use import can_run
 
 SIGNS = {"add": 1, "diff": -1}
 
@@ -46,7 +47,7 @@ def has_fusion_kernel(
     xs: tuple[Tensor, Tensor], with_factors: bool, groups: tuple[int, int] | None, fusion: str
 ) -> bool:
     """Whether :func:`fuse` has kernels for these branches, and saves passes over torch's operations."""
-    if not all(x.is_cuda and x.numel() and x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in xs):
+    if not all(can_run(x) and x.numel() and x.dtype in DTYPES for x in xs):
         return False
     if groups is None and (fusion == "concat" or not with_factors):
         return False  # torch's concatenation, sum or difference is one pass

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hybrid.kernels.triton_use import can_run
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of the tensors that the kernels take."""
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, groups: int = 1) -> Tensor:
     """x / rms(x) * weight, computed in fp32 (fp64 for fp64).
@@ -30,7 +35,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, groups: int
 
 def has_kernel(x: Tensor, groups: int = 1) -> bool:
     """Whether :func:`rms_norm` has a kernel for x [..., c] of so many groups."""
-    if not x.is_cuda or not x.numel() or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not can_run(x) or not x.numel() or x.dtype not in DTYPES:
         return False
     from megatron_hybrid.kernels.triton.norm_tiles import WIDEST
 
@@ -46,7 +51,7 @@ def rms_norm(
     would add the two of x in a pass of its own.
 
     Args:
-        x: [..., c] on CUDA, as :func:`has_kernel` says.
+        x: [..., c], of which :func:`has_kernel` is true.
         weight: [c], or None.
         eps: Added to the mean square.
         groups: Groups of channels, each with its own mean square.
