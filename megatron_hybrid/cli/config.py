@@ -24,6 +24,12 @@ class HybridConfig:
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layer implementations. auto: Transformer Engine on CUDA if it is installed, else torch."""
 
+    attention_kernel: Literal["auto", "triton", "cudnn", "torch"] = "auto"
+    """Kernels of attention on CUDA, where Transformer Engine's does not serve. auto: cuDNN for full attention, this
+    package's Triton kernel for windows, packed documents and context parallelism. triton: that kernel for all. cudnn:
+    cuDNN for full attention on any GPU. torch: torch's choice, with Q, K and V padded to one head size, and
+    FlexAttention for windows and documents. What a kernel does not take goes to torch (docs/design_space.md)."""
+
     peak_tflops: float | None = None
     """Dense peak of one GPU in TFLOP/s, the reference of the logged MFU. Default: that of the GPU in the run's
     precision, if known (megatron_hybrid/costs/hardware.py)."""

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_hybrid.kernels.alignment import addressable
 from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.window_attention_backward import (
     key_value_gradients,
@@ -80,7 +81,7 @@ class _WindowAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, starts: Tensor | None, ends: Tensor | None
     ) -> Tensor:
-        q, k, v = (_addressable(t) for t in (q, k, v))
+        q, k, v = (addressable(t) for t in (q, k, v))
         (b, h, sq, d), dv = q.shape, v.shape[-1]
         out = _empty(q, dv)
         # [b, h, sq] fp32 in rows of whole 16 bytes
@@ -100,7 +101,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         q, k, v, out, lse, starts, ends = ctx.saved_tensors
-        grad = _addressable(grad)
+        grad = addressable(grad)
         delta = torch.empty_strided(lse.shape, lse.stride(), device=lse.device, dtype=lse.dtype)
         with _device(q):
             dq = _query_gradients(ctx.rule, q, k, v, out, grad, lse, delta, starts)  # fills delta
@@ -189,21 +190,14 @@ def _empty(like: Tensor, width: int) -> Tensor:
     return torch.empty(s, b, h, width, device=like.device, dtype=like.dtype).permute(1, 2, 0, 3)
 
 
-def _addressable(t: Tensor) -> Tensor:
-    """The tensor, or a copy where its addresses and strides are no multiples of 16 bytes."""
-    aligned = all(n * t.element_size() % 16 == 0 and n > 0 for n, size in zip(t.stride()[:-1], t.shape, strict=False))
-    if aligned and t.stride(-1) == 1 and t.data_ptr() % 16 == 0:
-        return t
-    return t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-
-
 def _tiles(t: Tensor, heads: int, rows: int) -> list[TensorDescriptor | None]:
     """Descriptors of both parts of a tensor's width: blocks of ``rows`` rows of ``heads`` heads."""
     return [_tile(t, [1, heads, rows, width]) if width else None for width in parts(t.shape[-1])]
 
 
 def _tile(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    strides = [n if size > 1 else 16 for n, size in zip(t.stride()[:-1], t.shape, strict=False)]  # that of one is free
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], block)
 
 
 def _device(t: Tensor) -> Any:
