@@ -178,10 +178,9 @@ def test_unequal_heads_are_padded_for_torch_alone(window):
     columns = 16 + 8 + 16 + 44
     aligned = -(-columns // 8) * 8
     assert (columns, aligned) == (84, 88)
-    if window is None:  # q, k and v padded to 16 a head, and the output cut out for its norm
-        more = (2 * 16 + 2 * 16 - 16 - 8 + 32) * 2
-    else:  # v rather than the projection, q and k the same, a copy of the output
-        more = (16 + 32) * 2
+    padding = 2 * 16 + 2 * 16 - 16 - 8 + 32  # q, k and v of 16 a head, and the output cut out for its norm
+    copies = 16 + 32  # FlexAttention: v rather than the projection, q and k the same, a copy of the output
+    more = 2 * (copies if window else padding)
     assert padded - found == 10 * (more - aligned * 2)
 
 
@@ -281,9 +280,7 @@ def test_kernels_are_those_that_run():
         ((7, 5), (8, 0), (9, 0), (10, 0)),
         (0.0, 0.1),
     ):
-        of = replace(
-            CUDA, attention_kernel=prefer, bytes_each=each_, capability=capability, attention_dropout=dropout
-        )
+        of = replace(CUDA, attention_kernel=prefer, bytes_each=each_, capability=capability, attention_dropout=dropout)
         counted = core_kernel(of, widths, masked, chunk)
         call = {"masked": masked, "chunk": chunk, "widths": widths, "dtype": dtypes[each_], "dropout": dropout}
         assert counted == kernel_for(prefer, capability=capability, **call), call

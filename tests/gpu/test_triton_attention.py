@@ -21,9 +21,7 @@ def check(tensors, *rule, documents=None):
 @pytest.mark.parametrize("widths", [(64, 64), (72, 128), (128, 128), (40, 24), (128, 64), (256, 256), (8, 16)], ids=str)
 def test_output_and_all_gradients(widths, window, sinks, documents):
     b = 3 if documents == "many" else 1
-    check(
-        inputs(b, (8, 2), 1000, 0, widths, torch.bfloat16, "cuda"), window, sinks, 0, documents=DOCUMENTS[documents]
-    )
+    check(inputs(b, (8, 2), 1000, 0, widths, torch.bfloat16, "cuda"), window, sinks, 0, documents=DOCUMENTS[documents])
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)

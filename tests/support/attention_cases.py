@@ -37,7 +37,9 @@ def errors(tensors, window, sinks, offset, documents=None):
     bounds = (None, None) if documents is None else (document_starts(documents), document_ends(documents))
     ours = [t.detach().requires_grad_() for t in tensors]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    out = window_attention(*ours, Rule(scale, window, sinks, offset), *(b if b is None else b.to(device) for b in bounds))
+    out = window_attention(
+        *ours, Rule(scale, window, sinks, offset), *(b if b is None else b.to(device) for b in bounds)
+    )
     known = None if documents is None else documents[:, : ours[1].shape[2]].to(device)
     wanted = attention_reference(*exact, scale, window, sinks, offset, known)
     generator = torch.Generator().manual_seed(1)

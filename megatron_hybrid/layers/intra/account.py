@@ -138,7 +138,9 @@ class IntraAccount(Account):
             return [*weight, projected, *[table] * (r.settings.rope and "attention" in d.branches), out]
         lines, views = [], False
         for branch, kind in enumerate(d.branches):
-            branch_lines, views_of_branch = _attention_saved(r, d, columns) if kind == "attention" else _mamba_saved(r, d)
+            branch_lines, views_of_branch = (
+                _attention_saved(r, d, columns) if kind == "attention" else _mamba_saved(r, d)
+            )
             # the parts of a branch with a shared value do not stand side by side: it reads a copy (torch.cat)
             if views_of_branch and d.shares_value:
                 rows = {part.name: part.rows for part in d.in_parts}

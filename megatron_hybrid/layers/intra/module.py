@@ -31,7 +31,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
-from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table, torch_core
+from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion

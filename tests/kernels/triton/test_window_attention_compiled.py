@@ -30,7 +30,9 @@ def arguments(name, line, widths, window, documents, pack):
         for i, width in enumerate(tiles)
     }
     sums = {"pk0": d[0], "pk1": d[1], "pv0": e[0], "pv1": e[1]}
-    found |= {tensor: f"tensordesc<fp32[1, {n}, {width}]>" if width and window else None for tensor, width in sums.items()}
+    found |= {
+        tensor: f"tensordesc<fp32[1, {n}, {width}]>" if width and window else None for tensor, width in sums.items()
+    }
     found |= dict.fromkeys(("lse", "delta"), "*fp32" if packed else f"tensordesc<fp32[1, 1, {m}]>")
     found |= dict.fromkeys(("starts", "ends"), "*i32" if documents else "*fp32")
     found |= dict.fromkeys(("sq", "offset", "length", "window", "sinks", "heads", "groups", "row_stride"), 64)
