@@ -9,18 +9,23 @@ torchrun --nproc_per_node 2 pretrain_hybrid.py --recipe demo --data-path PREFIX 
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import NoReturn
 
 from megatron_hybrid.cli import flags, report
 from megatron_hybrid.errors import upstream_errors_as_value_errors
+from megatron_hybrid.patches.hooks import Wrapper
 from megatron_hybrid.run_folder.checkpoints import Unreachable
 
 PATIENCE_S = 30.0
 """How long other ranks wait for the first to say what is wrong with the flags."""
 
 
-def main(argv: list[str]) -> None:
-    """Runs one training process. A mistake in the flags ends it with one paragraph and exit code 2."""
+def main(argv: list[str], hooks: Mapping[str, Wrapper] | None = None) -> None:
+    """Runs one training process. A mistake in the flags ends it with one paragraph and exit code 2.
+
+    hooks: In Megatron's training loop, besides those of every run (:data:`megatron_hybrid.patches.hooks.HOOKS`).
+    """
     if "--list-recipes" in argv:
         print(report.list_recipes())
         return
@@ -33,15 +38,16 @@ def main(argv: list[str]) -> None:
             return
         command = flags.resolve(argv)
         from megatron_hybrid.checkpoint import compatibility, resume
-        from megatron_hybrid.cli import arguments, connections
+        from megatron_hybrid.cli import arguments, connections, micro_batch_size
         from megatron_hybrid.patches import upstream
         from megatron_hybrid.training import data_checks, data_order, throughput
 
         connected = connections.set_connections(command.argv)
         device = arguments.choose_device(command.device)
         command = arguments.balance(command, device)
+        command = micro_batch_size.for_this_device(command, device)
         args = arguments.parse(command.argv, device, command.print_config)
-        args.notes += connected if device == "cuda" else []
+        args.notes += [*command.notes, *(connected if device == "cuda" else [])]
         args.notes += resume.choose_checkpoint(args, alone=command.print_config)
         stored = compatibility.check_checkpoint(args, command.print_config)
         if not command.print_config:
@@ -60,9 +66,11 @@ def main(argv: list[str]) -> None:
     except Unreachable as error:
         refuse(error, 1)
 
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    notes = upstream.prepare(device, HybridLayerStack) + args.notes + throughput.peak_notes(args, peak)
+    notes = upstream.prepare(device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
+    notes += args.notes + throughput.peak_notes(args, peak)
     if args.rank == 0:
         if command.print_config:
             print(report.describe(args, command, counted, drawn))
@@ -75,7 +83,7 @@ def main(argv: list[str]) -> None:
     from megatron_hybrid.training.run import train
 
     try:
-        train(args, config, counted, peak)
+        train(args, config, counted, peak, hooks)
     except (Refused, NotBuilt) as error:  # of an index cache, or a checkpoint that changed meanwhile
         refuse(error, 2)
 

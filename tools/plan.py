@@ -43,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print all figures as JSON")
     made.add_argument("--plot", type=picture, metavar="FILE", help="plot the results: .png, .svg or .pdf")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="hardware of the run")
-    made.add_argument("--no-mamba-ssm", action="store_true", help="mamba_ssm is not installed there: torch's scan")
     gpus = made.add_argument_group("machine")
     gpus.add_argument("--gpus", type=int, help="number of GPUs; default the fewest that the layout fits")
     gpus.add_argument("--gpu", help="kind of GPU, such as h100-80gb: adds expected times")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
 from megatron_hybrid.accounting.sizes import setting
 
@@ -71,6 +72,11 @@ class Recompute:
         return cls(method, layers, frozenset(modules), bool(get("distribute_saved_activations", False)))
 
 
+SSM_KERNELS = ("triton", "mamba_ssm", "torch")
+DEFAULT_SSM_KERNELS = {"cuda": "triton", "cpu": "torch"}
+"""Device to the kernels that --ssm-kernels auto means there (``kernels/__init__.py``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationSettings:
     """What activation memory depends on beside sizes and layout."""
@@ -81,8 +87,8 @@ class ActivationSettings:
     """``cpu`` or ``cuda``."""
     backend: str = "te"
     """``te`` or ``torch``."""
-    mamba_ssm: bool = True
-    """On CUDA, the scan is mamba_ssm's."""
+    ssm_kernels: str = "triton"
+    """Of the scan on CUDA: ``triton``, ``mamba_ssm`` or ``torch``; on CPU it is torch's."""
     rope: bool = True
     rotary_percent: float = 1.0
     """Share of a head's channels that RoPE turns."""
@@ -98,6 +104,8 @@ class ActivationSettings:
     """Documents are kept apart."""
     fused_activation: bool = True
     """On CUDA, SwiGLU is one operation, routing probabilities included; squared ReLU with them likewise."""
+    fused_loss: bool = True
+    """Output head and loss are one function, which keeps gradients in place of the softmax."""
     recompute: Recompute = Recompute()
 
     @classmethod
@@ -111,12 +119,13 @@ class ActivationSettings:
         device = get("device", "auto")
         device = "cuda" if device == "auto" else device
         backend = get("backend", "auto")
+        kernels = get("ssm_kernels", "auto")
         _refuse(args, device)
         recompute = Recompute.from_args(args)
         return cls(
             bytes_each=2 if get("bf16", False) or get("fp16", False) else 4,
             device=device,
-            mamba_ssm=bool(get("mamba_ssm", True)),
+            ssm_kernels=DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels,
             backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             rotary_percent=get("rotary_percent", 1.0),
@@ -129,6 +138,7 @@ class ActivationSettings:
             fused_activation=get("bias_swiglu_fusion", True)
             if get("swiglu")
             else bool(get("use_fused_weighted_squared_relu")),
+            fused_loss=fuses_loss(args),
             recompute=recompute,
         )
 

@@ -4,7 +4,7 @@ from math import ceil
 from typing import Literal
 
 from megatron_hybrid.accounting.cache import Cache
-from megatron_hybrid.accounting.saved import FP32, Rank, Saved
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, by_heads
 
 CONV_WIDTH = 4
@@ -70,12 +70,35 @@ def shared_states(groups: int, state_dim: int, tp: int) -> int:
     return 2 * groups * state_dim if groups < tp else 0
 
 
+def scan_kernels(r: Rank) -> str:
+    """``triton``, ``mamba_ssm`` or ``torch``; on CPU the last whatever is set."""
+    return "torch" if r.cpu else r.settings.ssm_kernels
+
+
+def scan_input(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> Saved:
+    """``M``: the projection as the scan gets it, padding included; under context parallelism samples of fewer heads."""
+    cp, width = r.layout.cp, _channels(r, heads, head_dim, groups, state)
+    return Saved("z x B C dt", (r.tokens * cp, width if cp > 1 else projected_columns(r, width)[0]), r.e)
+
+
+def _channels(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> int:
+    """Of z, x, B, C and dt of a rank's heads."""
+    cp = r.layout.cp
+    return (2 * heads * head_dim + heads) // cp + 2 * max(1, groups // cp) * state
+
+
 def scan_saved(r: Rank, heads: int, head_dim: int, groups: int, state: int) -> list[Saved]:
-    """Convolution, scan and gate (``kernels/combined.py``); under context parallelism whole samples of fewer heads."""
-    cp, e = r.layout.cp, r.e
+    """Convolution, scan and gate; under context parallelism whole samples of fewer heads.
+
+    Triton's kernels (``kernels/triton/mamba.py``) keep the projection as it is and compute all else again, torch's
+    (``kernels/combined.py``) and mamba_ssm's a copy of it, samples first.
+    """
+    cp, e, kernels = r.layout.cp, r.e, scan_kernels(r)
     t, inner, states = r.tokens * cp, heads * head_dim // cp, max(1, groups // cp) * state
-    lines = [Saved("z x B C dt, samples first", (t, 2 * inner + 2 * states + heads // cp), e)]
-    if not r.cpu and r.settings.mamba_ssm:
+    if kernels == "triton":
+        return [scan_input(r, heads, head_dim, groups, state)]
+    lines = [Saved("z x B C dt, samples first", (t, _channels(r, heads, head_dim, groups, state)), e)]
+    if kernels == "mamba_ssm":
         return [*lines, Saved("scan's output before its gate", (t, inner), e)]
     chunks = r.layout.micro_batch * ceil(r.whole.seq_length / SSD_CHUNK)
     return [

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from megatron_hybrid.accounting.activation_settings import Recompute
 from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
 from megatron_hybrid.accounting.sizes import Sizes, setting
 from megatron_hybrid.accounting.storage import Storage
@@ -64,6 +65,8 @@ class CommunicationSettings:
     """Parameters are gathered during the next forward pass."""
     fused_cross_entropy: bool = False
     """Sums of the loss go in one call."""
+    fused_loss: bool = False
+    """Output head and loss are one function."""
     recompute: Recompute = Recompute()
 
     @classmethod
@@ -88,6 +91,7 @@ class CommunicationSettings:
             storage=storage,
             overlaps_gather=bool(get("overlap_param_gather")),
             fused_cross_entropy=bool(get("cross_entropy_loss_fusion")),
+            fused_loss=fuses_loss(args),
             recompute=Recompute.from_args(args),
         )
 

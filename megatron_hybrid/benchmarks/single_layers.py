@@ -122,14 +122,15 @@ class Bench:
             self.rest.append("--deterministic-mode")
         self.dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
         arguments.choose_device(options.device)
-        self.parse(Case("", "*"), options.length[0])  # a mistake in the flags ends the program here
+        args = self.parse(Case("", "*"), options.length[0])  # a mistake in the flags ends the program here
         from megatron.core import mpu
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+        from megatron_hybrid.model.loss_head import HybridLossModel
         from megatron_hybrid.model.stack import HybridLayerStack
 
         logging.getLogger("megatron").setLevel(logging.WARNING)
-        self.notes = upstream.prepare(options.device, HybridLayerStack)
+        self.notes = upstream.prepare(options.device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
         torch.distributed.init_process_group("nccl" if self.cuda else "gloo")
         mpu.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

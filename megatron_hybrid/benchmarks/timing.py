@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -44,10 +44,13 @@ def seconds_of(run: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of what a kernel can be made with, and the GPU."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Of Python and of what a kernel can be made with, and the GPU.
+
+    more: Further distributions.
+    """
     found = {"python": platform.python_version(), "machine": platform.processor()}
-    for name in ("torch", "transformers", "mamba_ssm", "triton"):
+    for name in ("torch", "transformers", "mamba_ssm", "triton", *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -238,10 +238,11 @@ def open_old(folder: str, unverified: bool = False) -> Old:
 def build(args: Any, device: str) -> Any:
     """The new model, freshly initialised."""
     from megatron_hybrid.model.build import model_config
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
     from megatron_hybrid.patches import upstream
 
-    upstream.prepare(device, HybridLayerStack)
+    upstream.prepare(device, HybridLayerStack, HybridLossModel, args.ssm_kernels)
     with upstream_errors_as_value_errors():
         config = model_config(args)
     return weights.build_on_one_process(config)

@@ -83,6 +83,20 @@ def choose_backend(asked: str, device: str) -> str:
     return asked
 
 
+def choose_ssm_kernels(asked: str, device: str) -> str:
+    """``triton``, ``mamba_ssm`` or ``torch``.
+
+    Raises:
+        ValueError: What is asked for cannot run here.
+    """
+    from megatron_hybrid.kernels import ssm_backend
+
+    try:
+        return ssm_backend(device, asked)
+    except ValueError as error:
+        raise ValueError(f"--ssm-kernels {asked}: {error}.") from None
+
+
 def add_hybrid_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds one flag for each field of our configurations (training/argument_utils.py:45).
 
@@ -182,7 +196,9 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
     from megatron.training import arguments
 
     args = arguments.parse_args(add_hybrid_flags)
-    args.backend, args.device, args.device_capability = backend, device, _capability(device)
+    kernels = choose_ssm_kernels(args.ssm_kernels, device)
+    args.backend, args.ssm_kernels, args.device = backend, kernels, device
+    args.device_capability = _capability(device)
     rules.read_old_names(args)
     from megatron_hybrid.cli.checks import check, smallest_world
 
@@ -203,7 +219,7 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
                 arguments.validate_args(args)
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
-    args.backend, args.device, args.notes = backend, device, notes
+    args.backend, args.ssm_kernels, args.device, args.notes = backend, kernels, device, notes
     args.device_capability = _capability(device)
     args.data_contents = {}
     if print_config:

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 from megatron_hybrid import pattern
 from megatron_hybrid.accounting.divisibility import check_divides
+from megatron_hybrid.accounting.loss_chunks import NEEDS_LOGITS
 from megatron_hybrid.argv import flag_name
 from megatron_hybrid.layers.registry import layers_of
 
@@ -158,6 +159,10 @@ def check_unsupported(args: Namespace) -> None:
         )
     if args.backend == "torch" and (args.fp8 or getattr(args, "fp4", None)):
         raise ValueError("--fp8-format / --fp4-format need Transformer Engine: use --backend te on a CUDA device.")
+    if args.loss_kernel == "fused":
+        for name, why in NEEDS_LOGITS.items():
+            if getattr(args, name):
+                raise ValueError(f"--loss-kernel fused cannot be combined with {flag_name(name)}: {why}. Drop one.")
     if args.normalization != "RMSNorm":
         raise ValueError(
             f"--normalization {args.normalization}: hybrid layers use RMSNorm; add --normalization RMSNorm."

@@ -30,6 +30,14 @@ class HybridConfig:
     cuDNN for full attention on any GPU. torch: torch's choice, with Q, K and V padded to one head size, and
     FlexAttention for windows and documents. What a kernel does not take goes to torch (docs/design_space.md)."""
 
+    ssm_kernels: Literal["auto", "triton", "mamba_ssm", "torch"] = "auto"
+    """Kernels of the convolution and the scan of M and P layers: this package's in Triton, those of mamba_ssm with
+    causal-conv1d (to be installed), or plain torch. auto: triton on CUDA, torch on CPU."""
+
+    loss_kernel: Literal["auto", "fused", "plain"] = "auto"
+    """Output head and cross entropy as one function that never holds the logits of a micro-batch (fused), or one after
+    the other (plain). auto: fused on CUDA, unless another flag needs the logits."""
+
     peak_tflops: float | None = None
     """Dense peak of one GPU in TFLOP/s, the reference of the logged MFU. Default: that of the GPU in the run's
     precision, if known (megatron_hybrid/costs/hardware.py)."""

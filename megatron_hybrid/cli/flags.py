@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_hybrid import pattern, placement
-from megatron_hybrid.argv import without
+from megatron_hybrid.argv import value, without
 from megatron_hybrid.cli import recipes
 from megatron_hybrid.cli.config import HybridConfig
 from megatron_hybrid.data import blend
@@ -45,6 +45,11 @@ class Command:
     balance: int | None = None
     """Pipeline segments that are still to be balanced by cost (:func:`megatron_hybrid.cli.arguments.balance`), which
     needs the sizes of the model."""
+    micro_batch_is_free: bool = False
+    """The micro-batch is a recipe's and not the user's: on a GPU it is chosen by memory
+    (:mod:`megatron_hybrid.cli.micro_batch_size`)."""
+    notes: tuple[str, ...] = ()
+    """For the user, on what was chosen."""
 
     def with_pattern(self, balanced: Pattern, pp: int) -> "Command":
         """The same command with the layers cut over ``pp`` pipeline stages.
@@ -74,6 +79,7 @@ def resolve(argv: list[str]) -> Command:
     first = load_layers(argv)
     rest = _without_ours(argv)
     recipe = recipes.recipe(first.recipe, first.intra_preset) if first.recipe else None
+    free = recipe is not None and not value(rest, "--micro-batch-size")
     if recipe:
         rest = recipes.merge(recipe.flags, rest)
     known = _known(rest)
@@ -94,6 +100,7 @@ def resolve(argv: list[str]) -> Command:
         device=known.device,
         print_config=first.print_config,
         balance=known.balance_pipeline,
+        micro_batch_is_free=free,
     )
 
 

@@ -1,7 +1,7 @@
 """Bytes that forward passes keep for backward passes on one rank: of a layer, a micro-batch, and a stage at its peak.
 
 Counted is what autograd keeps, storage by storage (:mod:`megatron_hybrid.accounting.saved` says
-which tables are measured), and at a stage's peak the gradient of the logits. Not counted is what else lives within one
+which tables are measured), and at a stage's peak what the loss makes besides. Not counted is what else lives within one
 operation: gradients of activations, buffers of collectives, the allocator's fragments.
 """
 
@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from megatron_hybrid.accounting.activation_settings import ActivationSettings, Recompute
 from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.loss_chunks import chunk_tokens
 from megatron_hybrid.accounting.saved import FP32, Rank, Saved, norm
 from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.costs.schedule import in_flight
@@ -64,9 +65,18 @@ def embedding_saved(sizes: Sizes, layout: Layout, settings: ActivationSettings) 
 def head_saved(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> list[Saved]:
     """Final norm, output head and vocabulary-parallel cross entropy, whose softmax is kept in fp32.
 
-    Source: core/tensor_parallel/cross_entropy.py, ``VocabParallelCrossEntropy``.
+    Fused, both keep their gradients instead, which the forward pass computes: that of the weight as it is summed up.
+
+    Source: core/tensor_parallel/cross_entropy.py, ``VocabParallelCrossEntropy``; kernels/linear_cross_entropy.py.
     """
     r = Rank(sizes, layout, settings)
+    if settings.fused_loss:
+        return [
+            *norm(r, r.rows, sizes.hidden),
+            Saved("gradient of the head's input", (r.tokens, sizes.hidden), r.e),
+            Saved("gradient of the head's weight", (r.s.padded_vocab, sizes.hidden), FP32),
+            Saved("mask of the losses", (r.tokens,), FP32),
+        ]
     return [
         *norm(r, r.rows, sizes.hidden),
         Saved("normed, input of the head", (r.rows, sizes.hidden), r.e),
@@ -81,19 +91,31 @@ def _loss(r: Rank) -> list[Saved]:
     ]
 
 
-def logits_gradient_bytes(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
-    """What the backward pass of the loss makes while all else is still kept: the largest of all temporaries.
+def loss_temporary_bytes(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> int:
+    """What the loss makes while all else is kept: the largest of all temporaries.
 
-    The logits' gradient, turned from fp32, which the softmax's own memory takes, to 16 bits. On an H100 it is 1.96 of
-    the 2.03 GiB that the peak of ``paper-1b-intra`` has beyond what is kept (docs/benchmarks/README.md).
+    Fused with the output head: the logits of a chunk of tokens, or the weight's gradient in the weight's precision.
+    Otherwise the logits' gradient, turned from fp32, which the softmax's own memory takes, to 16 bits. On an H100 that
+    was 1.96 of the 2.03 GiB that the peak of ``paper-1b-intra`` had beyond what is kept (docs/benchmarks/h100).
     """
     r = Rank(sizes, layout, settings)
+    if settings.fused_loss:
+        return max(chunk_tokens(r.tokens, r.s.padded_vocab, r.e), sizes.hidden) * r.s.padded_vocab * r.e
     return 0 if r.e == FP32 else r.tokens * r.s.padded_vocab * r.e
 
 
 def mtp_saved(sizes: Sizes, layout: Layout, settings: ActivationSettings) -> list[Saved]:
-    """One prediction head beside what :func:`mtp_inner_saved` says: its embedding, the head's input, its loss."""
+    """One prediction head beside what :func:`mtp_inner_saved` says: its embedding, the head's input, its loss.
+
+    The fused loss of a prediction head computes its gradients in the backward pass, from the input of all rows.
+    """
     r = Rank(sizes, layout, settings)
+    if settings.fused_loss:
+        return [
+            *embedding_saved(sizes, layout, settings),
+            Saved("input of the head", (r.tokens, sizes.hidden), r.e),
+            Saved("targets, logarithms of the sums of exponentials", (r.tokens,), 8 + FP32),
+        ]
     normed = Saved("normed, input of the head", (r.rows, sizes.hidden), r.e)
     return [*embedding_saved(sizes, layout, settings), normed, *_loss(r)]
 
@@ -187,7 +209,7 @@ def stage_activation_bytes(
     """The most bytes of activations that a rank of a pipeline stage holds in a step.
 
     Micro-batches in flight are those of the schedule (:func:`megatron_hybrid.costs.schedule.in_flight`); what is
-    recomputed, or the gradient of the logits if that is more, is alive for one of them.
+    recomputed, or a temporary of the loss if that is more, is alive for one of them.
 
     Raises:
         ValueError: The pattern does not divide over the stages, interleaving does not fit, or something is not
@@ -205,7 +227,7 @@ def stage_activation_bytes(
     if what.last and pattern.mtp_depths and settings.recompute.method == "uniform":
         again = max(again, total(mtp_inner_saved(pattern, sizes, layout, settings)))
     if what.last:
-        again = max(again, logits_gradient_bytes(sizes, layout, settings))
+        again = max(again, loss_temporary_bytes(sizes, layout, settings))
     held = in_flight(layout.pp, stage, layout.micro_batches, len(kept), kept)
     return sum(n * size for n, size in zip(held, kept, strict=True)) + again
 
@@ -220,6 +242,9 @@ def beside_layers(
     if stage.last and segment == len(stage.segments) - 1:
         result += total(head_saved(sizes, layout, settings))
         result += pattern.mtp_depths * total(mtp_saved(sizes, layout, settings))
+        if pattern.mtp_depths and settings.fused_loss and not layout.sequence_parallel:
+            r = Rank(sizes, layout, settings)
+            result += r.rows * sizes.hidden * r.e  # the stack's output, one storage with those of the heads
         if settings.recompute.method == "uniform":  # upstream skips block here
             r = Rank(sizes, layout, settings)
             result += pattern.mtp_depths * 2 * r.rows * sizes.hidden * r.e  # state and embedded token

@@ -9,8 +9,10 @@ same bytes in a call for each bucket.
 """
 
 from collections.abc import Iterator
+from math import ceil
 
 from megatron_hybrid.accounting.layout import Layout
+from megatron_hybrid.accounting.loss_chunks import chunk_tokens
 from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.accounting.tensors import norm
 from megatron_hybrid.accounting.traffic import (
@@ -79,7 +81,7 @@ def _parts(pattern: Pattern, m: MicroBatch, stage: Stage) -> Iterator[tuple[Exch
         for part, again in _stack(pattern.mtp, m):
             yield part, again + uniform
     for _ in range(1 + pattern.mtp_depths):
-        yield column(m, m.sizes.hidden), 0  # output head
+        yield _output_head(m), 0
         yield _cross_entropy(m), 0
 
 
@@ -104,12 +106,25 @@ def _joins_state_and_token(m: MicroBatch) -> list[Exchange]:
     ]
 
 
+def _output_head(m: MicroBatch) -> Exchange:
+    """A column-parallel linear; fused with the loss it is done with its input after the forward pass, or keeps it."""
+    tp, size = m.layout.tp, m.size(m.sizes.hidden)
+    if m.settings.fused_loss and m.layout.sequence_parallel:
+        return Exchange("tensor", scatter(tp, size), scatter(tp, size))
+    return column(m, m.sizes.hidden)
+
+
 def _cross_entropy(m: MicroBatch) -> Exchange:
     """Maximum, the label's logit and the sum of exponentials, in fp32 (core/tensor_parallel/cross_entropy.py:130).
 
-    Fused, the last two are one tensor (core/fusions/fused_cross_entropy.py:111).
+    Fused, the last two are one tensor (core/fusions/fused_cross_entropy.py:111). Fused with the output head, the first
+    two are, and each chunk of tokens sends its own (kernels/linear_cross_entropy.py).
     """
     one = all_reduce(m.layout.tp, m.tokens * 4)
+    if m.settings.fused_loss:
+        chunks = ceil(m.tokens / chunk_tokens(m.tokens, m.local.padded_vocab, m.settings.activation))
+        both = all_reduce(m.layout.tp, 2 * m.tokens * 4) + one
+        return Exchange("tensor", Traffic(both.calls * chunks, both.bytes), NOTHING)
     sums = all_reduce(m.layout.tp, 2 * m.tokens * 4) if m.settings.fused_cross_entropy else one * 2
     return Exchange("tensor", one + sums, NOTHING)
 

@@ -11,6 +11,11 @@ from typing import Literal
 
 Precision = Literal["bf16", "fp16", "fp8", "tf32", "fp32"]
 
+RESERVE = 0.1
+"""Of a GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
+MICRO_BATCHES = (1, 2, 4, 8)
+"""Samples of a micro-batch that plans and recipes choose from."""
+
 _T, _G = 1e12, 1e9
 _MIB, _GIB = 2**20, 2**30
 

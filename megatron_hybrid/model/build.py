@@ -7,6 +7,7 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models import HybridModelConfig
 
 from megatron_hybrid import pattern
+from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.layers.registry import layers_of
 from megatron_hybrid.layers.spec import Build
 from megatron_hybrid.model.backends import backend_parts, mtp_block_spec
@@ -26,4 +27,5 @@ def stack_spec(args: Namespace) -> ModuleSpec:
     parts = backend_parts(args.backend, args.num_experts)
     build = Build(args, parts, pattern.parse(args.hybrid_layer_pattern).mixer_depths)
     layers = {layer.symbol: layer.spec(build) for layer in layers_of(args.hybrid_layer_pattern)}
-    return ModuleSpec(module=HybridLayerStack, submodules=LayerSpecs(layers, parts.norm, mtp_block_spec(parts)))
+    specs = LayerSpecs(layers, parts.norm, mtp_block_spec(parts), fuses_loss(args))
+    return ModuleSpec(module=HybridLayerStack, submodules=specs)

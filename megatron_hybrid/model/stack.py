@@ -34,6 +34,9 @@ class LayerSpecs:
     mtp_block_spec: ModuleSpec | None = None
     """Norms and projection of multi-token prediction (MTP); upstream's HybridModel reads the field by this name."""
 
+    fused_loss: bool = False
+    """Output head and loss are one function (:class:`megatron_hybrid.model.loss_head.HybridLossModel`)."""
+
 
 class HybridLayerStack(HybridStack):
     """Upstream's ``HybridStack``, built from a table of symbols instead of its fixed if/elif.

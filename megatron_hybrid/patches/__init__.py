@@ -11,6 +11,8 @@
 | ``gloo.py`` | collectives that Gloo does not have |
 | ``optimizer_state.py`` | the optimizer's state in checkpoints |
 | ``routers.py`` | tokens of experts, and the losses of routers |
+| ``experts.py`` | the way of tokens to their experts and back |
+| ``swiglu_kernels.py`` | SwiGLU in one kernel each way |
 | ``hooks.py`` | what a run hooks into the training loop, from the innermost out |
 | ``child_processes.py`` | processes that a rank starts |
 | ``meta.py`` | models without memory |

@@ -118,11 +118,12 @@ def skip_helper_compilation(compile_helpers: Callable) -> Callable:
     return lambda: None
 
 
-def building(stack: type) -> Table:
+def building(stack: type, model: type) -> Table:
     """The table.
 
     Args:
         stack: The class that builds the layers of a pattern.
+        model: The class of the whole model.
     """
     return Table(
         NAME,
@@ -141,6 +142,14 @@ def building(stack: type) -> Table:
                 "upstream imports this name where it builds a prediction head, and its stack has no layers of ours",
                 "core/transformer/multi_token_prediction.py:1019",
                 contract="build_mtp_from_our_stack",
+            ),
+            Patch(
+                "megatron.training.models.hybrid",
+                "HybridModel",
+                Value(model),
+                "upstream's builder imports this name, and its model cannot compute losses without the logits",
+                "training/models/hybrid.py:14",
+                contract="build_our_model",
             ),
             Patch(
                 "megatron.core.models.hybrid.hybrid_model:HybridModel",

@@ -50,6 +50,7 @@ HOOKS = (
     Hook(TRAINING, "train", "keep_model", "what is measured is of the model", "training/training.py:3342"),
     Hook(TRAINING, "training_log", "record_step", "called with each step's values", "training/training.py:2568"),
     Hook(TRAINING, "train_step", "watch_step", "a bad step must make no update", "training/training.py:2336"),
+    Hook(TRAINING, "train_step", "measure_step", "a benchmark times and profiles it", "training/training.py:2336"),
     # Whole sets are given to what records a validation: set by set where several are evaluated apart
     Hook(
         TRAINING,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import ssm_kernels
+from megatron_hybrid.kernels import SsmKernels, ssm_kernels
 from megatron_hybrid.kernels.weight_gradient import accumulate
 from megatron_hybrid.patches.adam import FusedAdam
 from megatron_hybrid.patches.patching import Patch, Table, Value
@@ -44,14 +44,16 @@ def _packing(for_inference_not_training: bool = True) -> tuple[bool, str | None]
     return (False, "dynamic inference needs mamba_ssm") if for_inference_not_training else (True, None)
 
 
-def mamba_kernels() -> Table:
+def mamba_kernels(ours: SsmKernels) -> Table:
     """Upstream's MambaMixer on our kernels.
+
+    Args:
+        ours: Those of torch or of Triton.
 
     The names are replaced in that module alone: a stand-in ``mamba_ssm`` in ``sys.modules`` would be picked up by other
     libraries.
     """
-    ours = ssm_kernels("cpu", "torch")
-    kernel = "one of our kernels in plain torch"
+    kernel = "one of our kernels"
     found: dict[str, tuple[Callable, str, int]] = {
         "HAVE_MAMBA_SSM": (Value(True), "upstream refuses to build the layer without the package", 93),
         "MAMBA_HAS_STATE_DTYPE": (Value(False), "an argument that our kernel does not have", 95),
@@ -66,7 +68,7 @@ def mamba_kernels() -> Table:
         Patch(MIXER, name, make, reason, f"core/ssm/mamba_mixer.py:{line}", contract="use_torch_mamba_kernels")
         for name, (make, reason, line) in found.items()
     ]
-    return Table("Mamba kernels in torch", tuple(rows))
+    return Table("our Mamba kernels", tuple(rows))
 
 
 def _l2norm(there: Callable | None) -> Callable:

@@ -69,18 +69,24 @@ def log_router_losses_of_all_layers(report: Callable) -> Callable:
 def count_routed_tokens(upstreams: Callable) -> Callable:
     """Counts the tokens of each expert in routers that have a :data:`COUNTER`, with an expert bias or without.
 
-    Upstream counts there for the bias alone, in float32, and sets the count to zero in each step. As upstream does, a
-    token is counted where gradients are on: once under recomputation, and not in an evaluation. With a capacity, what
-    is dropped is not counted. The cost is a sum over the routing map of each micro-batch, without synchronisation.
+    Upstream counts there for the bias alone, in float32, and sets the count to zero in each step; torch compiles that
+    sum in the first step. As upstream does, a token is counted where gradients are on: once under recomputation, and
+    not in an evaluation. With a capacity, what is dropped is not counted. The cost is one sum over the routing map of
+    each micro-batch, without synchronisation.
     """
 
     def counting(self: Any, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        if self.training and torch.is_grad_enabled() and hasattr(self, COUNTER):
-            with torch.no_grad():
-                # [tokens, experts]
-                chosen = routing_map if padding_mask is None else routing_map & ~padding_mask.view(-1, 1)
-                getattr(self, COUNTER).add_(chosen.sum(dim=0))
-        upstreams(self, routing_map, padding_mask=padding_mask)
+        counted = self.training and hasattr(self, COUNTER)
+        if not torch.is_grad_enabled() or not (counted or self.enable_expert_bias):
+            return
+        with torch.no_grad():
+            # [tokens, experts]
+            chosen = routing_map if padding_mask is None else routing_map & ~padding_mask.view(-1, 1)
+            tokens = chosen.sum(dim=0)
+            if self.enable_expert_bias:
+                self.local_tokens_per_expert += tokens
+            if counted:
+                getattr(self, COUNTER).add_(tokens)
 
     return counting
 

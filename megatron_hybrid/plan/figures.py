@@ -60,7 +60,8 @@ def _implementation(s: Subject) -> Figures:
     again = settings.recompute
     return {
         "backend": settings.backend,
-        "scan": "mamba_ssm" if settings.device == "cuda" and settings.mamba_ssm else "torch",
+        "scan": settings.ssm_kernels if settings.device == "cuda" else "torch",
+        "loss": "fused" if settings.fused_loss else "plain",
         "recompute": again.method or sorted(again.modules),
     }
 

@@ -20,6 +20,7 @@ from megatron_hybrid.argv import value
 from megatron_hybrid.cli.checks import check
 from megatron_hybrid.cli.flags import resolve
 from megatron_hybrid.costs.activations import stage_activation_bytes
+from megatron_hybrid.costs.hardware import MICRO_BATCHES
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.layers.registry import has_experts, layers_of
 from megatron_hybrid.pattern import Pattern
@@ -27,7 +28,6 @@ from megatron_hybrid.plan.figures import Figures, memory, times
 from megatron_hybrid.plan.subject import Subject, Where, read
 from megatron_hybrid.plan.time import Machine, step_time
 
-MICRO_BATCHES = (1, 2, 4, 8)
 SEGMENTS = (1, 2)
 """Virtual stages of a pipeline stage."""
 LONG = 16384
@@ -49,7 +49,6 @@ def fit(
     gpus: int,
     machine: Machine,
     device: str = "cuda",
-    mamba_ssm: bool = True,
     most: int = 5,
 ) -> Figures:
     """The fastest layouts that fit.
@@ -68,7 +67,7 @@ def fit(
     """
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
-    base = unplaced(argv, device, mamba_ssm)
+    base = unplaced(argv, device)
     limit = machine.limit
     tried, least = 0, None
     found: list[Candidate] = []
@@ -80,7 +79,7 @@ def fit(
         elif least is None or candidate.bytes < least.bytes:
             least = candidate
     found.sort(key=lambda c: (c.seconds, c.bytes))
-    proposals = _checked(found, argv, Where(gpus, device, mamba_ssm), machine, most)
+    proposals = _checked(found, argv, Where(gpus, device), machine, most)
     return {
         "name": base.name,
         "gpus": gpus,
@@ -94,13 +93,13 @@ def fit(
     }
 
 
-def unplaced(argv: Sequence[str], device: str = "cuda", mamba_ssm: bool = True) -> Subject:
+def unplaced(argv: Sequence[str], device: str = "cuda") -> Subject:
     """The run in the smallest layout that its flags allow, whatever they leave open.
 
     Raises:
         ValueError: What the run itself would be refused for, whatever the layout.
     """
-    return read([*argv, *_free(argv)], None, device, mamba_ssm)
+    return read([*argv, *_free(argv)], None, device)
 
 
 def _free(argv: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def plan(options: Namespace, argv: Sequence[str]) -> tuple[Kind, Figures]:
     if options.match and not options.compare:
         raise ValueError("--match makes architectures comparable: give them with --compare, the reference first.")
     if options.compare:
-        where = comparison.Where(options.gpus, options.device, not options.no_mamba_ssm)
+        where = comparison.Where(options.gpus, options.device, memory(options))
         chosen = comparison.subjects(options.compare, argv, where)
         on = machine(options, chosen[0]) if options.gpu else None
         return "comparison", comparison.compare(chosen, options.match, options.convention, where, on)
@@ -51,9 +51,19 @@ def plan(options: Namespace, argv: Sequence[str]) -> tuple[Kind, Figures]:
         if options.gpus is None or not options.gpu:
             raise ValueError("--fit needs --gpus N and --gpu NAME, such as --gpus 64 --gpu h100-80gb.")
         on = machine(options, fit.unplaced(argv, options.device))
-        return "fit", fit.fit(argv, options.gpus, on, options.device, not options.no_mamba_ssm)
-    planned = subject.read(argv, options.gpus, options.device, not options.no_mamba_ssm)
+        return "fit", fit.fit(argv, options.gpus, on, options.device)
+    planned = subject.read(argv, options.gpus, options.device, memory(options))
     return "run", figures(planned, machine(options, planned) if options.gpu else None)
+
+
+def memory(options: Namespace) -> float | None:
+    """Bytes of a GPU, as far as the options say; what is missing for a machine is :func:`machine`'s to refuse."""
+    if options.memory_gib is not None:
+        return options.memory_gib * 2**30
+    try:
+        return gpu(options.gpu).capacity if options.gpu else None
+    except ValueError:
+        return None
 
 
 def machine(options: Namespace, planned: Subject) -> Machine:

@@ -4,9 +4,10 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hybrid import pattern
+from megatron_hybrid.accounting.activation_settings import DEFAULT_SSM_KERNELS, SSM_KERNELS
 from megatron_hybrid.argv import value, without
 from megatron_hybrid.cli import flags
 from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
@@ -42,10 +43,10 @@ class Where(NamedTuple):
 
     gpus: int | None = None
     device: str = "cuda"
-    mamba_ssm: bool = True
+    memory: float | None = None
 
 
-def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mamba_ssm: bool = True) -> Subject:
+def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", memory: float | None = None) -> Subject:
     """Reads a command line of ``pretrain_hybrid.py`` for a machine that need not be here.
 
     Data and tokenizer need not be given, nor a GPU be there. Without a GPU the CPU engine stands in for one while
@@ -55,28 +56,36 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
         argv: Flags, those of a recipe among them.
         gpus: Ranks; default the fewest that the layout fits.
         device: Where the run would be: ``cuda`` or ``cpu``.
-        mamba_ssm: On CUDA: whether its kernels are installed there.
+        memory: Bytes of a GPU, by which a recipe's micro-batch is chosen as the run does; None: it stays as it is.
 
     Raises:
         ValueError: What the run itself would be refused for, or no vocabulary size.
     """
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
-    words = list(argv)
+    words, names_alone = list(argv), []
     backend = "te" if value(words, "--backend") == "te" else None
     if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
-        words = without(words, "--backend")
+        words, names_alone = without(words, "--backend"), ["--backend", backend]
         for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
             if value(words, flag):
                 raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
-    command, args = _checked(flags.resolve(words), gpus, device)
-    args.backend, args.mamba_ssm = backend or args.backend, mamba_ssm
+    kernels = value(words, "--ssm-kernels", "auto")
+    assumed = {"backend": backend} if backend else {}
+    if device == "cuda":
+        if kernels in (*SSM_KERNELS, "auto"):  # likewise
+            words = without(words, "--ssm-kernels")
+            kernels = DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels
+            names_alone += ["--ssm-kernels", kernels]
+        assumed["ssm_kernels"] = kernels
+    command, args = _checked(flags.resolve(words), gpus, device, memory, assumed)
+    vars(args).update(assumed)
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):
         layers = equal_count(layers, layout.pp)
     return Subject(
         name=command.recipe or args.hybrid_layer_pattern,
-        argv=command.argv,
+        argv=[*command.argv, *names_alone],
         args=args,
         pattern=layers,
         sizes=sizes_of(args),
@@ -84,17 +93,23 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mam
     )
 
 
-def _checked(command: flags.Command, gpus: int | None, device: str) -> tuple[flags.Command, Namespace]:
-    """The command with its layers cut, and its arguments, as Megatron and the costs take them."""
+def _checked(
+    command: flags.Command, gpus: int | None, device: str, memory: float | None, assumed: dict[str, Any]
+) -> tuple[flags.Command, Namespace]:
+    """The command with its layers cut and its micro-batch chosen, and its arguments, as Megatron and the costs take
+    them."""
     light_import.postpone("wandb")
     with light_import.no_collection():
-        from megatron_hybrid.cli import arguments
+        from megatron_hybrid.cli import arguments, micro_batch_size
 
         arguments.choose_device("auto")
         with light_import.plain_functions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself has Megatron's; a search would repeat them
             command = arguments.balance(command, device, launched=False)
             args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
+            if memory is not None and command.micro_batch_is_free:
+                command = micro_batch_size.for_memory(command, args, memory, assumed)
+                args = arguments.parse(command.argv, device, print_config=True, world=gpus, launched=False)
     if not (args.padded_vocab_size or args.vocab_size):
         raise ValueError(
             "The plan needs --vocab-size, or a --tokenizer-model that is here: embedding and output head depend on it. "

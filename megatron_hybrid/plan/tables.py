@@ -209,8 +209,9 @@ def _activations(f: Figures) -> Group:
         kept = f"; full recomputation ({again}) keeps the input of each group alone, and one group is alive again"
     else:
         kept = f"; recomputed: {', '.join(again)}" if again else ""
+    made_by = f"{how['backend']} layers, {how['scan']} scan, {how['loss']} loss"
     return table(
-        f"Activations of one micro-batch on a rank, MiB ({how['backend']} layers, {how['scan']} scan){kept}",
+        f"Activations of one micro-batch on a rank, MiB ({made_by}){kept}",
         ["part", "each"],
         [
             [f"{name} {LAYERS[name].name}" if name in LAYERS else words.get(name, name), mib(size)]

@@ -22,7 +22,7 @@ from megatron_hybrid import costs
 from megatron_hybrid.accounting.activation_settings import Recompute
 from megatron_hybrid.accounting.traffic import CommunicationSettings, Group, Traffic
 from megatron_hybrid.costs.communication import step_communication
-from megatron_hybrid.costs.hardware import Gpu
+from megatron_hybrid.costs.hardware import RESERVE, Gpu
 from megatron_hybrid.costs.memory import rank_memory
 from megatron_hybrid.costs.schedule import pipeline_time
 from megatron_hybrid.layers.registry import account
@@ -30,9 +30,7 @@ from megatron_hybrid.plan.subject import Subject
 
 EFFICIENCY = 0.40
 """Of the dense peak: about what is published for a dense hybrid of 4 billion parameters (Nemotron-3 Nano 4B) on 8 H100,
-402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/README.md)."""
-RESERVE = 0.1
-"""Of a GPU's memory: the CUDA context, buffers of collectives, workspaces, and the allocator's fragments."""
+402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/h100)."""
 NETWORK = 50e9
 """Bytes per second of one GPU between nodes: a port of 400 Gb/s for each GPU, as NVIDIA's DGX H100 has."""
 

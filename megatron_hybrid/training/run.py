@@ -1,7 +1,7 @@
 """A run: its hooks in Megatron's training loop, and the loop itself."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from megatron_hybrid.training.provider import datasets
 from megatron_hybrid.training.throughput import Peak
 
 
-def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Peak | None = None) -> None:
+def train(
+    args: Namespace,
+    config: Any,
+    counted: dict[str, Any],
+    peak: Peak | None = None,
+    more: Mapping[str, hooks.Wrapper] | None = None,
+) -> None:
     """Hooks into Megatron what the run measures, checks and saves, and trains.
 
     Args:
@@ -25,6 +31,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Peak | No
         config: The model's.
         counted: Stored with the run.
         peak: Of one GPU.
+        more: Hooks of the caller's.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -34,7 +41,7 @@ def train(args: Namespace, config: Any, counted: dict[str, Any], peak: Peak | No
     provider, given = _hooks(args, run, peak)
     if run:
         write_run(run / "run.json", args, counted)
-    hooks.install_hooks(given)
+    hooks.install_hooks({**given, **(more or {})})
     child_processes.block_sigterm_in_children()
     with ending.state_of_the_run(run, args):
         pretrain(

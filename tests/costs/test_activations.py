@@ -37,18 +37,35 @@ def test_a_stage_holds_what_is_in_flight():
     pattern, layout = parse("M" * 8), Layout(pp=4, global_batch=8)
     found = [stage_activation_bytes(pattern, SMALL, layout, CUDA, stage) for stage in range(4)]
     embedding, head = (total(part(SMALL, layout, CUDA)) for part in (embedding_saved, head_saved))
-    last = 2 * each("M") + head + 10 * 32 * 2  # and the gradient of the logits, in bf16
+    last = 2 * each("M") + head + 16 * 32 * 2  # and the gradient of the head's weight, in bf16
     assert found == [4 * (2 * each("M") + embedding), 3 * 2 * each("M"), 2 * 2 * each("M"), last]
     few = replace(layout, global_batch=2)
     assert stage_activation_bytes(pattern, SMALL, few, CUDA, 1) == 2 * 2 * each("M")
 
 
-def test_the_gradient_of_the_logits_takes_memory_of_its_own_in_16_bits_alone():
+@pytest.mark.parametrize(
+    ("fused", "element", "extra"),
+    [
+        (False, 2, 10 * 1000 * 2),  # the logits' gradient, which in fp32 takes the place of the softmax
+        (False, 4, 0),
+        (True, 2, 16 * 1000 * 2),  # the weight's gradient, since there is but one chunk of 10 tokens
+        (True, 4, 16 * 1000 * 4),
+    ],
+)
+def test_what_the_loss_makes_takes_memory_of_its_own(fused, element, extra):
     pattern, layout, wide = parse("M"), Layout(), replace(SMALL, padded_vocab=1000)
-    for element, extra in ((2, 10 * 1000 * 2), (4, 0)):
-        of = replace(CUDA, bytes_each=element)
-        kept = sum(total(part(wide, layout, of)) for part in (embedding_saved, head_saved)) + each("M", of)
-        assert stage_activation_bytes(pattern, wide, layout, of, 0) == kept + extra
+    of = replace(CUDA, bytes_each=element, fused_loss=fused)
+    kept = sum(total(part(wide, layout, of)) for part in (embedding_saved, head_saved)) + each("M", of)
+    assert stage_activation_bytes(pattern, wide, layout, of, 0) == kept + extra
+
+
+def test_a_chunk_of_logits_is_counted():
+    """A vocabulary of 2^20: 512 tokens in bf16 are a GiB."""
+    wide = replace(SMALL, padded_vocab=2**20, seq_length=2000)
+    found = stage_activation_bytes(parse("M"), wide, Layout(), CUDA, 0)
+    assert found == sum(total(part(wide, Layout(), CUDA)) for part in (embedding_saved, head_saved)) + (
+        layer_activation_bytes("M", wide, Layout(), CUDA) + 512 * 2**20 * 2
+    )
 
 
 def test_an_interleaved_stage_holds_more():
@@ -78,8 +95,17 @@ def test_selective_recomputation_brings_back_one_layer():
     assert found == beside + each("M") + each("-", of=mlp) + each("-")
 
 
-# What M is without under --hybrid-recompute ssm: z x B C dt, the scan's output, its norm's input and 1 / rms
+# What M is without under --hybrid-recompute ssm, with mamba_ssm's kernels: z x B C dt, samples first, its output,
+# its norm's input and 1 / rms
 SCAN_AGAIN = 10 * (61 * 2 + 24 * 2 + 24 * 2 + 4)
+
+
+def test_recomputation_of_a_scan_that_keeps_its_input_brings_back_the_norm_alone():
+    pattern, layout, of = parse("M|M"), Layout(pp=2), settings(None, 1, "ssm")
+    norm = 10 * (24 * 2 + 4)
+    assert each("M", of) + norm == each("M")
+    found = stage_activation_bytes(pattern, SMALL, layout, of, 0)
+    assert found == total(embedding_saved(SMALL, layout, of)) + each("M", of) + norm
 
 
 @pytest.mark.parametrize(
@@ -95,14 +121,17 @@ SCAN_AGAIN = 10 * (61 * 2 + 24 * 2 + 24 * 2 + 4)
 )
 def test_full_recomputation_of_segments_whose_scans_run_again(text, method, layers, kept, after, again):
     """The last stage: two micro-batches wait behind its first segment while one is in its second."""
-    pattern, layout, of = parse(text), Layout(pp=2, vpp=2, global_batch=2), settings(method, layers, "ssm")
+    pattern, layout = parse(text), Layout(pp=2, vpp=2, global_batch=2)
+    of = replace(settings(method, layers, "ssm"), ssm_kernels="mamba_ssm")
     one_input = 10 * 16 * 2
     first, second = (one_input + sum(each(symbol, of) for symbol in symbols) for symbols in (kept, after))
     second += total(head_saved(SMALL, layout, of))
     alive = SCAN_AGAIN + sum(each(symbol, of) for symbol in again or "")
-    if again is None:  # three norms, state and token joined, layers; it keeps state and token
+    if (
+        again is None
+    ):  # three norms, state and token joined, layers; it keeps state and token, its loss the stack's output
         alive = 10 * (3 * (16 * 2 + 4) + 32 * 2) + each("*", of) + each("M", of)
-        second += total(mtp_saved(SMALL, layout, of)) + 2 * one_input
+        second += total(mtp_saved(SMALL, layout, of)) + 3 * one_input
     assert stage_activation_bytes(pattern, SMALL, layout, of, 1) == 2 * first + second + alive
 
 
@@ -114,8 +143,10 @@ def test_dense_layer_written_out():
 
 
 def test_mamba_layer_on_cuda_written_out():
-    """z x B C dt = 61 and out_x = 24 of mamba_ssm's function, then norm (one group) and projection."""
-    assert each("M") == 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 24 * 2 + 4 + 24 * 2)
+    """z x B C dt = 61, and with mamba_ssm's function its out_x = 24; then norm (one group) and projection."""
+    triton = 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 4 + 24 * 2)
+    assert each("M") == triton
+    assert each("M", of=replace(CUDA, ssm_kernels="mamba_ssm")) == triton + 10 * 24 * 2
 
 
 # Each layer's own norm on CUDA: input, 1 / rms, output
@@ -146,12 +177,16 @@ def test_attention_of_context_parallel_ranks_on_cuda_written_out():
 
 
 def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
-    """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads."""
+    """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads.
+
+    mamba_ssm's kernels keep a copy of the latter, and out_x; ours keep columns of the whole projection.
+    """
     windowed = replace(SMALL, own=(("P", replace(SMALL.of("P"), qk_dim=12, window=4)),))
     attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
     fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
-    found = layer_activation_bytes("P", windowed, Layout(), CUDA)
-    assert found == 10 * (NORM + attention + 44 * 2 + 16 * 2 + fusion)
+    for kernels, scan in {"mamba_ssm": 44 * 2 + 16 * 2, "triton": (12 + 6 + 6 + 44) * 2}.items():
+        found = layer_activation_bytes("P", windowed, Layout(), replace(CUDA, ssm_kernels=kernels))
+        assert found == 10 * (NORM + attention + scan + fusion)
 
 
 EIGHTS = replace(SMALL, head_dim=8)
@@ -252,10 +287,10 @@ def test_settings_of_arguments():
     found = ActivationSettings.from_args(args)
     assert (found.bytes_each, found.backend, found.rope, found.dropout) == (2, "torch", True, False)
     assert found.recompute.modules == {"ssm", "core_attn"}
-    assert (found.mamba_ssm, found.rotary_percent, found.fused_activation) == (True, 1, False)
-    default = ActivationSettings.from_args(SimpleNamespace(moe_layer_recompute=True, mamba_ssm=False, swiglu=True))
+    assert (found.ssm_kernels, found.rotary_percent, found.fused_activation) == ("triton", 1, False)
+    default = ActivationSettings.from_args(SimpleNamespace(moe_layer_recompute=True, ssm_kernels="torch", swiglu=True))
     assert (default.bytes_each, default.device, default.backend) == (4, "cuda", "te")
-    assert (default.dropout, default.mamba_ssm, default.fused_activation) == (True, False, True)
+    assert (default.dropout, default.ssm_kernels, default.fused_activation) == (True, "torch", True)
     assert default.recompute.modules == {"moe"}
     full = Recompute.from_args(
         SimpleNamespace(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)

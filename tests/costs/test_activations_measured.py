@@ -124,8 +124,9 @@ def kept_and_counted_of_model(pattern: str, flags: str = "") -> tuple[int, int]:
     length = args.seq_length // args.context_parallel_size
     tokens = torch.randint(0, 1000, (args.micro_batch_size, length))
     positions = torch.arange(length).expand_as(tokens)
+    mask = torch.ones(tokens.shape) if settings.fused_loss else None
     with Kept(built) as kept:
-        built(tokens, positions, None, labels=tokens.roll(-1, 1))
+        built(tokens, positions, None, labels=tokens.roll(-1, 1), loss_mask=mask)
     parsed = patterns.parse(pattern)
     extra = beside_layers(parsed, stages(parsed, 1)[0], 0, sizes, layout, settings)
     return kept.bytes(), segment_activation_bytes(parsed.layers, sizes, layout, settings, extra)[0]
@@ -200,7 +201,7 @@ def test_designs_of_the_intra_layer_hybrid(ranks, flags):
     agree(ranks(1).run(kept_and_counted_by_layer, pattern="P", flags=f"{SHORT} {flags}"), "P")
 
 
-ALL = "*WMP-EG"
+ALL, FUSED = "*WMP-EG", "--loss-kernel fused"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,11 @@ ALL = "*WMP-EG"
         (1, "*-MP/W-", f"{FULL} uniform --recompute-num-layers 1"),
         (2, ALL[:-1], f"{TP2} {SP}"),
         (2, "*WMP-", f"{TP2} {FULL} uniform --recompute-num-layers 2 --distribute-saved-activations"),
+        (1, "*-", FUSED),
+        (1, "M-/W-", f"{FUSED} --bf16 --untie-embeddings-and-output-weights"),
+        (2, "*-", f"{FUSED} {TP2}"),
+        (2, "*-/M-", f"{FUSED} {TP2} {SP} --mtp-num-layers 1 --bf16"),
+        (2, "*-", f"{FUSED} {CP2} --bf16"),
     ],
 )
 def test_whole_models(ranks, size, pattern, flags):

@@ -189,6 +189,8 @@ FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method
             "--expert-model-parallel-size 2 --moe-shared-expert-gate",
             {"tensor", "expert"},
         ),
+        ("*-/M", f"{TP} --mtp-num-layers 1 --loss-kernel fused", {"tensor"}),
+        ("*-", f"{SP} --loss-kernel fused", {"tensor"}),
         ("*P/M", f"{TP} --mtp-num-layers 1 --mamba-num-groups 1 --intra-scale scalar", {"tensor"}),
         ("M-/*-", f"{SP} --mtp-num-layers 1 {FULL} uniform", {"tensor"}),
         ("GM/-", f"{SP} --mtp-num-layers 1 {FULL} block", {"tensor"}),

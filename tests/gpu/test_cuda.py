@@ -193,10 +193,11 @@ def intra_layer():
     from megatron_hybrid.layers.attention.module import RoPE
     from megatron_hybrid.layers.intra.design import design
     from megatron_hybrid.layers.intra.module import IntraHybrid, IntraSubmodules
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
     from megatron_hybrid.patches import upstream
 
-    upstream.prepare("cuda", HybridLayerStack)
+    upstream.prepare("cuda", HybridLayerStack, HybridLossModel)
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hybrid.kernels.triton import scan
+from megatron_hybrid.kernels.triton import ssd_scan as scan
 from megatron_hybrid.kernels.triton.mamba import mamba_split_conv_scan
 from tests.support.scan_cases import assert_close, core_results, scan_results
 

@@ -253,8 +253,25 @@ def test_backend_is_chosen_by_device():
     assert ssm_backend("cpu") == "torch"
     kernels = ssm_kernels("cpu")
     assert kernels.chunk_scan is combined.mamba_chunk_scan_combined
-    with pytest.raises(ValueError, match="needs a CUDA device"):
+    with pytest.raises(ValueError, match="mamba_ssm needs a CUDA device, not cpu; use torch"):
         ssm_kernels("cpu", "mamba_ssm")
+    with pytest.raises(ValueError, match="triton needs a CUDA device"):
+        ssm_backend("cpu", "triton")
+    with pytest.raises(ValueError, match="'cuda' are unknown; choose from triton, mamba_ssm, torch"):
+        ssm_backend("cuda", "cuda")
+
+
+def test_backend_is_chosen_by_what_is_installed(monkeypatch):
+    installed = {"triton"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    assert ssm_backend("cuda") == "triton"
+    with pytest.raises(ValueError, match="mamba_ssm needs mamba_ssm and causal_conv1d, not installed"):
+        ssm_backend("cuda", "mamba_ssm")
+    installed |= {"mamba_ssm", "causal_conv1d"}
+    assert ssm_backend("cuda", "mamba_ssm") == "mamba_ssm"
+    assert ssm_backend("cuda") == "triton"
+    installed.clear()
+    assert ssm_backend("cuda") == "torch"
 
 
 def test_signature_covers_mamba_ssm_defaults():

@@ -1,4 +1,4 @@
-"""Grouped products of experts against upstream's loop over them, on CPUs. On CUDA: tests/gpu/test_cuda.py."""
+"""Products of all experts at once against upstream's loop over them, on CPUs. On CUDA: tests/gpu."""
 
 import pytest
 import torch
@@ -24,17 +24,38 @@ def test_grouped_equals_looped(ranks, counts, settings):
     assert {name: error for name, error in errors.items() if not error <= BF16} == {}
 
 
+@pytest.mark.parametrize("counts", [[5, 0, 33, 1], [0, 0, 3, 0]], ids=str)
+def test_one_by_one_equals_looped(ranks, counts):
+    grouped, errors = ranks(1).run(expert_pairs.errors, counts=counts, rows_for_own_product=0)[0]
+    assert grouped
+    assert {name: error for name, error in errors.items() if not error <= BF16} == {}
+
+
+@pytest.mark.parametrize("rows", [0, float("inf")], ids=["one-by-one", "grouped"])
 @pytest.mark.parametrize(
     "flags",
-    [DP, f"{EP2} {DP}", f"{DP} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000"],
-    ids=["dp2", "ep2", "dp2-overlap"],
+    [
+        DP,
+        f"{DP} --no-gradient-accumulation-fusion",
+        f"{EP2} {DP}",
+        f"{DP} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000",
+    ],
+    ids=["dp2", "dp2-not-fused", "ep2", "dp2-overlap"],
 )
-def test_grouped_experts_train_as_looped_ones(ranks, tmp_path, flags):
+def test_grouped_experts_train_as_looped_ones(ranks, tmp_path, flags, rows):
     """Reduced gradients, gathered weights and all, as in test_parity.py."""
     where = folder(tmp_path)
     ranks(1).run(initial_checkpoint, pattern="MEPE", folder=where)
     expected = ranks(1).run(losses, pattern="MEPE", load=where, flags="")[0]
-    found = ranks(2).run(expert_pairs.losses_of_grouped, pattern="MEPE", load=where, flags=flags)
+    case = {"rows_for_own_product": rows, "pattern": "MEPE", "load": where, "flags": flags}
+    found = ranks(2).run(expert_pairs.losses_of_grouped, **case)
     for steps in found:
         for ours, theirs in zip(steps, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=RTOL)
+
+
+@pytest.mark.parametrize("rows", [0, float("inf")], ids=["one-by-one", "grouped"])
+def test_gradients_are_accumulated_as_the_flag_says(ranks, rows):
+    case = {"rows_for_own_product": rows}
+    assert ranks(1).run(expert_pairs.accumulated, **case, flags=DP) == [{True}]
+    assert ranks(1).run(expert_pairs.accumulated, **case, flags=f"{DP} --no-gradient-accumulation-fusion") == [{False}]

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.patches import (
     building,
     child_processes,
+    experts,
     gloo,
     hooks,
     missing_packages,
     optimizer_state,
     parsing,
     routers,
+    swiglu_kernels,
     unpickling,
 )
 from tests.patches.contract import VERSION, Contract, node
@@ -74,6 +77,7 @@ NO_PATCH = {
     "train": "calls Megatron's public pretrain",
     "choose_device": "of torch's public interface",
     "choose_backend": "has none",
+    "choose_ssm_kernels": "of the room kernels",
     "help_text": "calls add_hybrid_flags",
     "balance": "of flags, by the parser that parse() calls",
     "import_megatron_quietly": "an import",
@@ -143,13 +147,15 @@ def test_every_public_function_that_knows_upstream_has_a_contract():
 
 
 TABLES = [
-    building.building(object),
-    missing_packages.mamba_kernels(),
+    building.building(object, object),
+    missing_packages.mamba_kernels(ssm_kernels("cpu")),
     missing_packages.GATED_DELTA_RULE,
     missing_packages.gradient_accumulation(apex=False),
     missing_packages.FUSED_ADAM,
     gloo.GLOO,
     routers.TABLE,
+    experts.TABLE,
+    swiglu_kernels.TABLE,
     optimizer_state.TABLE,
     unpickling.TABLE,
     parsing.VOCABULARY,

@@ -13,7 +13,7 @@ def mamba_names() -> dict[str, Any]:
     from megatron_hybrid.patches.patching import install, uninstall
 
     ours = ssm_kernels("cpu", "torch")
-    kernels = missing_packages.mamba_kernels()
+    kernels = missing_packages.mamba_kernels(ours)
     uninstall(kernels.name)
     kept, upstreams = mamba_mixer.MAMBA_HAS_STATE_DTYPE, dict(vars(mamba_mixer))
     del mamba_mixer.MAMBA_HAS_STATE_DTYPE

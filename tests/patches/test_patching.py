@@ -190,14 +190,15 @@ def prepare_again() -> dict[str, Any]:
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
     from megatron_hybrid.patches import parsing, upstream
 
     before = ChainedOptimizer.load_state_dict
-    notes = [upstream.prepare("cpu", HybridLayerStack) for _ in range(2)]
+    notes = [upstream.prepare("cpu", HybridLayerStack, HybridLossModel) for _ in range(2)]
     parsing.before_parsing()
     try:
-        upstream.prepare("cpu", dict)
+        upstream.prepare("cpu", dict, HybridLossModel)
         error = ""
     except RuntimeError as e:
         error = str(e)

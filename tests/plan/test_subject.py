@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron_hybrid.plan import figures
 from megatron_hybrid.plan.subject import read
 from tests.plan.support import DEMO, planned, small
 
@@ -24,6 +25,25 @@ def test_reading_leaves_the_process_as_it_was(monkeypatch):
 def test_a_run_on_cuda_is_planned_without_one():
     assert planned(DEMO).args.device == "cuda"
     assert read(DEMO.split(), device="cpu").args.device == "cpu"
+
+
+def test_kernels_that_are_not_here_are_planned_by_name():
+    words = ["--recipe", "paper-1b-mamba"]
+    found = {
+        name: read([*words, *given])
+        for name, given in {
+            "triton": [],
+            "mamba_ssm": ["--ssm-kernels", "mamba_ssm"],
+            "torch": ["--ssm-kernels=torch"],
+        }.items()
+    }
+    assert {name: subject.args.ssm_kernels for name, subject in found.items()} == {name: name for name in found}
+    assert all(subject.argv[-2:] == ["--ssm-kernels", name] for name, subject in found.items())
+    most = {name: max(row["activations"] for row in figures.memory(subject)) for name, subject in found.items()}
+    assert most["triton"] < most["mamba_ssm"] < most["torch"]
+    assert read(words, device="cpu").args.ssm_kernels == "torch"
+    with pytest.raises(ValueError, match="--ssm-kernels triton: triton needs a CUDA device"):
+        read([*words, "--ssm-kernels", "triton"], device="cpu")
 
 
 def test_more_gpus_are_replicas():

@@ -5,11 +5,17 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 HIDDEN, WIDTH = 64, 32
+AT_ONCE = {"_ExpertFFNBackward", "GroupedProductBackward"}
+"""What stands behind the output of experts that are not looped over."""
 
 
 @contextmanager
-def grouped_everywhere() -> Iterator[None]:
-    """Grouped products wherever torch has them: on CPUs too, where they are its own loop, and in fp32."""
+def grouped_everywhere(rows_for_own_product: float | None = None) -> Iterator[None]:
+    """Grouped products wherever torch has them: on CPUs too, where they are its own loop, and in fp32.
+
+    Args:
+        rows_for_own_product: In place of ``module.ROWS_FOR_OWN_PRODUCT``; 0 for a product for each expert.
+    """
     from megatron_hybrid.layers.moe import module
 
     asked = []
@@ -18,37 +24,54 @@ def grouped_everywhere() -> Iterator[None]:
         asked.append(args)
         return True
 
-    decides = module.can_group
+    decides, rows = module.can_group, module.ROWS_FOR_OWN_PRODUCT
     module.can_group = can_group  # type: ignore[assignment]
+    if rows_for_own_product is not None:
+        module.ROWS_FOR_OWN_PRODUCT = rows_for_own_product  # type: ignore[assignment]
     try:
         yield
     finally:
-        module.can_group = decides
+        module.can_group, module.ROWS_FOR_OWN_PRODUCT = decides, rows
     assert asked, "no experts ran"
 
 
-def losses_of_grouped(**case: Any) -> list[tuple[float, float]]:
-    """:func:`tests.support.training.losses` of grouped products."""
+def losses_of_grouped(rows_for_own_product: float | None = None, **case: Any) -> list[tuple[float, float]]:
+    """:func:`tests.support.training.losses` of products of all experts at once."""
     from tests.support.training import losses
 
-    with grouped_everywhere():
+    with grouped_everywhere(rows_for_own_product):
         return losses(**case)
 
 
-def errors(counts: list[int], device: str = "cpu", **settings: Any) -> tuple[bool, dict[str, float]]:
+def accumulated(rows_for_own_product: float, flags: str) -> set[bool]:
+    """After a step of grouped products, whether the experts' gradients were added to ``main_grad`` there."""
+    from tests.support.training import Run
+
+    with grouped_everywhere(rows_for_own_product):
+        run = Run("ME", flags)
+        run.step()
+    named = [pair for chunk in run.model for pair in chunk.named_parameters()]
+    return {parameter.grad_added_to_main_grad for name, parameter in named if "local_experts" in name}
+
+
+def errors(
+    counts: list[int], device: str = "cpu", rows_for_own_product: float | None = None, **settings: Any
+) -> tuple[bool, dict[str, float]]:
     """Both ways through the same experts and tokens, in a process group of one.
 
     Args:
         counts: Tokens of each expert.
         device: Where it runs; on a CPU with :func:`grouped_everywhere`.
+        rows_for_own_product: As in :func:`grouped_everywhere`.
         settings: Of the TransformerConfig, by default bf16, gated and without biases.
 
     Returns:
-        Whether the products were grouped, and the errors, relative to the largest entry of the loop's: ``output``,
-        and the gradients of ``tokens``, of the ``probabilities`` (fp32, as a router gives them) and of each weight.
+        Whether all experts were computed at once, and the errors, relative to the largest entry of the loop's:
+        ``output``, and the gradients of ``tokens``, of the ``probabilities`` (fp32, as a router gives them) and of each
+        weight.
     """
 
-    with grouped_everywhere() if device == "cpu" else nullcontext():
+    with grouped_everywhere(rows_for_own_product) if device == "cpu" else nullcontext():
         grouped, looped = _both(counts, device, settings)
     found = {}
     for (name, ours), (_, theirs) in zip(grouped, looped, strict=True):
@@ -56,7 +79,7 @@ def errors(counts: list[int], device: str = "cpu", **settings: Any) -> tuple[boo
         sizes = [t.detach().double().abs().flatten() for t in (ours - theirs, theirs)]
         wrong, right = (float(size.max()) if len(size) else 0.0 for size in sizes)
         found[name] = wrong / (right or 1.0)  # an expert without tokens has gradients of zero
-    return type(grouped[0][1].grad_fn).__name__ == "GroupedProductBackward", found
+    return type(grouped[0][1].grad_fn).__name__ in AT_ONCE, found
 
 
 def _both(counts: list[int], device: str, settings: dict[str, Any]) -> list[list[tuple[str, Any]]]:

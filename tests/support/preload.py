@@ -14,7 +14,8 @@ cpu.install()
 arguments.import_megatron_quietly()
 
 import pretrain_hybrid  # noqa: E402, F401
+from megatron_hybrid.model.loss_head import HybridLossModel  # noqa: E402
 from megatron_hybrid.model.stack import HybridLayerStack  # noqa: E402
 from megatron_hybrid.training import run  # noqa: E402, F401
 
-upstream.prepare("cpu", HybridLayerStack)
+upstream.prepare("cpu", HybridLayerStack, HybridLossModel)

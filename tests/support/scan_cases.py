@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_hybrid.kernels.combined import mamba_split_conv1d_scan_combined
 from megatron_hybrid.kernels.conv import document_number
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan
-from megatron_hybrid.kernels.triton import scan
+from megatron_hybrid.kernels.triton import ssd_scan as scan
 from megatron_hybrid.kernels.triton.mamba import mamba_split_conv_scan
 
 # fp32: as in tests/kernels/test_ssd.py; products on a GPU are split into three of tf32, which loses no more.

@@ -36,9 +36,10 @@ def main(out: str, scratch: str, folder: str) -> None:
         te = te_stand_in.install()
     arguments.set_single_process_defaults()
     arguments.import_megatron_quietly()
+    from megatron_hybrid.model.loss_head import HybridLossModel
     from megatron_hybrid.model.stack import HybridLayerStack
 
-    upstream.prepare("cpu", HybridLayerStack)
+    upstream.prepare("cpu", HybridLayerStack, HybridLossModel)
     read_help_once()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     from megatron.core.extensions.transformer_engine import HAVE_TE

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.benchmarks.timing import peak_memory, seconds_of, versions
-from megatron_hybrid.kernels import ssm_backend, ssm_kernels
+from megatron_hybrid.kernels import NEEDED, ssm_kernels
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan, ssd_recurrence
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
@@ -73,8 +73,8 @@ def implementations(device: torch.device, with_compile: bool) -> tuple[dict[str,
     baselines = set(rows) - {"ours"}
     if with_compile:
         rows["ours, compiled"] = torch.compile(ssd_chunk_scan)
-    if ssm_backend(device) == "mamba_ssm":
-        rows["mamba_ssm"] = ssm_kernels(device).chunk_scan
+    if device.type == "cuda" and all(importlib.util.find_spec(name) for name in NEEDED["mamba_ssm"]):
+        rows["mamba_ssm"] = ssm_kernels(device, "mamba_ssm").chunk_scan
     return rows, baselines
 
 

@@ -26,7 +26,6 @@ def main() -> None:
     import torch
 
     from megatron_hybrid.costs.hardware import gpu_of_device
-    from megatron_hybrid.kernels import ssm_backend
     from megatron_hybrid.plan import figures, subject
     from megatron_hybrid.plan.time import Machine
 
@@ -39,9 +38,8 @@ def main() -> None:
         )
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": environment("cuda")}
     print(f"{report['command']}\n{', '.join(f'{k} {v}' for k, v in report['environment'].items())}")
-    scan = ssm_backend("cuda")
-    planned = subject.read(argv, options.processes, mamba_ssm=scan == "mamba_ssm")
-    print(f"backend {planned.args.backend}, scan {scan}")
+    planned = subject.read(argv, options.processes, memory=known.capacity)
+    print(f"backend {planned.args.backend}, scan {planned.args.ssm_kernels}")
     machine = Machine.of(known, "bf16" if planned.args.bf16 else "fp32")
     plan = figures.figures(planned, machine)
     records = train(argv, options.processes, "cuda")

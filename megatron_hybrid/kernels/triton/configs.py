@@ -32,6 +32,12 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    # Cross entropy of a row: entries in a block, blocks on their way; class: entries of a row, at most. Of long rows a
+    # program fills a multiprocessor: the rows of all programs may still be in the L2 cache when they are read again.
+    # Chosen by registers and bytes in flight, not yet by a search.
+    ("cross_entropy", "4096"): {"BLOCK": 2048, "STAGES": 2, "num_warps": 4},
+    ("cross_entropy", "32768"): {"BLOCK": 8192, "STAGES": 2, "num_warps": 8},
+    ("cross_entropy", "any"): {"BLOCK": 16384, "STAGES": 3, "num_warps": 16},
     # Attention: queries (of all heads that a program takes) and keys of a block; class: the greatest head size up to
     # which a line is taken (tools/benchmarks/attention.py). Chosen by registers and occupancy, not yet by a search.
     ("attention_forward", "64"): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},

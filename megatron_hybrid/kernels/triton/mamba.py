@@ -2,7 +2,8 @@
 and gate.
 
 The backward pass keeps nothing but its inputs: it computes the convolution and the states again. The gradient of the
-projection is written into one tensor by the kernels; no tensor of the layer's width is copied, split or concatenated.
+projection is written into one tensor by the kernels, which is that of the whole projection where the input is a part of
+its columns (``kernels/columns.py``): no tensor of the layer's width is copied, split or concatenated.
 ``kernels/combined.py`` has the same in plain PyTorch.
 
 Shape letters: s tokens, b samples, h heads, p head dim, g groups, n state dim, c = h p + 2 g n channels of the
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels.columns import GradientPlace
 from megatron_hybrid.kernels.conv import document_number
-from megatron_hybrid.kernels.triton import scan
+from megatron_hybrid.kernels.triton import ssd_scan as scan
 from megatron_hybrid.kernels.triton.causal_conv import causal_conv_backward, causal_conv_forward
 
 
@@ -70,8 +71,8 @@ def mamba_split_conv_scan(
         D = D.repeat_interleave(head_dim)  # [h p]
     documents = None if seq_idx is None else document_number(seq_idx).int().contiguous()  # [b, s]
     y, final = _Core.apply(
-        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, documents, (head_dim, groups), dt_limit,
-        return_final_states,
+        zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, documents, GradientPlace(zxbcdt),
+        (head_dim, groups), dt_limit, return_final_states,
     )  # fmt: skip
     return (y, final) if return_final_states else y
 
@@ -80,13 +81,13 @@ class _Core(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
-        initial_states: Tensor | None, documents: Tensor | None, sizes: tuple[int, int],
+        initial_states: Tensor | None, documents: Tensor | None, place: GradientPlace, sizes: tuple[int, int],
         dt_limit: tuple[float, float], want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         s, b, _ = zxbcdt.shape
         weight = weight.contiguous()
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, A, D, initial_states, documents)
-        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, GradientPlace(zxbcdt)
+        ctx.sizes, ctx.dt_limit, ctx.place = sizes, dt_limit, place
         convolved = _convolve(zxbcdt, weight, bias, documents, A.shape[0] * sizes[0])
         y = zxbcdt.new_empty(s, b, A.shape[0] * sizes[0])
         inputs = _inputs(zxbcdt, convolved, dt_bias, A, D, initial_states, documents, sizes, dt_limit)
@@ -116,7 +117,7 @@ class _Core(torch.autograd.Function):
         like = lambda d, t: None if d is None else d.to(t.dtype)  # noqa: E731
         return (
             d_zxbcdt, like(d_weight, weight), like(d_bias, bias), like(d_dt_bias, dt_bias), like(d_A, A), like(d_D, D),
-            like(d_initial, initial_states), None, None, None, None,
+            like(d_initial, initial_states), None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ E_ij = exp(sum_i - sum_j) for j <= i, H_ij = (dy_i . x_j) E_ij dt_j and W_ij = H
                 columns_t = w_t / dt_t x_t . dS B_t                        w_j = dt_j exp(sum_last - sum_j)
 
 S and dS are the state at the chunk's start and its gradient at the chunk's end. ``scan_steps.py`` makes the gradients
-of dt and A from these. Two kernels, because the tiles of both do not fit into the registers of one. ``scan.py`` has the
-shape letters.
+of dt and A from these. Two kernels, because the tiles of both do not fit into the registers of one. ``ssd_scan.py`` has
+the shape letters.
 """
 
 import triton

@@ -7,7 +7,7 @@ y again, for the gradient of the gate:
 
     dz = dout y silu'(z),    dy = dout silu(z)
 
-``scan.py`` has the shape letters.
+``ssd_scan.py`` has the shape letters.
 """
 
 import triton

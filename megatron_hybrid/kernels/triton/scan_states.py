@@ -4,7 +4,7 @@
     backward  dS_(c-1) = decay_c dS_c + sum_i w_i dy_i C_i^T       w_i = exp(sum_i)
 
 with decay_c = exp(sum_last). The only kernel that walks along the sequence: one program for each
-block of a head's channels, the state in registers. ``scan.py`` has the shape letters.
+block of a head's channels, the state in registers. ``ssd_scan.py`` has the shape letters.
 """
 
 import triton

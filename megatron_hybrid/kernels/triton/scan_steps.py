@@ -2,8 +2,8 @@
 
     dt = clamp(softplus(raw + bias), low, high)        sum_t = sum of dt A over the chunk's tokens up to t
 
-Shape letters: b batch, s tokens, h heads, c chunks, v blocks of a head's channels (``scan.py``). Both results are fp32
-[b, h, c CHUNK]: a head's tokens side by side. Tokens behind the end have dt 0, so that they change no sum.
+Shape letters: b batch, s tokens, h heads, c chunks, v blocks of a head's channels (``ssd_scan.py``). Both results are
+fp32 [b, h, c CHUNK]: a head's tokens side by side. Tokens behind the end have dt 0, so that they change no sum.
 """
 
 import math

@@ -24,6 +24,7 @@ from megatron_hybrid.accounting.scan import (
     scan_cache,
     scan_exchanges,
     scan_flops,
+    scan_kernels,
     scan_saved,
     scan_tensors,
     shared_states,
@@ -265,7 +266,8 @@ def is_padded(kernel: str, d: IntraDesign) -> bool:
 
 
 def _mamba_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
-    if not r.keeps("ssm"):
+    """A Mamba branch, and whether it keeps views of the input projection's output."""
+    if not r.keeps("ssm") or scan_kernels(r) == "triton" and r.layout.cp == 1:
         return [], True
     return scan_saved(r, d.ssm_heads, d.ssm_head_dim, d.ssm_groups, d.state_dim), False
 

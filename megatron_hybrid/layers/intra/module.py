@@ -35,7 +35,7 @@ from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, mo
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion
-from megatron_hybrid.layers.mamba.module import HybridMambaMixer
+from megatron_hybrid.layers.mamba.module import HybridMambaMixer, core
 from megatron_hybrid.layers.parts import SharedRowsLinear, store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
@@ -53,6 +53,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
             "depths": build.mixer_depths,
             "a_init_range": tuple(args.mamba_a_init_range),
             "recompute": tuple(args.hybrid_recompute),
+            "ssm_core": core(args),
         },
         submodules=IntraSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
@@ -148,6 +149,7 @@ class IntraHybrid(MegatronModule):
         depths: For each layer of the model, the number of mixers before it.
         a_init_range: Range of the uniform distribution that initialises -A.
         recompute: What to recompute in the backward pass: "intra" (all between the projections), "ssm".
+        ssm_core: What :func:`megatron_hybrid.layers.mamba.module.core` returns.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class IntraHybrid(MegatronModule):
         depths: tuple[int, ...] = (0,),
         a_init_range: tuple[float, float] = (1.0, 16.0),
         recompute: tuple[str, ...] = (),
+        ssm_core: Callable | None = None,
         cp_comm_type: str | None = None,
         pp_layer_offset: int = 0,
         name: str | None = None,
@@ -177,7 +180,9 @@ class IntraHybrid(MegatronModule):
         }
         make: dict[str, Callable[[], nn.Module]] = {
             "attention": lambda: AttentionBranch(core_attention=submodules.core_attention, **shared),
-            "mamba": lambda: MambaBranch(A_init_range=a_init_range, recompute="ssm" in recompute, **shared),
+            "mamba": lambda: MambaBranch(
+                A_init_range=a_init_range, recompute="ssm" in recompute, core=ssm_core, **shared
+            ),
         }
         for branch, kind in zip(design.names, design.branches, strict=True):
             self.add_module(branch, make[kind]())

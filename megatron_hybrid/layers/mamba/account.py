@@ -10,6 +10,7 @@ from megatron_hybrid.accounting.scan import (
     scan_cache,
     scan_exchanges,
     scan_flops,
+    scan_input,
     scan_saved,
     scan_tensors,
     shared_states,
@@ -60,11 +61,12 @@ class MambaAccount(Account):
         s, t = r.s, r.tokens
         inner = s.mamba_heads * s.mamba_head_dim
         width = 2 * inner + 2 * s.mamba_groups * s.state_dim + s.mamba_heads
-        columns, weight = projected_columns(r, width, r.whole.mamba_groups)
+        _, weight = projected_columns(r, width, r.whole.mamba_groups)
         out = Saved("normed, input of the output projection", (t, inner), r.e)
+        scan = s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_dim
         if not r.keeps("ssm"):
-            return [*weight, Saved("z x B C dt", (t, columns), r.e), out]
-        core = scan_saved(r, s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_dim)
+            return [*weight, scan_input(r, *scan), out]
+        core = scan_saved(r, *scan)
         if r.whole.mamba_groups >= r.layout.tp:
             gated_norm = saved_norm(r, t, inner, groups=s.mamba_groups)
         else:  # layers/norm.py: the group's squares are summed over ranks, and the input converted twice

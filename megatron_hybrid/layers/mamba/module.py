@@ -8,6 +8,8 @@ of one group. t is the number of tokens of the hidden state on a rank: s/cp, or 
 
 import copy
 import math
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
+from megatron_hybrid.kernels import ssm_kernels
 from megatron_hybrid.layers.norm import SpanningRMSNorm
 from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build
@@ -39,7 +42,11 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
         parts = parts.with_shared_rows()
     mixer = ModuleSpec(
         module=HybridMambaMixer,
-        params={"A_init_range": tuple(args.mamba_a_init_range), "recompute": "ssm" in args.hybrid_recompute},
+        params={
+            "A_init_range": tuple(args.mamba_a_init_range),
+            "recompute": "ssm" in args.hybrid_recompute,
+            "core": core(args),
+        },
         submodules=MambaMixerSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
     return ModuleSpec(
@@ -51,6 +58,11 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
             sharded_state_dict_keys_map=parts.stored_as("norm.", "mixer.in_proj.layer_norm_"),
         ),
     )
+
+
+def core(args: Namespace) -> Callable | None:
+    """Convolution, scan and gate in one function of the layer's own layout; None: upstream's way, samples first."""
+    return ssm_kernels(args.device, args.ssm_kernels).core
 
 
 class SampleContextParallel(MambaContextParallel):
@@ -79,6 +91,7 @@ class HybridMambaMixer(MambaMixer):
 
     Args:
         recompute: Save only the projected input for the backward pass, and run the core again there.
+        core: As :func:`core` returns it.
     """
 
     def __init__(
@@ -88,6 +101,7 @@ class HybridMambaMixer(MambaMixer):
         *args: Any,
         pg_collection: ProcessGroupCollection,
         recompute: bool = False,
+        core: Callable | None = None,
         **kwargs: Any,
     ):
         groups, tp = config.mamba_num_groups, pg_collection.tp.size()
@@ -98,7 +112,7 @@ class HybridMambaMixer(MambaMixer):
             config.mamba_num_groups = tp  # for upstream: one group for each rank
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.cp.__class__ = SampleContextParallel
-        self.recompute = recompute
+        self.recompute, self.core = recompute, core
         self.total_groups = groups
         self.shares_groups = groups < tp
         if self.shares_groups:
@@ -146,7 +160,21 @@ class HybridMambaMixer(MambaMixer):
         if self.shares_groups:
             self.cp.conv1d_weight_cp1 = self._with_shared_channels(self.conv1d_weight, self.conv1d_shared_weight)
             self.cp.conv1d_bias_cp1 = self._with_shared_channels(self.conv1d_bias, self.conv1d_shared_bias)
-        return super()._ssm_training(zxBCdt, packed_seq_params)
+        if self.core is None:
+            return super()._ssm_training(zxBCdt, packed_seq_params)
+        y = self.core(
+            zxBCdt,
+            self.cp.get_conv1d_weight().squeeze(1),  # [(x B C)/(tp cp), w]
+            self.cp.get_conv1d_bias(),
+            self.cp.get_dt_bias().float(),
+            -torch.exp(self.cp.get_A_log().float()),
+            self.cp.get_D().float(),
+            head_dim=self.headdim,
+            groups=self.cp.ngroups_local_tpcp,
+            seq_idx=None if packed_seq_params is None else packed_seq_params.seq_idx,
+        )  # [s, b, e/(tp cp)]
+        y = self.cp.post_conv_ssm(y, packed_seq_params)
+        return self.norm(y) if self.rmsnorm else y
 
     def _with_shared_channels(self, own: Tensor, shared: Tensor) -> Tensor:
         """This rank's channels of the convolution: its own of x [e/tp, ...], and of shared [2 g n, ...] its group's."""

@@ -81,20 +81,22 @@ class ExpertsAccount(FFNAccount):
         return 2 * weights(ffn_linears(s, s.shared_ffn)) if "shared_experts" in modules else 0.0
 
     def saved(self, r: Rank) -> list[Saved]:
-        """Routed evenly. Names and orders of routing are of core/transformer/moe/{moe_utils,token_dispatcher}.py."""
+        """Routed evenly. Names and orders of routing are of core/transformer/moe/{moe_utils,token_dispatcher}.py.
+
+        On CUDA tokens go the way of patches/experts.py, and with ``torch`` layers the experts' FFNs are computed at
+        once (kernels/expert_ffn.py), which keeps the input of the second product no more.
+        """
         if not r.keeps("moe"):
             return []
         s, t, e = r.s, r.rows, r.e
         n = t * s.topk * r.layout.etp  # the ranks of an expert gather each other's tokens
         lines = [
             Saved("router's scores", (t, s.experts), FP32),
-            Saved("chosen experts", (t, s.topk), 8),
-            Saved("their scores, and the sum", (t, s.topk + 1), FP32),
-            Saved("order of tokens by expert, in which it is sorted", (s.experts, t), 8),
-            Saved("order of tokens by expert", (t, s.topk), 8),
+            *_choice(r),
+            *_order(r),
             Saved("tokens by expert", (n, s.hidden), e),
             Saved("routing probabilities", (n,), FP32),
-            *ffn(r, n, s.expert_ffn, routed=True),
+            *(_at_once(r, n) or ffn(r, n, s.expert_ffn, routed=True)),
         ]
         if s.shared_ffn and r.keeps("shared_experts"):
             lines += [line._replace(name=f"shared: {line.name}") for line in ffn(r, r.tokens, s.shared_ffn)]
@@ -124,3 +126,30 @@ class ExpertsAccount(FFNAccount):
 
     def _router(self, s: Sizes) -> Linear:
         return s.hidden, s.experts
+
+
+def _choice(r: Rank) -> list[Saved]:
+    """On CUDA what sigmoids need (kernels/expert_choice.py); with softmax upstream keeps some bytes more or less."""
+    t, experts, topk = r.rows, r.s.experts, r.s.topk
+    if r.cpu:
+        return [Saved("chosen experts", (t, topk), 8), Saved("their scores, and the sum", (t, topk + 1), FP32)]
+    return [Saved("chosen experts", (t, experts), 1)]
+
+
+def _order(r: Rank) -> list[Saved]:
+    t, experts, topk = r.rows, r.s.experts, r.s.topk
+    if r.cpu:
+        return [
+            Saved("order of tokens by expert, in which it is sorted", (experts, t), 8),
+            Saved("order of tokens by expert", (t, topk), 8),
+        ]
+    return [Saved("rows of tokens, and back", (t, topk + experts + 1), 4)]
+
+
+def _at_once(r: Rank, n: int) -> list[Saved]:
+    """What the FFNs of all experts keep between their products; nothing where layers/moe/module.py loops over them."""
+    s = r.s
+    grouped = s.experts // s.expert_ranks > 1 and not s.bias and s.hidden % 8 == s.expert_ffn % 8 == 0
+    if r.cpu or r.settings.backend != "torch" or r.e != 2 or not s.gated or not grouped:
+        return []
+    return [Saved("first projection", (2, n, s.expert_ffn), r.e)]

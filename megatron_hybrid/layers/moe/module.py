@@ -1,4 +1,6 @@
-"""Upstream's mixture of experts; on the torch backend with grouped matrix products instead of a loop over experts.
+"""Upstream's mixture of experts; on the torch backend all experts at once instead of a loop over modules.
+
+How tokens come to their experts, and the router's product, are upstream's with the functions of patches/experts.py.
 
 Shape letters, all of one rank: n tokens routed to its experts, E its experts, in and out channels of a linear, h hidden
 size.
@@ -18,10 +20,13 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hybrid.kernels.expert_ffn import Grouped, OneByOne, expert_ffn
 from megatron_hybrid.layers.spec import Build
 
 ALIGNMENT = 8
 """Elements of bf16 in 16 bytes: grouped products need rows of a multiple of 16 bytes."""
+ROWS_FOR_OWN_PRODUCT = 512
+"""Tokens of an expert, on average, from which its own product fills a GPU and is worth a wait for their number."""
 
 
 def spec(symbol: str, build: Build) -> ModuleSpec:
@@ -80,6 +85,14 @@ class GroupedProduct(torch.autograd.Function):
         return dx, None, *dw
 
 
+def wait_for_weights(linears: Sequence[torch.nn.Module], x: Tensor) -> None:
+    """Calls what DDP hooks before each linear: there it waits for weights that are still being gathered
+    (``--overlap-param-gather``)."""
+    for linear in linears:
+        for hook in linear._forward_pre_hooks.values():
+            hook(linear, (x,))
+
+
 class GroupedLinears(torch.nn.Module):
     """The experts' linears, all of one shape, behind the interface of the one linear that MLP.forward calls."""
 
@@ -91,19 +104,42 @@ class GroupedLinears(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[n, in] to ([n, out], None)."""
-        for linear in self.linears:
-            # In these hooks upstream's DDP waits for weights that are still being gathered (--overlap-param-gather).
-            for hook in linear._forward_pre_hooks.values():
-                hook(linear, (x,))
+        wait_for_weights(self.linears, x)
         return GroupedProduct.apply(x, self.ends, *(linear.weight for linear in self.linears)), None
 
 
+def is_swiglu(config: Any) -> bool:
+    """Whether the activation is SwiGLU as :func:`expert_ffn` computes it (core/transformer/mlp.py:236)."""
+    return (
+        config.gated_linear_unit
+        and config.activation_func is F.silu
+        and config.activation_func_clamp_value is None
+        and not config.glu_linear_offset
+        and not config.activation_func_fp8_input_store
+        and not config.use_te_activation_func
+    )
+
+
+def products_for(tokens_per_expert: Tensor, tokens: Tensor) -> Grouped | OneByOne:
+    """How the products of these experts are done.
+
+    Args:
+        tokens_per_expert: Counts [E], anywhere.
+        tokens: [n, h], ordered by expert.
+    """
+    capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(tokens) >= ROWS_FOR_OWN_PRODUCT * len(tokens_per_expert) and not capturing:
+        return OneByOne(tokens_per_expert.tolist())  # of counts on the device: patches/experts.py, CountsOnHost
+    return Grouped(tokens_per_expert.cumsum(0).to(tokens.device, torch.int32, non_blocking=True))
+
+
 class GroupedExperts(SequentialMLP):
-    """SequentialMLP (core/transformer/moe/experts.py:1260) on grouped products, where :func:`can_group` allows them.
+    """SequentialMLP (core/transformer/moe/experts.py:1260) on the products of all experts, where :func:`can_group`.
 
     Parameters, checkpoints and results are the same. Gradients of the loop's linears are not accumulated inside their
     products: one step may take both ways, and upstream leaves out the gradient of a weight whose other product
-    accumulates (core/distributed/distributed_data_parallel.py:490).
+    accumulates (core/distributed/distributed_data_parallel.py:490). So it does where :func:`expert_ffn` accumulates in
+    one micro-batch and a rank has no tokens, and loops, in another one: that gradient is zero.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -120,12 +156,20 @@ class GroupedExperts(SequentialMLP):
         weights = experts[0].linear_fc1.weight, experts[0].linear_fc2.weight
         if len(experts) == 1 or not can_group(self.config, tokens, weights):
             return super().forward(tokens, tokens_per_expert, permuted_probs)
+        first, second = [e.linear_fc1 for e in experts], [e.linear_fc2 for e in experts]
+        if is_swiglu(self.config):
+            wait_for_weights([*first, *second], tokens)
+            weights = [linear.weight for linear in first], [linear.weight for linear in second]
+            products = products_for(tokens_per_expert, tokens)
+            return expert_ffn(
+                tokens, permuted_probs, products, *weights, self.config.gradient_accumulation_fusion
+            ), None
         ends = tokens_per_expert.cumsum(0).to(tokens.device, torch.int32)  # [E]
         # Upstream's forward, and with it every activation function, for the tokens of all experts at once.
         mlp = SimpleNamespace(
             config=experts[0].config,
             activation_func=experts[0].activation_func,
-            linear_fc1=GroupedLinears([e.linear_fc1 for e in experts], ends),
-            linear_fc2=GroupedLinears([e.linear_fc2 for e in experts], ends),
+            linear_fc1=GroupedLinears(first, ends),
+            linear_fc2=GroupedLinears(second, ends),
         )
         return MLP.forward(mlp, tokens, permuted_probs)

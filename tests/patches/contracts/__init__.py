@@ -1,7 +1,9 @@
 """Contracts by patched area."""
 
-from tests.patches.contracts import checkpoints, data, model, optimizer, processes, training
+from tests.patches.contracts import activations, checkpoints, data, model, optimizer, processes, routed, training
 
 CONTRACTS = [
-    contract for area in (checkpoints, data, model, optimizer, processes, training) for contract in area.CONTRACTS
+    contract
+    for area in (activations, checkpoints, data, model, optimizer, processes, routed, training)
+    for contract in area.CONTRACTS
 ]

@@ -38,6 +38,66 @@ CONTRACTS = [
         ),
     ),
     _C(
+        "build_our_model",
+        "training/models/hybrid.py",
+        holds=(
+            "from megatron.core.models.hybrid.hybrid_model import HybridModel\n",
+            "return HybridModel(config=self._model_config.transformer, hybrid_stack_spec=hybrid_stack_spec, vocab",
+        ),
+    ),
+    _C(
+        "build_our_model",
+        "core/models/hybrid/hybrid_model.py",
+        "HybridModel.forward",
+        holds=(
+            "def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, decoder_input: Tensor="
+            "None, labels: Tensor=None, inference_context",
+            "logits, _ = self.output_layer(hidden_states, weight=output_weight, runtime_gather_output=",
+            "logits = self._scale_logits(logits)\n",
+            "loss = self.compute_language_model_loss(labels, logits)\n",
+            "compute_language_model_loss=self.compute_language_model_loss",
+        ),
+    ),
+    _C(
+        "build_our_model",
+        "core/models/hybrid/hybrid_model.py",
+        "HybridModel.__init__",
+        holds=(
+            "self.output_layer = tensor_parallel.ColumnParallelLinear(config.hidden_size, self.vocab_size, config=",
+            "bias=False, skip_bias_add=False, gather_output=not self.parallel_output, skip_weight_param_allocation=",
+        ),
+    ),
+    _C("build_our_model", LANGUAGE, "LanguageModule._scale_logits", holds=("if not self.config.use_mup:\n",)),
+    _C(
+        "build_our_model",
+        MTP,
+        "process_mtp_loss",
+        holds=(
+            "mtp_logits, _ = output_layer(hidden_states_list[mtp_layer_number + 1], weight=output_weight, ",
+            "mtp_loss = compute_language_model_loss(mtp_labels, mtp_logits)",
+            "_compute_mtp_acceptance_counts(mtp_logits, mtp_labels, loss_mask, output_layer, ",
+        ),
+    ),
+    _C(
+        "build_our_model",
+        MTP,
+        "_compute_mtp_acceptance_counts",
+        holds=(
+            "preds = _vocab_parallel_argmax(mtp_logits, tp_group, tp_size)",
+            "preds = torch.argmax(mtp_logits, dim=-1)",
+        ),
+    ),
+    _C(
+        "build_our_model",
+        MTP,
+        "_vocab_parallel_argmax",
+        "vocab_parallel_logits tp_group tp_size",
+        (
+            "vocab_shard_size = vocab_parallel_logits.size(-1)",
+            "local_max_vals, local_argmax = vocab_parallel_logits.max(dim=-1)",
+        ),
+    ),
+    _C(
         "shift_tokens_inside_documents",
         MTP,
         "_roll_tensor_packed_seq",
@@ -225,7 +285,11 @@ CONTRACTS = [
         ROUTER,
         "TopKRouter._apply_expert_bias",
         "self routing_map padding_mask",
-        ("self.local_tokens_per_expert += routing_map.sum(dim=0)",),
+        (
+            "if self.enable_expert_bias and torch.is_grad_enabled():\n",
+            "routing_map = routing_map & ~padding_mask\n",
+            "self.local_tokens_per_expert += routing_map.sum(dim=0)",
+        ),
     ),
     _C(
         "count_tokens_of_experts",

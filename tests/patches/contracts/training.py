@@ -73,6 +73,7 @@ CONTRACTS = [
             "    skipped_iter = 1",
         ),
     ),
+    _C("measure_step", TRAINING, "train_step"),
     _C(
         "watch_steps",
         TRAINING,

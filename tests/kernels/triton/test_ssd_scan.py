@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_hybrid.kernels.triton import configs, scan
+from megatron_hybrid.kernels.triton import configs
+from megatron_hybrid.kernels.triton import ssd_scan as scan
 from tests.support.scan_cases import assert_close, rounded, scan_results
 
 pytestmark = pytest.mark.triton_interpreter
