@@ -18,11 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_hybrid.kernels.alignment import addressable
 from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.window_attention_backward import (
-    key_value_gradients,
-    query_gradients,
-    sink_gradients,
+    attention_key_value_gradients,
+    attention_query_gradients,
+    attention_sink_gradients,
 )
-from megatron_hybrid.kernels.triton.window_attention_forward import forward
+from megatron_hybrid.kernels.triton.window_attention_forward import attention_forward
 
 CHUNK = 512
 """Queries whose gradients of sinks are added up by one program: a multiple of every block of keys."""
@@ -89,7 +89,7 @@ class _WindowAttention(torch.autograd.Function):
         line, pack = launch_options("attention_forward", shape_class(d, dv)), _pack(h // k.shape[1])
         rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
         with _device(q):
-            forward[(triton.cdiv(sq, rows), b * h // pack)](
+            attention_forward[(triton.cdiv(sq, rows), b * h // pack)](
                 *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
                 lse, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale * math.log2(math.e),
                 *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
@@ -117,7 +117,7 @@ def _query_gradients(
     line, pack = launch_options("attention_query_gradients", shape_class(d, dv)), _pack(h // k.shape[1])
     rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
     dq = _empty(q, d)
-    query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
+    attention_query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
         *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
         *_tiles(grad, pack, rows), *_tiles(dq, pack, rows),
         lse, delta, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale, rule.scale * math.log2(math.e),
@@ -148,13 +148,13 @@ def _key_value_gradients(
         (tiles, rows), n = read(line), line["BLOCK_N"]
         chunks, blocks = triton.cdiv(sk, CHUNK), triton.cdiv(rule.sinks, n)
         sums = lse.new_empty(b * hk * chunks, blocks * n, sum(width))
-        sink_gradients[(chunks, blocks, b * hk)](
+        attention_sink_gradients[(chunks, blocks, b * hk)](
             *tiles, *_partial(sums, n, width), *rows, *shape, factor, *width, documents, CHUNK, **line
         )
     line = launch_options("attention_key_value_gradients", named)
     (tiles, rows), n = read(line), line["BLOCK_N"]
     dk, d_v = _empty(k, d), _empty(v, dv)
-    key_value_gradients[(triton.cdiv(sk, n), b * hk)](
+    attention_key_value_gradients[(triton.cdiv(sk, n), b * hk)](
         *tiles, *_tiles(dk, 1, n), *_tiles(d_v, 1, n), *_partial(sums, n, width), *rows,
         *shape, rule.scale, factor, *width, windowed, sinks, documents, CHUNK, **line,
     )  # fmt: skip

@@ -7,10 +7,10 @@ from megatron_hybrid.kernels.triton.window_attention import CHUNK, parts, shape_
 from tests.support.triton_compiler import Resources, compiled
 
 KERNELS = {
-    "attention_forward": window_attention_forward.forward,
-    "attention_query_gradients": window_attention_backward.query_gradients,
-    "attention_sink_gradients": window_attention_backward.sink_gradients,
-    "attention_key_value_gradients": window_attention_backward.key_value_gradients,
+    "attention_forward": window_attention_forward.attention_forward,
+    "attention_query_gradients": window_attention_backward.attention_query_gradients,
+    "attention_sink_gradients": window_attention_backward.attention_sink_gradients,
+    "attention_key_value_gradients": window_attention_backward.attention_key_value_gradients,
 }
 REGISTERS = 65536
 """Of a multiprocessor."""
