@@ -38,6 +38,7 @@ def figures(args: Namespace) -> dict[str, Any]:
         "recipe": args.recipe,
         "pattern": args.hybrid_layer_pattern,
         "backend": args.backend,
+        "ssm_kernels": args.ssm_kernels,
         "device": args.device,
         "processes": args.world_size,
         "parameters_total": parameters.total - unseen,
@@ -121,6 +122,7 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
         f"{args.pipeline_model_parallel_size}, context {args.context_parallel_size}, expert "
         f"{args.expert_model_parallel_size}, data {args.data_parallel_size}",
         "backend": f"{args.backend} on {args.device}",
+        "Mamba-2 kernels": args.ssm_kernels,
     }
     width = max(map(len, rows))
     table = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())

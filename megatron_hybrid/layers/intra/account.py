@@ -149,7 +149,7 @@ class IntraAccount(Account):
                 branch_lines = [*branch_lines, Saved("parts of a branch put together", (t, width), e)]
             views = views or (views_of_branch and not d.shares_value)
             lines += [line._replace(name=f"{d.names[branch]}: {line.name}") for line in branch_lines]
-        return [*weight, *[projected] * views, *lines, *_fusion_saved(r, d), out]
+        return [*weight, *[projected] * views, *lines, *_fusion_saved(r, d, self.design(r.whole)), out]
 
     def kernels(self, args: Any) -> str | None:
         d = design(args)
@@ -272,7 +272,16 @@ def _mamba_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
     return scan_saved(r, d.ssm_heads, d.ssm_head_dim, d.ssm_groups, d.state_dim), False
 
 
-def _fusion_saved(r: Rank, d: IntraDesign) -> list[Saved]:
+def _fuses_in_one_pass(r: Rank, d: IntraDesign, whole: IntraDesign) -> bool:
+    """Whether norms and scales are steps of the kernel that fuses, which keeps its inputs (``kernels/branches.py``)."""
+    spans = any(whole.groups(branch) % r.layout.tp for branch in (0, 1))
+    if r.cpu or d.norm != "group" or spans or d.scale in ("gate", "interpolate"):
+        return False
+    concatenated = "fused" not in d.out_parts or d.fusion == "concat"
+    return concatenated or d.width(0) // d.groups(0) == d.width(1) // d.groups(1)
+
+
+def _fusion_saved(r: Rank, d: IntraDesign, whole: IntraDesign) -> list[Saved]:
     """Norm, scale and fusion (``layers/intra/fusion.py``): each product keeps what it multiplies."""
     t, e = r.tokens, r.e
     lines: list[Saved] = []
@@ -285,7 +294,7 @@ def _fusion_saved(r: Rank, d: IntraDesign) -> list[Saved]:
         if d.norm == "group":
             lines += saved_norm(r, t, width, False, d.groups(branch))[is_output and r.norm_bytes == e :]
         scaled = d.scale in ("vector", "scalar") or (d.scale == "diff-lambda" and branch == 1)
-        if d.norm == "group" or (scaled and not is_output):
+        if (d.norm == "group" or (scaled and not is_output)) and not _fuses_in_one_pass(r, d, whole):
             lines.append(Saved(f"{name}: before its scale", (t, width), e))
         if d.scale in ("gate", "interpolate"):
             lines.append(Saved(f"{name}: before its gate", (t, width), e))
