@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     interpreted_tests.configure(config)
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    return interpreted_tests.run_elsewhere(item) or None
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    return interpreted_tests.run_elsewhere(item, nextitem) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,6 +38,7 @@ def figures(args: Namespace) -> dict[str, Any]:
         "recipe": args.recipe,
         "pattern": args.hybrid_layer_pattern,
         "backend": args.backend,
+        "ssm_kernels": args.ssm_kernels,
         "device": args.device,
         "processes": args.world_size,
         "parameters_total": parameters.total - unseen,
@@ -82,6 +83,7 @@ def announce(args: Namespace, command: Command, notes: list[str], drawn: Sequenc
     """The lines that a run starts with; ``drawn`` by :func:`data_draws`."""
     lines = [f"recipe   {_recipe(command.recipe)}"] if command.recipe else []
     lines += [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
+    lines += [f"kernels  {text}" for text in [_kernels(args)] if text]
     if args.device == "cpu":
         asked = "asked for" if command.device == "cpu" else "no CUDA device"
         lines.append(f"device   CPU engine ({asked}): Megatron's own training loop over gloo, no GPU")
@@ -110,6 +112,7 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
             for layer in layers_of(args.hybrid_layer_pattern)
             for name, text in layer.account.describe(args).items()
         },
+        "kernels": _kernels(args) or "no choice",
         "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active"
         + (f", {embedding:,} in embeddings)" if known else f"; {unknown})"),
         "training FLOPs per token": f"{flops:.3e}" if known else "not known without the vocabulary",
@@ -119,12 +122,19 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
         f"{args.pipeline_model_parallel_size}, context {args.context_parallel_size}, expert "
         f"{args.expert_model_parallel_size}, data {args.data_parallel_size}",
         "backend": f"{args.backend} on {args.device}",
+        "Mamba-2 kernels": args.ssm_kernels,
     }
     width = max(map(len, rows))
     table = "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
     if drawn:
         table += "\n\ndata\n  " + "\n  ".join(blend.table(drawn))
     return f"{table}\n\nflags\n  " + "\n  ".join(_pairs(command.argv))
+
+
+def _kernels(args: Namespace) -> str:
+    """Which kernel serves the attention of which symbol."""
+    found = {layer.symbol: layer.account.kernels(args) for layer in layers_of(args.hybrid_layer_pattern)}
+    return "; ".join(f"attention of {symbol}: {text}" for symbol, text in found.items() if text)
 
 
 def _recipe(name: str) -> str:

@@ -1,5 +1,8 @@
 """Kernels by their names, as profiles of steps on an H200 have them, and the time in which none runs."""
 
+import importlib
+import pkgutil
+
 import pytest
 
 from megatron_hybrid.benchmarks.kernel_classes import (
@@ -12,6 +15,7 @@ from megatron_hybrid.benchmarks.kernel_classes import (
     class_of,
     own_names,
 )
+from megatron_hybrid.kernels import triton as triton_kernels
 
 NAMES = {
     "matrix products": [
@@ -81,11 +85,16 @@ def test_sums_by_name_and_class():
 
 
 def test_kernels_of_this_package_are_known_by_their_files():
-    from megatron_hybrid.kernels.triton import mamba  # noqa: F401
-
+    for file in pkgutil.iter_modules(triton_kernels.__path__):
+        importlib.import_module(f"{triton_kernels.__name__}.{file.name}")
     names = own_names()
-    assert names["states_kernel"] == "scan_states.states_kernel"
-    labels = {name.partition(".")[0]: class_of(name) for name in names.values()}
-    assert labels["causal_conv"] == "convolution"
-    assert {label for file, label in labels.items() if file.startswith("scan")} == {"scan"}
-    assert "launch_options" not in names
+    assert names["states_kernel"] == "scan_states.states_kernel" and "launch_options" not in names
+    labels = {"causal_conv": "convolution", "scan": "scan", "window_attention": "attention", "cross_entropy": "loss"}
+    labels |= {"expert_permutation": "experts", "router": "experts", "weighted_swiglu": "elementwise and copies"}
+    for name in names.values():
+        files, _, function = name.partition(".")
+        of_each = {class_of(f"{file}.{function}") for file in files.split("/")}
+        assert len(of_each) == 1, f"{name}: kernels of several classes have one name"
+        for start, label in labels.items():
+            if files.startswith(start):
+                assert class_of(name) == label

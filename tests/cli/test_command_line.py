@@ -135,10 +135,13 @@ def test_one_process_trains_without_torchrun(first_run):
     assert "recipe   demo (ours)" in lines
     assert "layers   M-M-P-ME*-ME" in lines
     assert "backend  torch on cpu" in lines
+    assert "kernels  attention of P: torch; attention of *: torch" in lines
     assert sum(line.startswith("device   CPU engine (asked for)") for line in lines) == 1
     assert (where / "latest_checkpointed_iteration.txt").read_text() == "3"
     told = json.loads((where / "run.json").read_text())
     assert told["pattern"] == "M-M-P-ME*-ME" and told["recipe"] == "demo"
+    assert (told["backend"], told["ssm_kernels"]) == ("torch", "torch")
+    assert "note     Mamba-2 kernels: plain PyTorch (--ssm-kernels torch)" in lines
     assert told["parameters_embedding"] == 128 * 128  # 100 tokens, padded to 128, by the hidden size
     state = read_state(where)
     assert (state.status, state.iteration, state.train_iters) == ("finished", 3, 3)

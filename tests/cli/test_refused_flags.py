@@ -190,6 +190,7 @@ def test_print_config_describes_the_run(ranks, tmp_path):
     assert rows["pattern"] == "M-M-P-ME*-ME"
     assert "without embeddings" in rows["parameters"]
     assert rows["layout"].startswith("2 processes") and "expert 2" in rows["layout"]
+    assert (rows["backend"], rows["Mamba-2 kernels"]) == ("torch on cpu", "torch")
     assert "  --lr 0.5\n" in out and "--hybrid-layer-pattern=M-M-P-ME*-ME" in out
     known = ranks(1).run(program, line="--recipe demo --print-config --vocab-size 4096", sizes=False)[0][1]
     # 4096 x 128 embeddings, tied; they are what the other line left out

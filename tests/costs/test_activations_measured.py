@@ -171,6 +171,7 @@ def agree(found, symbols):
         (2, "*WMP-", f"{SHORT} {TP2} --bf16 --mamba-num-groups 1 --num-query-groups 1"),  # shared B, C and keys
         (2, "*WMPEG-", f"{SHORT} {CP2}"),
         (2, "*WP", f"{SHORT} {CP2} {SELECTIVE} core_attn"),
+        (2, "M", f"{SHORT} {CP2} --hybrid-recompute ssm"),
         (2, "E", f"{SHORT} --expert-model-parallel-size 2 --moe-shared-expert-gate"),
         (2, "E", f"{SHORT} {TP2} {SP} --expert-tensor-parallel-size 1 --moe-shared-expert-gate --bf16"),
     ],

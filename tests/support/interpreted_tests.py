@@ -38,8 +38,11 @@ def configure(config: pytest.Config) -> None:
             config.pluginmanager.register(_Writer())
 
 
-def run_elsewhere(item: pytest.Item) -> bool:
-    """To be done for each test: whether it is marked, and has been run and reported."""
+def run_elsewhere(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """To be done for each test: whether it is marked, and has been run and reported.
+
+    nextitem: The next test of this process; what it does not share with the one before is torn down, as after any test.
+    """
     if triton_interpreter.interpreted() or item.get_closest_marker(MARKER) is None:
         return False
     found = item.session.stash.setdefault(FOUND, {})
@@ -48,6 +51,7 @@ def run_elsewhere(item: pytest.Item) -> bool:
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in found[item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 

@@ -22,12 +22,10 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("causal_conv_backward", "4 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy, and the heads of a group are split
     # over more programs only below that; class: bytes of an element.
-    ("scan_states", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
-    ("scan_states", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
-    ("scan_output", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
-    ("scan_output", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
-    ("scan_output_backward", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
-    ("scan_output_backward", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 2},
+    ("scan_forward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    ("scan_backward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
+    ("scan_backward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
     ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 2},
     ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 1},

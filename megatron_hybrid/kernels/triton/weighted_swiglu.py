@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y [n, 2f] and p [n] to silu(y[:, :f]) * y[:, f:] * p [n, f]."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -25,7 +25,7 @@ def _forward(y, p, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def swiglu_gradients_kernel(
     y,
     p,
     g,
@@ -78,7 +78,7 @@ def forward(y: Tensor, p: Tensor | None) -> Tensor:
     if out.numel():
         tile = _tile(width)
         grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["BLOCK"]))
-        _forward[grid](y, p, out, rows, width, WEIGHTED=p is not None, **tile)
+        swiglu_kernel[grid](y, p, out, rows, width, WEIGHTED=p is not None, **tile)
     return out
 
 
@@ -93,5 +93,5 @@ def backward(y: Tensor, p: Tensor | None, g: Tensor, again: bool = True) -> tupl
     if g.numel():
         tile = _tile(width)
         grid = (triton.cdiv(rows, tile["ROWS"]),)
-        _backward[grid](y, p, g, dy, dp, out, rows, width, WEIGHTED=p is not None, AGAIN=again, **tile)
+        swiglu_gradients_kernel[grid](y, p, g, dy, dp, out, rows, width, WEIGHTED=p is not None, AGAIN=again, **tile)
     return dy, dp, out

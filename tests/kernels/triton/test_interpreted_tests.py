@@ -9,8 +9,8 @@ from tests.support import interpreted_tests
 
 pytest_configure = interpreted_tests.configure
 
-def pytest_runtest_protocol(item):
-    return interpreted_tests.run_elsewhere(item) or None
+def pytest_runtest_protocol(item, nextitem):
+    return interpreted_tests.run_elsewhere(item, nextitem) or None
 """
 TESTS = """
 import os
@@ -46,8 +46,12 @@ def test_is_not_reached(): ...
 
 def test_outcomes_are_those_of_the_other_process(tmp_path):
     (tmp_path / "conftest.py").write_text(CONFTEST)
-    (tmp_path / "test_it.py").write_text(TESTS)
-    words = ["-p", "no:cacheprovider", "--rootdir", tmp_path, "-rA", "-q", tmp_path / "test_it.py"]
+    for folder in ("first", "second"):  # tests around those of another process are set up and torn down
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "first" / "test_it.py").write_text(TESTS)
+    (tmp_path / "second" / "test_after.py").write_text("def test_last(): ...")
+    words = ["-p", "no:cacheprovider", "--rootdir", tmp_path, "-rA", "-q", tmp_path]
     out = python("-m", "pytest", *words).stdout
     outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED) .*::(\w+)", out, re.M)}
     assert outcomes == {
@@ -56,6 +60,7 @@ def test_outcomes_are_those_of_the_other_process(tmp_path):
         "test_fails": "FAILED",
         "test_ends_the_process": "FAILED",
         "test_is_not_reached": "FAILED",
+        "test_last": "PASSED",
     }
     assert "this is shown" in out and "said why" in out
     assert out.count("the process that interprets kernels ended before this test had") >= 2
