@@ -16,13 +16,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_hybrid.kernels.attention import attention
+from megatron_hybrid.layers.attention.rotated_heads import RotatedHeads
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
@@ -84,7 +85,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
     return mixer_layer(parts, "linear_qkv", mixer)
 
 
-class HybridSelfAttention(SelfAttention):
+class HybridSelfAttention(RotatedHeads):
     """Upstream's self-attention with a RoPE of its own.
 
     Args:
