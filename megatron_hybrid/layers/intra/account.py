@@ -224,7 +224,7 @@ def _attention_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
     wide = max(d.qk_head_dim, d.value_head_dim)
     value_heads = max(1, d.value_heads)
     padded, masked = d.qk_head_dim != d.value_head_dim, is_masked(r, d.window)
-    lines = rope(r, d.qk_head_dim)
+    lines = rope(r, d.qk_head_dim, one_kernel=not r.cpu)
     before = [Saved("q", (t, n * d.qk_head_dim), e), Saved("k", (t, value_heads * d.qk_head_dim), e)] * r.settings.rope
     if not r.keeps("core_attn"):
         return [*lines, *before], True
