@@ -13,7 +13,7 @@ y again, for the gradient of the gate:
 import triton
 import triton.language as tl
 
-from megatron_hybrid.kernels.triton.scan_states import chunk_documents, gate
+from megatron_hybrid.kernels.triton.scan_walks import chunk_documents, gate
 from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 
@@ -68,8 +68,6 @@ def output_kernel(
             z_tile = load_tile(z + column, z_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
         if BACKWARD:
             d_tile = load_tile(d_out + column, d_out_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-            d_y = d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[0]
-            store_tile(out + column, out_s, i, p, left, width, d_y, WHOLE_CHUNKS, ALL_P)
         into = tl.exp(sum_t)
         if HAS_DOCUMENTS:
             into = tl.where(mine == before, into, 0.0)
@@ -79,10 +77,13 @@ def output_kernel(
         if HAS_D:
             skip = tl.load(D + column + p) if ALL_P else tl.load(D + column + p, mask=p < width, other=0.0)
             y += x_tile.to(tl.float32) * skip[None, :]
+        if HAS_Z:
+            gated, slope = gate(z_tile.to(tl.float32))
         if BACKWARD:
-            y *= d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[1]
-            store_tile(d_z + column, d_z_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
+            d_wide = d_tile.to(tl.float32)
+            store_tile(out + column, out_s, i, p, left, width, d_wide * gated, WHOLE_CHUNKS, ALL_P)
+            store_tile(d_z + column, d_z_s, i, p, left, width, d_wide * y * slope, WHOLE_CHUNKS, ALL_P)
         else:
             if HAS_Z:
-                y *= gate(z_tile.to(tl.float32))[0]
+                y *= gated
             store_tile(out + column, out_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
