@@ -133,8 +133,7 @@ def errors(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, floa
     """
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in wanted.items()}
     return {
-        n: float((ours[n].double() - want).abs().max() / want.abs().max().clamp(min=1e-2))
-        for n, want in wanted.items()
+        n: float((ours[n].double() - want).abs().max() / want.abs().max().clamp(min=1e-2)) for n, want in wanted.items()
     }
 
 

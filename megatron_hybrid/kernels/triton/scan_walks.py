@@ -31,7 +31,7 @@ def gate(z):
 
 
 @triton.jit
-def forward_kernel(
+def states_kernel(
     x, B, steps, sums, documents, first, states, last,
     x_b, x_s, maps_b, maps_s, length, heads, chunks, batch, SEGMENT,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, STORES: tl.constexpr,
@@ -87,7 +87,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def state_gradients_kernel(
     d_y, C, sums, documents, first, states, d_states, last, overlaps,
     d_y_b, d_y_s, maps_b, maps_s, length, heads, chunks, batch, SEGMENT,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, STORES: tl.constexpr,
