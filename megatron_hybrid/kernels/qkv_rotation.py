@@ -59,16 +59,17 @@ def turns_of(angles: Tensor, interleaved: bool = False, factor: float = 1.0) -> 
     """Cosines and sines of Megatron's angles, kept for as long as the tensor of angles lives.
 
     Args:
-        angles: [s, 1, 1, r] with r even: an angle for each channel, the same for both of a pair.
+        angles: [s, 1, 1, r] with r even: an angle for each channel, the same for both of a pair; never changed.
         interleaved: Which channels are a pair, see :class:`Turns`.
         factor: Of the rotated channels (YaRN's concentration factor).
     """
     known = _turns.setdefault(angles, {})
-    rule = angles._version, interleaved, factor
+    rule = interleaved, factor
     if rule not in known:
-        flat = angles.detach().flatten(1).float()  # [s, r]
-        of_pairs = flat[:, ::2] if interleaved else flat[:, : flat.shape[1] // 2]  # [s, r/2]
-        known[rule] = Turns(factor * torch.stack([of_pairs.cos(), of_pairs.sin()], 1), interleaved)
+        with torch.inference_mode(False), torch.no_grad():  # a validation may come first, and training save the table
+            flat = angles.flatten(1).float()  # [s, r]
+            of_pairs = flat[:, ::2] if interleaved else flat[:, : flat.shape[1] // 2]  # [s, r/2]
+            known[rule] = Turns(factor * torch.stack([of_pairs.cos(), of_pairs.sin()], 1), interleaved)
     return known[rule]
 
 
@@ -116,7 +117,7 @@ def split_and_rotate(
 
 
 def split_and_rotate_reference(x: Tensor, heads: HeadColumns, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in torch's operations: arguments and results of :func:`split_and_rotate`; v is a view where it can be."""
+    """:func:`split_and_rotate` in torch's operations; v is a view where it can be."""
     s, b, _ = x.shape
     grouped = x.view(s, b, heads.groups, heads.group_columns)
     widths = heads.queries * heads.width, heads.keys * heads.width, heads.values * heads.value_width

@@ -31,12 +31,21 @@ def test_all_micro_batches_share_a_table():
     first = turns_of(angle)
     assert turns_of(angle).table is first.table
     assert turns_of(angle, interleaved=True).table is not first.table
-    angle += 1.0
-    assert turns_of(angle).table[0, 0].tolist() == pytest.approx([torch.tensor(1.0).cos().item()] * 2)
     kept = weakref.ref(angle)
     del angle
     gc.collect()
     assert kept() is None
+
+
+def test_a_table_of_a_validation_serves_training():
+    heads = LAYOUTS["one-group"]
+    with torch.inference_mode():
+        angle = angles(4, 8, False)
+        first = turns_of(angle)
+    assert not first.table.is_inference()
+    x = torch.randn(4, 1, heads.columns, requires_grad=True)
+    split_and_rotate(x, heads, turns_of(angle))[0].sum().backward()
+    assert x.grad.any()
 
 
 def test_what_does_not_fit_is_refused():

@@ -232,7 +232,7 @@ def _attention_saved(r: Rank, d: IntraDesign, columns: int) -> tuple[list[Saved]
     widths = d.qk_head_dim, d.value_head_dim
     value_heads, masked = max(1, d.value_heads), is_masked(r, d.window)
     kernel = core_kernel(r.settings, widths, masked, cp > 1)
-    lines = rope(r, d.qk_head_dim)
+    lines = rope(r, d.qk_head_dim, one_kernel=not r.cpu)
     before = [Saved("q", (t, n * widths[0]), e), Saved("k", (t, value_heads * widths[0]), e)] * r.settings.rope
     if not r.keeps("core_attn"):
         return [*lines, *before], True
