@@ -94,6 +94,10 @@ class ActivationSettings:
     """Share of a head's channels that RoPE turns."""
     dropout: bool = False
     """Hidden states are dropped."""
+    attention_kernel: str = "auto"
+    """--attention-kernel."""
+    capability: tuple[int, int] = (9, 0)
+    """Of the GPUs: Hopper unless there is one here that says otherwise."""
     attention_dropout: float = 0.0
     """Probability with which attention scores are dropped."""
     packed: bool = False
@@ -125,6 +129,8 @@ class ActivationSettings:
             backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             rotary_percent=get("rotary_percent", 1.0),
+            attention_kernel=get("attention_kernel", "auto"),
+            capability=get("device_capability") or (9, 0),
             dropout=get("hidden_dropout", 0.1) > 0,
             attention_dropout=get("attention_dropout", 0.0),
             packed=bool(get("reset_attention_mask", False)),

@@ -1,5 +1,8 @@
-"""Softmax attention, wherever a layer has it: FLOPs, cached positions, saved tensors, messages."""
+"""Softmax attention, wherever a layer has it: FLOPs, cached positions, kernel, saved tensors, messages."""
 
+from typing import Any
+
+from megatron_hybrid.accounting.activation_settings import ActivationSettings
 from megatron_hybrid.accounting.saved import Rank, Saved
 from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, scatter
 
@@ -34,6 +37,46 @@ def angles(r: Rank, head_dim: int) -> tuple[int, int]:
 def is_masked(r: Rank, seen: int | None) -> bool:
     """Whether a query does not see all keys before it (``kernels/attention.py``; seen is the window alone)."""
     return r.settings.packed or (seen is not None and seen < r.whole.seq_length)
+
+
+def core_kernel(settings: ActivationSettings, widths: tuple[int, int], masked: bool, chunk: bool = False) -> str:
+    """The kernel of our attention core: ``kernel_for`` of ``kernels/attention.py``, which imports torch.
+
+    Args:
+        settings: Device, precision, --attention-kernel.
+        widths: Head sizes of Q and K, and of V.
+        masked: Queries do not see all keys before them.
+        chunk: There are keys before the first query (context parallelism).
+    """
+    if settings.device == "cpu":
+        return "sdpa"
+    prefer, dropout, capability = settings.attention_kernel, settings.attention_dropout, settings.capability
+    wide, half = max(widths), settings.bytes_each == 2 and all(width % 8 == 0 for width in widths)
+    ours = half and wide <= 256 and not dropout and capability >= (8, 0)
+    if masked:
+        return "triton" if ours and prefer != "torch" else "flex"
+    if ours and (prefer == "triton" or (prefer != "torch" and chunk)):
+        return "triton"
+    unequal = widths[0] != widths[1] and capability[0] == 9 and wide <= 128
+    if not chunk and half and (prefer == "cudnn" or (prefer != "torch" and unequal)):
+        return "cudnn"
+    return "sdpa"
+
+
+def kernel_in_words(args: Any, widths: tuple[int, int], window: int | None) -> str:
+    """For the report of a run: what computes attention; with context parallelism the later chunks may have another."""
+    settings = ActivationSettings(
+        bytes_each=2 if args.bf16 or args.fp16 else 4,
+        device=args.device,
+        attention_kernel=args.attention_kernel,
+        capability=args.device_capability or (9, 0),
+        attention_dropout=args.attention_dropout,
+    )
+    masked = args.reset_attention_mask or (window is not None and window < args.seq_length)
+    chunks = {False, args.context_parallel_size > 1}
+    words = {"triton": "Triton", "cudnn": "cuDNN", "flex": "FlexAttention"}
+    words["sdpa"] = "torch, with a mask" if masked else "torch, padded" if widths[0] != widths[1] else "torch"
+    return " and ".join(dict.fromkeys(words[core_kernel(settings, widths, masked, chunk)] for chunk in sorted(chunks)))
 
 
 def masks(r: Rank, seen: int | None) -> list[Saved]:

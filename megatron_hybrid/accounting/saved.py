@@ -2,7 +2,7 @@
 
 Each line is one storage: views of a tensor are kept with the tensor and stand there once; parameters and vectors of
 their size stand nowhere. Measured (``tests/costs/test_activations_measured.py``) are the tables of ``device`` cpu with
-``backend`` torch. Derived from reading are those of cuda: torch's fused RMSNorm and flash attention, FlexAttention
+``backend`` torch. Derived from reading are those of cuda: torch's fused RMSNorm, the kernels of attention
 (``kernels/attention.py``), Megatron's fused activations (core/fusions/fused_bias_swiglu.py), mamba_ssm's
 ``MambaSplitConv1dScanCombinedFn`` (ops/triton/ssd_combined.py), Transformer Engine's ``LayerNormLinear``, which keeps
 the norm's input and output as a norm and a linear do, and flash-linear-attention's ``ChunkGatedDeltaRuleFunction``.

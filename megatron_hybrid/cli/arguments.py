@@ -198,6 +198,7 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
     args = arguments.parse_args(add_hybrid_flags)
     kernels = choose_ssm_kernels(args.ssm_kernels, device)
     args.backend, args.ssm_kernels, args.device = backend, kernels, device
+    args.device_capability = _capability(device)
     rules.read_old_names(args)
     from megatron_hybrid.cli.checks import check, smallest_world
 
@@ -219,6 +220,7 @@ def _parse(argv: list[str], device: str, backend: str, print_config: bool, world
         else:
             args = arguments.parse_and_validate_args(extra_args_provider=add_hybrid_flags)
     args.backend, args.ssm_kernels, args.device, args.notes = backend, kernels, device, notes
+    args.device_capability = _capability(device)
     args.data_contents = {}
     if print_config:
         args.vocab_size = data_checks.vocabulary(args)
@@ -297,6 +299,13 @@ def check_configs(args: Namespace, config: Any) -> None:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
         pretrain_cfg_container_from_args(args, config)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Of this process's GPU; None on the CPU, and where a run on GPUs is only planned."""
+    import torch
+
+    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
 
 
 def _engine_flags(argv: list[str], device: str, backend: str) -> list[str]:

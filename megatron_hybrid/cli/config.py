@@ -24,6 +24,12 @@ class HybridConfig:
     backend: Literal["auto", "te", "torch"] = "auto"
     """Layer implementations. auto: Transformer Engine on CUDA if it is installed, else torch."""
 
+    attention_kernel: Literal["auto", "triton", "cudnn", "torch"] = "auto"
+    """Kernels of attention on CUDA, where Transformer Engine's does not serve. auto: cuDNN for full attention, this
+    package's Triton kernel for windows, packed documents and context parallelism. triton: that kernel for all. cudnn:
+    cuDNN for full attention on any GPU. torch: torch's choice, with Q, K and V padded to one head size, and
+    FlexAttention for windows and documents. What a kernel does not take goes to torch (docs/design_space.md)."""
+
     ssm_kernels: Literal["auto", "triton", "mamba_ssm", "torch"] = "auto"
     """Kernels of the convolution and the scan of M and P layers: this package's in Triton, those of mamba_ssm with
     causal-conv1d (to be installed), or plain torch. auto: triton on CUDA, torch on CPU."""

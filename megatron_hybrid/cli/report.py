@@ -83,6 +83,7 @@ def announce(args: Namespace, command: Command, notes: list[str], drawn: Sequenc
     """The lines that a run starts with; ``drawn`` by :func:`data_draws`."""
     lines = [f"recipe   {_recipe(command.recipe)}"] if command.recipe else []
     lines += [f"layers   {args.hybrid_layer_pattern}", f"backend  {args.backend} on {args.device}"]
+    lines += [f"kernels  {text}" for text in [_kernels(args)] if text]
     if args.device == "cpu":
         asked = "asked for" if command.device == "cpu" else "no CUDA device"
         lines.append(f"device   CPU engine ({asked}): Megatron's own training loop over gloo, no GPU")
@@ -111,6 +112,7 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
             for layer in layers_of(args.hybrid_layer_pattern)
             for name, text in layer.account.describe(args).items()
         },
+        "kernels": _kernels(args) or "no choice",
         "parameters": f"{found['parameters_total']:,} ({found['parameters_active']:,} active"
         + (f", {embedding:,} in embeddings)" if known else f"; {unknown})"),
         "training FLOPs per token": f"{flops:.3e}" if known else "not known without the vocabulary",
@@ -127,6 +129,12 @@ def describe(args: Namespace, command: Command, found: dict[str, Any], drawn: Se
     if drawn:
         table += "\n\ndata\n  " + "\n  ".join(blend.table(drawn))
     return f"{table}\n\nflags\n  " + "\n  ".join(_pairs(command.argv))
+
+
+def _kernels(args: Namespace) -> str:
+    """Which kernel serves the attention of which symbol."""
+    found = {layer.symbol: layer.account.kernels(args) for layer in layers_of(args.hybrid_layer_pattern)}
+    return "; ".join(f"attention of {symbol}: {text}" for symbol, text in found.items() if text)
 
 
 def _recipe(name: str) -> str:

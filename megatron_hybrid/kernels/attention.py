@@ -16,6 +16,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_hybrid.kernels.alignment import addressable
 from megatron_hybrid.kernels.attention_masks import cached, document_ends, document_starts, visible
 
 Preference = Literal["auto", "triton", "cudnn", "torch"]
@@ -134,7 +135,7 @@ def kernel_for(
         return "triton"
     # torch's choice is cuDNN on Hopper where the head sizes are equal; unequal ones have been tried there alone
     unequal = widths[0] != widths[1] and capability[0] == 9 and wide <= 128
-    if not chunk and half and (prefer == "cudnn" or (prefer == "auto" and unequal)):
+    if not chunk and half and (prefer == "cudnn" or (prefer != "torch" and unequal)):
         return "cudnn"
     return "sdpa"
 
@@ -175,6 +176,7 @@ def _bounds(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, kernel: Kernel) -> Tensor:
     """Full causal attention, the last query at the last key: arguments and result of :func:`attention`."""
     if kernel == "cudnn" and can_use_cudnn_attention(SDPAParams(q, k, v, None, dropout, True, True)):
+        q, k, v = (addressable(t) for t in (q, k, v))  # torch does not ask cuDNN whether the strides suit it
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=True)
     d, dv = q.shape[-1], v.shape[-1]

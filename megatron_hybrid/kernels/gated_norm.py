@@ -1,4 +1,4 @@
-"""The gated RMSNorm of Mamba-2 in plain PyTorch.
+"""The gated RMSNorm of Mamba-2 in plain PyTorch; on CUDA, without its gate, in Triton.
 
 Shape letters: d channels, on this rank where ranks split them.
 """
@@ -6,6 +6,8 @@ Shape letters: d channels, on this rank where ranks split them.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megatron_hybrid.kernels.norms import has_kernel, rms_norm
 
 
 def gated_rms_norm(
@@ -38,6 +40,8 @@ def gated_rms_norm(
         raise ValueError(f"group_size is {group_size}; it must divide the {d} channels of x")
     if z is not None and z.shape != x.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}; it must be that of x, {tuple(x.shape)}")
+    if z is None and has_kernel(x, d // group_size):
+        return rms_norm(x, weight, eps, d // group_size)[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(dtype)
     if z is not None and not norm_before_gate:

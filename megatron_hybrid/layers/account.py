@@ -111,6 +111,10 @@ class Account:
         """Rows of ``--print-config``."""
         return {}
 
+    def kernels(self, args: Any) -> str | None:
+        """What computes the layer's core in a run of these arguments, in a few words; None: nothing to choose."""
+        return None
+
     # For who adds up ----------------------------------------------------------------------------
 
     def parameters(self, s: Sizes) -> Parameters:

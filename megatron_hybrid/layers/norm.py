@@ -16,6 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_hybrid.kernels.norms import has_kernel, rms_norm
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32, returned in the weight's dtype.
@@ -41,10 +43,32 @@ class RMSNorm(nn.Module):
         )
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """[..., h] to the same shape."""
+        if has_kernel(x):
+            return rms_norm(x, self.weight, self.eps, dtype=self.weight.dtype)[0]
         weight = self.weight.to(x.dtype)  # torch's fused kernel needs both in one dtype
         return nn.functional.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
+
+
+class InputRMSNorm(RMSNorm):
+    """RMSNorm at the start of a layer, which on CUDA also hands the layer its residual.
+
+    The gradient of the residual is then added in the norm's own kernel. Upstream's layers take such a pair, as that of
+    Transformer Engine's fused norm (core/transformer/transformer_layer.py:642); ``ResidualMambaLayer`` does, too.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__(config, hidden_size, eps)
+        # The residual in fp32 is not what the norm gets; and a norm that is recomputed frees what it has returned.
+        recomputed = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
+        self.returns_residual = not (config.fp32_residual_connection or recomputed)
+
+    def forward(self, x: Tensor) -> Any:
+        """[..., h] to the same shape, or to that and x."""
+        if self.returns_residual and has_kernel(x):
+            return rms_norm(x, self.weight, self.eps, dtype=self.weight.dtype)
+        return super().forward(x)
 
 
 class StandaloneRMSNorm(RMSNorm):

@@ -9,7 +9,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hybrid.layers.norm import RMSNorm
+from megatron_hybrid.layers.norm import InputRMSNorm
 from megatron_hybrid.layers.parts import SharedRowsLinear
 
 
@@ -33,7 +33,7 @@ class Parts:
 
     def with_shared_rows(self) -> "Parts":
         """For mixers with shared rows in their input projection, which Transformer Engine's linears do not support."""
-        return replace(self, input_norm=RMSNorm, mixer_column=SharedRowsLinear)
+        return replace(self, input_norm=InputRMSNorm, mixer_column=SharedRowsLinear)
 
     def stored_as(self, norm: str, linear: str) -> dict[str, str]:
         """A norm's name to its name in checkpoints, which is that of Transformer Engine, whose linears hold norms."""

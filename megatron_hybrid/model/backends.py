@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
 from megatron_hybrid.layers.attention.module import TorchCoreAttention
 from megatron_hybrid.layers.moe.module import GroupedExperts
-from megatron_hybrid.layers.norm import RMSNorm, StandaloneRMSNorm
+from megatron_hybrid.layers.norm import InputRMSNorm, StandaloneRMSNorm
 from megatron_hybrid.layers.spec import Parts
 
 
@@ -48,7 +48,7 @@ class TorchModules(LocalSpecProvider):
 def torch_parts(num_experts: int | None) -> Parts:
     return Parts(
         norm=StandaloneRMSNorm,
-        input_norm=RMSNorm,
+        input_norm=InputRMSNorm,
         normed_column=ColumnParallelLinear,
         mixer_column=AlignedColumnLinear,
         column=ColumnParallelLinear,

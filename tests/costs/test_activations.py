@@ -1,11 +1,13 @@
 """Activation memory of stages from that of layers, and what is refused; layers are in test_activations_measured.py."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_hybrid.accounting.activation_settings import NOT_COUNTED, ActivationSettings, Recompute
+from megatron_hybrid.accounting.attention_core import core_kernel
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.traffic import CommunicationSettings
 from megatron_hybrid.costs.activations import (
@@ -181,10 +183,40 @@ def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
     """
     windowed = replace(SMALL, own=(("P", replace(SMALL.of("P"), qk_dim=12, window=4)),))
     attention = 4 * 6 * 2 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
-    fusion = (12 * 2 + 2 * 4 + 12 * 2) + (16 * 2 + 2 * 4 + 16 * 2) + (12 + 16) * 2
+    fusion = (12 * 2 + 2 * 4) + (16 * 2 + 2 * 4) + (12 + 16) * 2
     for kernels, scan in {"mamba_ssm": 44 * 2 + 16 * 2, "triton": (12 + 6 + 6 + 44) * 2}.items():
         found = layer_activation_bytes("P", windowed, Layout(), replace(CUDA, ssm_kernels=kernels))
         assert found == 10 * (NORM + attention + scan + fusion)
+
+
+EIGHTS = replace(SMALL, head_dim=8)
+"""Heads of which all channels are multiples of 8: 4 of queries, 2 of keys; window of 4 with 1 sink."""
+
+
+def test_window_of_the_triton_kernel_written_out():
+    """RoPE's table, the projection, of which v is a view, q and k, log-sum-exp, and the output in the model's order."""
+    found = layer_activation_bytes("W", EIGHTS, Layout(), CUDA)
+    assert found == 10 * (NORM + 4 * 8 * 2 + 64 * 2 + 32 * 2 + 16 * 2 + 4 * 4 + 32 * 2)
+    flex = layer_activation_bytes("W", EIGHTS, Layout(), replace(CUDA, attention_kernel="torch"))
+    assert flex - found == 10 * (16 * 2 + 32 * 2 - 64 * 2)  # v rather than the projection, and another output
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_unequal_heads_are_padded_for_torch_alone(window):
+    """q = 16 in 2 heads, k = 8, v = 16 in one, y of attention = 32; z x B C dt = 44; 84 columns, 88 with zeros."""
+    design = replace(SMALL.of("P"), qk_dim=16, value_dim=32, window=window)
+    sizes = replace(SMALL, own=(("P", design),))
+    cuda = replace(CUDA, backend="torch")
+    found, padded = (
+        layer_activation_bytes("P", sizes, Layout(), replace(cuda, attention_kernel=name)) for name in ("auto", "torch")
+    )
+    columns = 16 + 8 + 16 + 44
+    aligned = -(-columns // 8) * 8
+    assert (columns, aligned) == (84, 88)
+    padding = 2 * 16 + 2 * 16 - 16 - 8 + 32  # q, k and v of 16 a head, and the output cut out for its norm
+    copies = 16 + 32  # FlexAttention: v rather than the projection, q and k the same, a copy of the output
+    more = 2 * (copies if window else padding)
+    assert padded - found == 10 * (more - aligned * 2)
 
 
 def test_attention_grows_with_the_square_on_cpu_alone():
@@ -264,3 +296,28 @@ def test_settings_of_arguments():
         SimpleNamespace(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
     )
     assert (full.method, full.layers, full.modules) == ("block", 3, frozenset())
+
+
+def test_kernels_are_those_that_run():
+    """The core's choice on the GPU (kernels/attention.py) and that which costs count, in all cases that differ."""
+    import torch
+
+    from megatron_hybrid.kernels.attention import kernel_for
+
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    found = set()
+    for prefer, masked, chunk, widths, each_, capability, dropout in itertools.product(
+        ("auto", "triton", "cudnn", "torch"),
+        (False, True),
+        (False, True),
+        ((64, 64), (72, 128), (60, 64), (128, 256), (264, 264)),
+        (2, 4),
+        ((7, 5), (8, 0), (9, 0), (10, 0)),
+        (0.0, 0.1),
+    ):
+        of = replace(CUDA, attention_kernel=prefer, bytes_each=each_, capability=capability, attention_dropout=dropout)
+        counted = core_kernel(of, widths, masked, chunk)
+        call = {"masked": masked, "chunk": chunk, "widths": widths, "dtype": dtypes[each_], "dropout": dropout}
+        assert counted == kernel_for(prefer, capability=capability, **call), call
+        found.add(counted)
+    assert found == {"triton", "cudnn", "sdpa", "flex"}

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_hybrid.kernels.attention import attention, attention_reference
-from megatron_hybrid.kernels.attention_masks import _masks, document_starts, visible
+from megatron_hybrid.kernels.attention import attention, attention_reference, kernel_for
+from megatron_hybrid.kernels.attention_masks import _masks, document_ends, document_starts, visible
 from megatron_hybrid.kernels.flex_attention import blocks
 
 # fp32: each entry is a sum of at most 260 products of numbers of order one, whose rounding errors (6e-8 each) add
@@ -253,3 +253,42 @@ def test_documents_of_another_shape_are_refused(shape):
     q, k, v = make_inputs(8, 8, (2, 2, 8, 8))
     with pytest.raises(ValueError, match=r"need \[2, at least 8\]"):
         attention(q, k, v, 0.35, documents=torch.zeros(shape, dtype=torch.int32))
+
+
+def test_document_ends():
+    assert document_ends(make_documents([1, 3, 2], [6])).tolist() == [[1, 4, 4, 4, 6, 6], [6] * 6]
+
+
+# The choice of the kernel ------------------------------------------------------------------------------
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+def chosen(prefer="auto", **changes):
+    call = {"masked": False, "chunk": False, "widths": (64, 64), "dtype": torch.bfloat16, "capability": HOPPER}
+    return kernel_for(prefer, **(call | {"dropout": 0.0} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels"),
+    [  # for auto, triton, cudnn, torch
+        ({}, "sdpa triton cudnn sdpa"),
+        ({"widths": (72, 128)}, "cudnn triton cudnn sdpa"),
+        ({"widths": (72, 128), "capability": AMPERE}, "sdpa triton cudnn sdpa"),
+        ({"widths": (128, 256)}, "sdpa triton cudnn sdpa"),
+        ({"widths": (60, 64)}, "sdpa sdpa sdpa sdpa"),
+        ({"widths": (72, 128), "dtype": torch.float32}, "sdpa sdpa sdpa sdpa"),
+        ({"widths": (72, 128), "dropout": 0.1}, "cudnn cudnn cudnn sdpa"),
+        ({"widths": (72, 128), "chunk": True}, "triton triton triton sdpa"),
+        ({"chunk": True, "dropout": 0.1}, "sdpa sdpa sdpa sdpa"),
+        ({"masked": True}, "triton triton triton flex"),
+        ({"masked": True, "chunk": True, "capability": AMPERE}, "triton triton triton flex"),
+        ({"masked": True, "dtype": torch.float32}, "flex flex flex flex"),
+        ({"masked": True, "widths": (264, 64)}, "flex flex flex flex"),
+        ({"masked": True, "capability": (7, 5)}, "flex flex flex flex"),
+        ({"masked": True, "capability": None}, "sdpa sdpa sdpa sdpa"),
+    ],
+    ids=str,
+)
+def test_the_kernel_of_a_call(changes, kernels):
+    assert [chosen(prefer, **changes) for prefer in ("auto", "triton", "cudnn", "torch")] == kernels.split()

@@ -20,13 +20,9 @@ def inputs(b, heads, sq, offset, widths, dtype, device="cpu"):
     """q, k, v [b, heads, s, width], stored as a layer's: q alone, k and v columns of one projection [s, b, ...]."""
     (h, hk), (d, dv), sk = heads, widths, sq + offset
     generator = torch.Generator().manual_seed(sq + 7 * sk)
-    q = torch.randn(sq, b, h, d, generator=generator)
-    projected = torch.randn(sk, b, hk, d + dv, generator=generator)
-    tensors = q, projected[..., :d], projected[..., d:]
-    stored = [q, projected] if device == "cpu" else [q.to(device, dtype), projected.to(device, dtype)]
-    stored = [t.to(dtype) for t in stored]
-    tensors = stored[0], stored[1][..., :d], stored[1][..., d:]
-    return [t.permute(1, 2, 0, 3) for t in tensors]
+    q = torch.randn(sq, b, h, d, generator=generator).to(device, dtype)
+    k_v = torch.randn(sk, b, hk, d + dv, generator=generator).to(device, dtype)
+    return [t.permute(1, 2, 0, 3) for t in (q, k_v[..., :d], k_v[..., d:])]
 
 
 def errors(tensors, window, sinks, offset, documents=None):
@@ -41,7 +37,9 @@ def errors(tensors, window, sinks, offset, documents=None):
     bounds = (None, None) if documents is None else (document_starts(documents), document_ends(documents))
     ours = [t.detach().requires_grad_() for t in tensors]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    out = window_attention(*ours, Rule(scale, window, sinks, offset), *(b if b is None else b.to(device) for b in bounds))
+    out = window_attention(
+        *ours, Rule(scale, window, sinks, offset), *(b if b is None else b.to(device) for b in bounds)
+    )
     known = None if documents is None else documents[:, : ours[1].shape[2]].to(device)
     wanted = attention_reference(*exact, scale, window, sinks, offset, known)
     generator = torch.Generator().manual_seed(1)

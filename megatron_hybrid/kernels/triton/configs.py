@@ -22,16 +22,30 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("causal_conv_backward", "4 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy, and the heads of a group are split
     # over more programs only below that; class: bytes of an element.
-    ("scan_states", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
-    ("scan_states", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
-    ("scan_output", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
-    ("scan_output", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
-    ("scan_output_backward", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
-    ("scan_output_backward", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 2},
+    ("scan_forward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    ("scan_backward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
+    ("scan_backward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
     ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 2},
     ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    # Norms: rows of a tile; programs of a backward pass, as many as 132 multiprocessors have at a time (each adds a row
+    # to the sums behind it); stages of its loads. Class: the widest group. Chosen by registers, not yet by a search.
+    ("rms_norm_forward", "256"): {"ROWS": 16, "num_warps": 4},
+    ("rms_norm_forward", "2048"): {"ROWS": 1, "num_warps": 4},
+    ("rms_norm_forward", "4096"): {"ROWS": 1, "num_warps": 8},
+    ("rms_norm_forward", "8192"): {"ROWS": 1, "num_warps": 8},
+    ("rms_norm_backward", "256"): {"ROWS": 8, "PROGRAMS": 1188, "STAGES": 2, "num_warps": 4},
+    ("rms_norm_backward", "2048"): {"ROWS": 1, "PROGRAMS": 792, "STAGES": 2, "num_warps": 4},
+    ("rms_norm_backward", "4096"): {"ROWS": 1, "PROGRAMS": 396, "STAGES": 2, "num_warps": 8},
+    ("rms_norm_backward", "8192"): {"ROWS": 1, "PROGRAMS": 132, "STAGES": 1, "num_warps": 16},
+    ("branch_fusion_forward", "256"): {"ROWS": 16, "num_warps": 4},
+    ("branch_fusion_forward", "2048"): {"ROWS": 1, "num_warps": 4},
+    ("branch_fusion_forward", "4096"): {"ROWS": 1, "num_warps": 8},
+    ("branch_fusion_backward", "256"): {"ROWS": 8, "PROGRAMS": 660, "STAGES": 2, "num_warps": 4},
+    ("branch_fusion_backward", "2048"): {"ROWS": 1, "PROGRAMS": 264, "STAGES": 2, "num_warps": 8},
+    ("branch_fusion_backward", "4096"): {"ROWS": 1, "PROGRAMS": 132, "STAGES": 2, "num_warps": 16},
     # Cross entropy of a row: entries in a block, blocks on their way; class: entries of a row, at most. Of long rows a
     # program fills a multiprocessor: the rows of all programs may still be in the L2 cache when they are read again.
     # Chosen by registers and bytes in flight, not yet by a search.

@@ -1,6 +1,6 @@
 """The backward pass of the Mamba-2 scan inside each chunk: of the tokens as receivers i, and as senders j.
 
-One program for a chunk and some heads of one group, as in ``scan_output.py``, which computes dy. With
+One program for a chunk and some heads of one group, whose dy ``scan_walks.py`` computes. With
 E_ij = exp(sum_i - sum_j) for j <= i, H_ij = (dy_i . x_j) E_ij dt_j and W_ij = H_ij (C_i . B_j):
 
     receivers   dC_i = sum_j H_ij B_j + exp(sum_i) S^T dy_i                summed over the group's heads
@@ -18,7 +18,7 @@ the shape letters.
 import triton
 import triton.language as tl
 
-from megatron_hybrid.kernels.triton.scan_states import chunk_documents
+from megatron_hybrid.kernels.triton.scan_walks import chunk_documents
 from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
 
 

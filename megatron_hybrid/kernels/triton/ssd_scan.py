@@ -15,9 +15,8 @@ from torch import Tensor
 
 from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.scan_gradient import receivers_kernel, senders_kernel
-from megatron_hybrid.kernels.triton.scan_output import output_kernel
-from megatron_hybrid.kernels.triton.scan_states import states_kernel
 from megatron_hybrid.kernels.triton.scan_steps import steps_backward_kernel, steps_kernel
+from megatron_hybrid.kernels.triton.scan_walks import backward_kernel, forward_kernel
 
 CHUNK = 64
 """Tokens of a chunk; a matrix product on Hopper has at least 64 rows."""
@@ -76,12 +75,10 @@ def forward(scan: Scan, out: Tensor, want_final_states: bool = False) -> Tensor 
         ValueError: A dtype that the kernels do not have, or strides that they do not take.
     """
     _check(scan)
-    b, _, h, p, n, c = scan.sizes
+    b, _, h, p, n, _ = scan.sizes
     steps, sums = _steps(scan)
-    states = torch.empty(b, c, h, n, p, dtype=scan.x.dtype, device=scan.x.device)
     final = torch.empty(b, h, p, n, dtype=torch.float32, device=scan.x.device) if want_final_states else None
-    _walk(scan, scan.x, scan.B, steps, sums, scan.initial_states, states, final)
-    _output(scan, steps, sums, states, out)
+    _forward(scan, steps, sums, "output", out, last=final)
     return final
 
 
@@ -102,12 +99,13 @@ def backward(
     steps, sums = _steps(scan)
     states, d_states = (empty(b, c, h, n, p, dtype=scan.x.dtype) for _ in range(2))
     d_first = empty(b, h, p, n) if scan.initial_states is not None else None
-    _walk(scan, scan.x, scan.B, steps, sums, scan.initial_states, states, None)
-    d_y = d_out
-    if scan.z is not None:
+    if scan.z is None:
+        d_y = d_out
+        _forward(scan, steps, sums, "states", d_y, states)
+    else:
         d_y = torch.empty(s, b, h * p, dtype=d_out.dtype, device=d_out.device).transpose(0, 1)
-        _output(scan, steps, sums, states, d_y, d_out, to.z)
-    d_whole = _walk(scan, d_y, scan.C, steps, sums, d_final, d_states, d_first, states)
+        _forward(scan, steps, sums, "gate gradient", d_y, states, d_out, to.z)
+    d_whole = _backward(scan, d_y, sums, d_final, states, d_states, d_first)
     splits, receivers = _splits(scan, "scan_receivers")
     senders = _options(scan, "scan_senders")
     blocks, sender_blocks = (triton.cdiv(p, options["CHANNELS"]) for options in (receivers, senders))
@@ -129,7 +127,7 @@ def backward(
         HAS_D=scan.D is not None, ALIGNED=aligned, **_shared(scan), **senders,
     )  # fmt: skip
     for whole, part in ((to.B, d_B), (to.C, d_C)):
-        whole.copy_(part.sum(0)[:, :s])  # [b, s, g n]
+        whole.copy_((part[0] if splits == 1 else part.sum(0))[:, :s])  # [b, s, g n]
     d_A, d_bias = empty(b, c, h), empty(b, c, h)
     grid = (c, b, triton.cdiv(h, 16))
     steps_backward_kernel[grid](
@@ -153,47 +151,117 @@ def _steps(scan: Scan) -> tuple[Tensor, Tensor]:
     return steps, sums
 
 
-def _walk(
-    scan: Scan, values: Tensor, maps: Tensor, steps: Tensor, sums: Tensor, first: Tensor | None, states: Tensor,
-    last: Tensor | None, forward_states: Tensor | None = None,
+_WRITES = {"states": 0, "output": 1, "gate gradient": 2}
+"""What the forward walk writes, by the numbers of ``scan_walks.py``."""
+
+
+def _forward(
+    scan: Scan, steps: Tensor, sums: Tensor, writes: str, out: Tensor, states: Tensor | None = None,
+    d_out: Tensor | None = None, d_z: Tensor | None = None, last: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The forward walk: the output to ``out``; or with ``d_out`` dy there, and the gradient of z to ``d_z``.
+
+    Args:
+        states: If given, the state at each chunk's start goes here, [b, c, h, n, p].
+        last: If given, the final states go here, [b, h, p, n] fp32.
+    """
+    b, s, h, p, _, c = scan.sizes
+    z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
+    options = _options(scan, "scan_forward")
+    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
+
+    def walk(number: int, first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
+        forward_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
+            scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums),
+            _or(first, sums), _or(states, out), _or(last, sums), out, d_out, d_z, *rows, s, h, c, b,
+            triton.cdiv(c, segments),
+            WRITES=number, STORES=stores, HAS_Z=scan.z is not None, HAS_D=scan.D is not None,
+            HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan), **options,
+        )  # fmt: skip
+
+    segments = _segments(scan, options["CHANNELS"])
+    if segments == 1:
+        walk(_WRITES[writes], scan.initial_states, last, 1, states is not None)
+        return
+    ends = torch.empty(segments, b, h, p, scan.sizes[4], dtype=torch.float32, device=out.device)
+    walk(_WRITES["states"], None, ends, segments, False)
+    starts = _joined(scan, sums, ends, scan.initial_states)
+    walk(_WRITES[writes], starts, None if last is None else ends, segments, states is not None)
+    if last is not None:
+        last.copy_(ends[-1])
+
+
+def _backward(
+    scan: Scan, d_y: Tensor, sums: Tensor, d_final: Tensor | None, states: Tensor, d_states: Tensor,
+    d_first: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Fills ``states`` [b, c, h, n, p], from ``first``, and ``last`` [b, h, p, n]; see ``scan_states.py``.
+    """The backward walk: the gradient of the state at each chunk's end to ``d_states`` [b, c, h, n, p].
+
+    Args:
+        d_final: [b, h, p, n] fp32.
+        states: Of the forward walk.
+        d_first: If given, the gradient of the initial states goes here, [b, h, p, n] fp32.
 
     Returns:
-        With ``forward_states``, which make it the backward walk: decay S . dS of each chunk, [b, c, h] fp32.
+        decay S . dS of each chunk, [b, c, h] fp32.
     """
     b, s, h, p, n, c = scan.sizes
-    options = _options(scan, "scan_states")
-    while b * h * triton.cdiv(p, options["CHANNELS"]) < 128 and options["CHANNELS"] > 32:
-        options["CHANNELS"] //= 2  # few sequences: more programs, each with a part of a state
-    backward = forward_states is not None
-    overlaps = torch.empty(b, c, h, p if backward else 0, dtype=torch.float32, device=scan.x.device)
-    aligned, rows = _rows(values, maps)
-    states_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]),)](
-        values, maps, steps, sums, _or(scan.documents, sums), _or(first, sums), _or(forward_states, states), states,
-        _or(last, sums), overlaps, *rows, s, h, c,
-        BACKWARD=backward, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
-        **options,
-    )  # fmt: skip
+    options = _options(scan, "scan_backward")
+    overlaps = torch.empty(b, c, h, p, dtype=torch.float32, device=d_y.device)
+    aligned, rows = _rows(d_y, scan.C)
+
+    def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
+        backward_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
+            d_y, scan.C, sums, _or(scan.documents, sums), _or(first, sums), states, d_states, _or(last, sums), overlaps,
+            *rows, s, h, c, b, triton.cdiv(c, segments),
+            STORES=stores, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
+            **options,
+        )  # fmt: skip
+
+    segments = _segments(scan, options["CHANNELS"])
+    if segments == 1:
+        walk(d_final, d_first, 1, True)
+        return overlaps.sum(-1)
+    ends = torch.empty(segments, b, h, p, n, dtype=torch.float32, device=d_y.device)
+    walk(None, ends, segments, False)
+    walk(_joined(scan, sums, ends, d_final, backward=True), ends, segments, True)
+    if d_first is not None:
+        d_first.copy_(ends[0])
     return overlaps.sum(-1)
 
 
-def _output(
-    scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, out: Tensor, d_out: Tensor | None = None,
-    d_z: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Writes the output to ``out``; with ``d_out``, dout silu(z) to ``out`` and the gradient of z to ``d_z``."""
-    backward = d_out is not None
-    splits, options = _splits(scan, "scan_output_backward" if backward else "scan_output")
-    b, s, h, _, _, c = scan.sizes
-    z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
-    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
-    output_kernel[(c, b, scan.groups * splits)](
-        scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums), states,
-        out, d_out, d_z, *rows, s, h, c, splits,
-        HAS_Z=scan.z is not None, HAS_D=scan.D is not None, BACKWARD=backward, ALIGNED=aligned, **_shared(scan),
-        **options,
-    )  # fmt: skip
+def _segments(scan: Scan, channels: int) -> int:
+    """Into how many segments a walk is cut: with few sequences and heads, so many that they keep a GPU busy.
+
+    Each is walked twice then, the first time for its last state alone: 8 chunks of it at least.
+    """
+    b, _, h, p, _, c = scan.sizes
+    programs, segments = b * h * triton.cdiv(p, channels), 1
+    while programs * segments < 200 and c >= 16 * segments:
+        segments *= 2
+    return segments
+
+
+def _joined(scan: Scan, sums: Tensor, ends: Tensor, first: Tensor | None, backward: bool = False) -> Tensor:
+    """The state that each segment starts from, of states ``ends`` after segments that all started from zero.
+
+    ``first`` [b, h, p, n] goes into the first segment of the walk; ends and the result are [segments, b, h, p, n] fp32.
+    """
+    segments, (b, s, h, _, _, c) = len(ends), scan.sizes
+    size = triton.cdiv(c, segments)
+    bounds = [(k * size, min((k + 1) * size, c)) for k in range(segments)]
+    whole = sums.view(b, h, c, CHUNK)[..., -1]  # of each chunk, [b, h, c]
+    starts = torch.empty_like(ends)
+    state = torch.zeros_like(ends[0]) if first is None else first
+    for k in reversed(range(segments)) if backward else range(segments):
+        starts[k] = state
+        begin, end = bounds[k]
+        decay = whole[..., begin:end].sum(-1).exp()  # [b, h]
+        if scan.documents is not None:
+            before, last = max(begin * CHUNK - 1, 0), min(end * CHUNK, s) - 1
+            decay = decay * (scan.documents[:, before] == scan.documents[:, last])[:, None]
+        state = torch.addcmul(ends[k], state, decay[..., None, None])
+    return starts
 
 
 def _shared(scan: Scan) -> dict[str, Any]:

@@ -15,13 +15,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_hybrid.kernels.alignment import addressable
 from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.window_attention_backward import (
-    key_value_gradients,
-    query_gradients,
-    sink_gradients,
+    attention_key_value_gradients,
+    attention_query_gradients,
+    attention_sink_gradients,
 )
-from megatron_hybrid.kernels.triton.window_attention_forward import forward
+from megatron_hybrid.kernels.triton.window_attention_forward import attention_forward
 
 CHUNK = 512
 """Queries whose gradients of sinks are added up by one program: a multiple of every block of keys."""
@@ -80,7 +81,7 @@ class _WindowAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, starts: Tensor | None, ends: Tensor | None
     ) -> Tensor:
-        q, k, v = (_addressable(t) for t in (q, k, v))
+        q, k, v = (addressable(t) for t in (q, k, v))
         (b, h, sq, d), dv = q.shape, v.shape[-1]
         out = _empty(q, dv)
         # [b, h, sq] fp32 in rows of whole 16 bytes
@@ -88,7 +89,7 @@ class _WindowAttention(torch.autograd.Function):
         line, pack = launch_options("attention_forward", shape_class(d, dv)), _pack(h // k.shape[1])
         rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
         with _device(q):
-            forward[(triton.cdiv(sq, rows), b * h // pack)](
+            attention_forward[(triton.cdiv(sq, rows), b * h // pack)](
                 *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
                 lse, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale * math.log2(math.e),
                 *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
@@ -100,7 +101,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         q, k, v, out, lse, starts, ends = ctx.saved_tensors
-        grad = _addressable(grad)
+        grad = addressable(grad)
         delta = torch.empty_strided(lse.shape, lse.stride(), device=lse.device, dtype=lse.dtype)
         with _device(q):
             dq = _query_gradients(ctx.rule, q, k, v, out, grad, lse, delta, starts)  # fills delta
@@ -116,7 +117,7 @@ def _query_gradients(
     line, pack = launch_options("attention_query_gradients", shape_class(d, dv)), _pack(h // k.shape[1])
     rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
     dq = _empty(q, d)
-    query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
+    attention_query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
         *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
         *_tiles(grad, pack, rows), *_tiles(dq, pack, rows),
         lse, delta, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale, rule.scale * math.log2(math.e),
@@ -147,13 +148,13 @@ def _key_value_gradients(
         (tiles, rows), n = read(line), line["BLOCK_N"]
         chunks, blocks = triton.cdiv(sk, CHUNK), triton.cdiv(rule.sinks, n)
         sums = lse.new_empty(b * hk * chunks, blocks * n, sum(width))
-        sink_gradients[(chunks, blocks, b * hk)](
+        attention_sink_gradients[(chunks, blocks, b * hk)](
             *tiles, *_partial(sums, n, width), *rows, *shape, factor, *width, documents, CHUNK, **line
         )
     line = launch_options("attention_key_value_gradients", named)
     (tiles, rows), n = read(line), line["BLOCK_N"]
     dk, d_v = _empty(k, d), _empty(v, dv)
-    key_value_gradients[(triton.cdiv(sk, n), b * hk)](
+    attention_key_value_gradients[(triton.cdiv(sk, n), b * hk)](
         *tiles, *_tiles(dk, 1, n), *_tiles(d_v, 1, n), *_partial(sums, n, width), *rows,
         *shape, rule.scale, factor, *width, windowed, sinks, documents, CHUNK, **line,
     )  # fmt: skip
@@ -189,21 +190,14 @@ def _empty(like: Tensor, width: int) -> Tensor:
     return torch.empty(s, b, h, width, device=like.device, dtype=like.dtype).permute(1, 2, 0, 3)
 
 
-def _addressable(t: Tensor) -> Tensor:
-    """The tensor, or a copy where its addresses and strides are no multiples of 16 bytes."""
-    aligned = all(n * t.element_size() % 16 == 0 and n > 0 for n, size in zip(t.stride()[:-1], t.shape, strict=False))
-    if aligned and t.stride(-1) == 1 and t.data_ptr() % 16 == 0:
-        return t
-    return t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-
-
 def _tiles(t: Tensor, heads: int, rows: int) -> list[TensorDescriptor | None]:
     """Descriptors of both parts of a tensor's width: blocks of ``rows`` rows of ``heads`` heads."""
     return [_tile(t, [1, heads, rows, width]) if width else None for width in parts(t.shape[-1])]
 
 
 def _tile(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    strides = [n if size > 1 else 16 for n, size in zip(t.stride()[:-1], t.shape, strict=False)]  # that of one is free
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], block)
 
 
 def _device(t: Tensor) -> Any:

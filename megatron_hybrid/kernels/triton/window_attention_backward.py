@@ -4,9 +4,10 @@ Scores and weights are computed again, once for the gradient of Q and once for t
 
 Sinks are seen by all later queries of their document, which would make the programs of their keys many times longer
 than the others. So the queries are cut into chunks of ``CHUNK``. A query that sees a sink outside its window, and whose
-chunk begins behind its document's start, adds to that chunk's partial sum (``sink_gradients``); all other pairs of
-queries and keys belong to the program of the keys (``key_value_gradients``), which then adds the partial sums in order.
-A chunk that begins behind the start of a document begins inside it, so that a chunk has the sinks of one document only.
+chunk begins behind its document's start, adds to that chunk's partial sum (``attention_sink_gradients``); all other
+pairs of queries and keys belong to the program of the keys (``attention_key_value_gradients``), which then adds the
+partial sums in order. A chunk that begins behind the start of a document begins inside it, so that a chunk has the
+sinks of one document only.
 """
 
 import triton
@@ -25,7 +26,7 @@ from megatron_hybrid.kernels.triton.window_attention_forward import (
 
 
 @triton.jit(do_not_specialize=SHAPE)
-def query_gradients(
+def attention_query_gradients(
     q0, q1, k0, k1, v0, v1, o0, o1, do0, do1, dq0, dq1, lse, delta, starts,
     sq, offset, length, window, sinks, heads, groups, row_stride, scale, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
@@ -148,7 +149,7 @@ def rows_of_keys(
 
 
 @triton.jit(do_not_specialize=SHAPE)
-def sink_gradients(
+def attention_sink_gradients(
     q0, q1, k0, k1, v0, v1, do0, do1, pk0, pk1, pv0, pv1, lse, delta, starts, ends,
     sq, offset, length, window, sinks, heads, groups, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -190,14 +191,14 @@ def sink_gradients(
 
 
 @triton.jit(do_not_specialize=SHAPE)
-def key_value_gradients(
+def attention_key_value_gradients(
     q0, q1, k0, k1, v0, v1, do0, do1, dk0, dk1, dv0, dv1, pk0, pk1, pv0, pv1, lse, delta, starts, ends,
     sq, offset, length, window, sinks, heads, groups, scale, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of K and V, to which the partial sums of :func:`sink_gradients` are added."""
+    """The gradients of K and V, to which the partial sums of :func:`attention_sink_gradients` are added."""
     j0 = tl.program_id(0) * BLOCK_N
     hk = tl.program_id(1) % (heads // groups)
     b = tl.program_id(1) // (heads // groups)

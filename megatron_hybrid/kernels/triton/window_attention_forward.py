@@ -102,7 +102,7 @@ def visible(i, j, start, window, sinks, WINDOW: tl.constexpr, SINKS: tl.constexp
 
 
 @triton.jit(do_not_specialize=SHAPE)
-def forward(
+def attention_forward(
     q0, q1, k0, k1, v0, v1, o0, o1, lse, starts,
     sq, offset, length, window, sinks, heads, groups, row_stride, score_scale,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,

@@ -1,9 +1,13 @@
 """Costs of softmax attention: ``*``, over all tokens before a query, and ``W``, over a window and sinks."""
 
+from typing import Any
+
 from megatron_hybrid.accounting.attention_core import (
     attention_core_flops,
     cached_positions,
+    core_kernel,
     is_masked,
+    kernel_in_words,
     keys_and_values,
     masks,
     refuse_dropout,
@@ -81,7 +85,8 @@ class AttentionAccount(Account):
         if not r.keeps("core_attn"):
             return [*rope(r, s.head_dim), *before, *rotated, out]
         core = [Saved("log-sum-exp", (t, s.heads), FP32), *masks(r, seen)]
-        if not r.cpu and is_masked(r, seen):  # FlexAttention takes contiguous copies
+        kernel = core_kernel(r.settings, (s.head_dim, s.head_dim), is_masked(r, seen), cp > 1)
+        if kernel == "flex":  # it takes contiguous copies
             q_k_v = [Saved("q", (t, q), e), Saved("k, v", (2, t * cp, kv), e)]
             core.append(Saved("output before its transposition", (t, q), e))
         elif cp > 1 and not te:
@@ -90,6 +95,11 @@ class AttentionAccount(Account):
         else:
             q_k_v = before + rotated
         return [*rope(r, s.head_dim), *q_k_v, *core, out]
+
+    def kernels(self, args: Any) -> str | None:
+        if args.backend == "te" and not args.reset_attention_mask:
+            return "Transformer Engine"
+        return kernel_in_words(args, (args.kv_channels, args.kv_channels), None)
 
     def exchanges(self, m: MicroBatch) -> list[Exchange]:
         s, tp = m.sizes, m.layout.tp
@@ -115,3 +125,6 @@ class WindowAccount(AttentionAccount):
 
     def window(self, s: Sizes) -> int | None:
         return s.window
+
+    def kernels(self, args: Any) -> str | None:
+        return kernel_in_words(args, (args.kv_channels, args.kv_channels), args.swa_window)

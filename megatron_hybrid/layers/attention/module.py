@@ -8,6 +8,7 @@ t is the number of tokens of the hidden state on a rank: s/cp, or s/(cp tp) unde
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_hybrid.kernels.attention import attention
+from megatron_hybrid.kernels.attention import Preference, attention
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
@@ -69,12 +70,11 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
     """The layer ``*`` (full attention) or ``W`` (sliding window)."""
     args, parts = build.args, build.parts
     if symbol == "W":
-        core, params = (
-            TorchCoreAttention,
-            {"rope": window_rope(args), "window": args.swa_window, "sinks": args.swa_sinks},
-        )
+        core = torch_core(args)
+        params = {"rope": window_rope(args), "window": args.swa_window, "sinks": args.swa_sinks}
     else:  # attention inside packed documents needs a core that takes document ids
-        core = TorchCoreAttention if args.reset_attention_mask else parts.core_attention
+        ours = args.reset_attention_mask or parts.core_attention is TorchCoreAttention
+        core = torch_core(args) if ours else parts.core_attention
         params = {"rope": model_rope(args)}
     mixer = ModuleSpec(
         module=HybridSelfAttention,
@@ -82,6 +82,11 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
         submodules=SelfAttentionSubmodules(linear_qkv=parts.normed_column, core_attention=core, linear_proj=parts.row),
     )
     return mixer_layer(parts, "linear_qkv", mixer)
+
+
+def torch_core(args: Namespace) -> Any:
+    """What builds :class:`TorchCoreAttention` for a run."""
+    return partial(TorchCoreAttention, prefer=args.attention_kernel)
 
 
 class HybridSelfAttention(SelfAttention):
@@ -161,7 +166,8 @@ class TorchCoreAttention(MegatronModule):
     of them. Packed documents come as ``PackedSeqParams.seq_idx`` [b, s]: on every rank, the document ids of the whole
     sequence.
 
-    The arguments are those of ``CoreAttentionBuilder`` (core/transformer/attention.py).
+    The arguments are those of ``CoreAttentionBuilder`` (core/transformer/attention.py), and which kernel to prefer on
+    CUDA (``kernels/attention.py``).
     """
 
     def __init__(
@@ -173,8 +179,10 @@ class TorchCoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        prefer: Preference = "auto",
     ):
         super().__init__(config)
+        self.prefer = prefer
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp if pg_collection is not None else None
@@ -212,22 +220,22 @@ class TorchCoreAttention(MegatronModule):
         # q [b, n/tp, s/cp, d], k [b, g/tp, s, d], v [b, g/tp, s, dv]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, *self._gather(key, value, cp)))
 
-        def attend(q: Tensor, offset: int) -> Tensor:
+        def attend(q: Tensor, offset: int) -> Tensor:  # [b, n/tp, queries, d] to [queries, b, n/tp, dv]
             # Ranks hold different heads and need different dropout masks, as in
             # core/transformer/dot_product_attention.py. Under sequence parallelism the whole stack runs on the rank's
             # own random stream already.
             own_stream = dropout > 0 and not self.config.sequence_parallel
             with tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else nullcontext():
-                return attention(q, k, v, scale, self.window, self.sinks, offset, dropout, documents)
+                rule = scale, self.window, self.sinks, offset, dropout, documents, self.prefer
+                return attention(q, k, v, *rule).permute(2, 0, 1, 3)
 
         if cp == 1:
             out = attend(q, k.shape[2] - length)  # the queries stand at the last keys, with a cache too
         else:
             half = length // 2
             first, second = q.split(half, 2)  # [b, n/tp, s/(2 cp), d]
-            out = torch.cat([attend(first, rank * half), attend(second, (2 * cp - 1 - rank) * half)], 2)
-        # out [b, n/tp, s/cp, dv]
-        return out.permute(2, 0, 1, 3).reshape(length, query.shape[1], -1)  # [s/cp, b, n/tp dv]
+            out = torch.cat([attend(first, rank * half), attend(second, (2 * cp - 1 - rank) * half)])
+        return out.reshape(length, query.shape[1], -1)  # [s/cp, b, n/tp, dv] to [s/cp, b, n/tp dv]
 
     def _gather(self, key: Tensor, value: Tensor, cp: int) -> tuple[Tensor, Tensor]:
         """K and V [s/cp, b, g/tp, ...] to those of the whole sequence in its order, [s, b, g/tp, ...].

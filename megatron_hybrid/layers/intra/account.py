@@ -6,7 +6,9 @@ from megatron_hybrid.accounting.attention_core import (
     angles,
     attention_core_flops,
     cached_positions,
+    core_kernel,
     is_masked,
+    kernel_in_words,
     keys_and_values,
     masks,
     refuse_dropout,
@@ -137,7 +139,9 @@ class IntraAccount(Account):
             return [*weight, projected, *[table] * (r.settings.rope and "attention" in d.branches), out]
         lines, views = [], False
         for branch, kind in enumerate(d.branches):
-            branch_lines, views_of_branch = _attention_saved(r, d) if kind == "attention" else _mamba_saved(r, d)
+            branch_lines, views_of_branch = (
+                _attention_saved(r, d, columns) if kind == "attention" else _mamba_saved(r, d)
+            )
             # the parts of a branch with a shared value do not stand side by side: it reads a copy (torch.cat)
             if views_of_branch and d.shares_value:
                 rows = {part.name: part.rows for part in d.in_parts}
@@ -145,7 +149,11 @@ class IntraAccount(Account):
                 branch_lines = [*branch_lines, Saved("parts of a branch put together", (t, width), e)]
             views = views or (views_of_branch and not d.shares_value)
             lines += [line._replace(name=f"{d.names[branch]}: {line.name}") for line in branch_lines]
-        return [*weight, *[projected] * views, *lines, *_fusion_saved(r, d), out]
+        return [*weight, *[projected] * views, *lines, *_fusion_saved(r, d, self.design(r.whole)), out]
+
+    def kernels(self, args: Any) -> str | None:
+        d = design(args)
+        return kernel_in_words(args, (d.qk_head_dim, d.value_head_dim), d.window) if "attention" in d.branches else None
 
     def exchanges(self, m: MicroBatch) -> list[Exchange]:
         d, local, tp = self.design(m.sizes), self.design(m.local), m.layout.tp
@@ -218,35 +226,43 @@ def _fusion_tensors(d: IntraDesign) -> list[int]:
     return [*norms, *widths] if d.scale == "vector" else norms
 
 
-def _attention_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
-    """An attention branch, and whether it keeps views of the input projection's output."""
+def _attention_saved(r: Rank, d: IntraDesign, columns: int) -> tuple[list[Saved], bool]:
+    """An attention branch, and whether it keeps views of the input projection's output, which has so many columns."""
     t, e, cp, n = r.tokens, r.e, r.layout.cp, d.num_attention_heads
-    wide = max(d.qk_head_dim, d.value_head_dim)
-    value_heads = max(1, d.value_heads)
-    padded, masked = d.qk_head_dim != d.value_head_dim, is_masked(r, d.window)
+    widths = d.qk_head_dim, d.value_head_dim
+    value_heads, masked = max(1, d.value_heads), is_masked(r, d.window)
+    kernel = core_kernel(r.settings, widths, masked, cp > 1)
     lines = rope(r, d.qk_head_dim)
-    before = [Saved("q", (t, n * d.qk_head_dim), e), Saved("k", (t, value_heads * d.qk_head_dim), e)] * r.settings.rope
+    before = [Saved("q", (t, n * widths[0]), e), Saved("k", (t, value_heads * widths[0]), e)] * r.settings.rope
     if not r.keeps("core_attn"):
         return [*lines, *before], True
-    if masked and padded and r.cpu:
+    if masked and widths[0] != widths[1] and r.cpu:
         raise ValueError(
-            f"P: a window on CPU with query heads of {d.qk_head_dim} and value heads of {d.value_head_dim} is not "
+            f"P: a window on CPU with query heads of {widths[0]} and value heads of {widths[1]} is not "
             "counted (torch stores the scores): make them equal, or count for --device cuda."
         )
     lines += [Saved("log-sum-exp", (t, n), FP32), *masks(r, d.window)]
-    if masked and not r.cpu:
-        lines += [Saved("q", (t, n * d.qk_head_dim), e), Saved("k", (t * cp, value_heads * d.qk_head_dim), e)]
-        lines += [Saved("v", (t * cp, value_heads * d.value_head_dim), e), Saved("o", (t, n * d.value_head_dim), e)]
-        return lines, False
-    if padded:
+    q = Saved("q", (t, n * widths[0]), e)
+    k, v = (Saved(name, (t * cp, value_heads * width), e) for name, width in zip("kv", widths, strict=True))
+    out = Saved("output", (t, n * widths[1]), e)
+    if kernel == "flex":
+        return [*lines, q, k, v, out], False
+    if is_padded(kernel, d):
+        wide = max(widths)
         # each chunk of queries pads the keys that it sees: of the rank with most, 2 cp + 1 chunks of them
         keys = t if cp == 1 else t * (2 * cp + 1) / 2
         lines += [Saved("q padded", (t, n * wide), e), Saved("k, v padded", (2, keys, value_heads * wide), e)]
         return [*lines, Saved("output", (t, n * wide), e)], False
-    if cp == 1:
-        return [*lines, *before, Saved("output", (t, n * wide), e)], True
-    lines += [*before[:1], Saved("k, v of all ranks", (2, t * cp, value_heads * wide), e)]
-    return [*lines, Saved("output", (t, n * wide), e)], not r.settings.rope
+    if cp > 1:  # k and v of all ranks
+        return [*lines, *before[:1], k, v, out], not r.settings.rope
+    if kernel != "sdpa" and columns * e % 16:  # rows do not suit cuDNN and Triton: copied (kernels/alignment.py)
+        return [*lines, q, k, v, out], False
+    return [*lines, *before, out], True
+
+
+def is_padded(kernel: str, d: IntraDesign) -> bool:
+    """Whether the kernel wants one head size for Q, K and V."""
+    return kernel == "sdpa" and d.qk_head_dim != d.value_head_dim
 
 
 def _mamba_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
@@ -256,19 +272,29 @@ def _mamba_saved(r: Rank, d: IntraDesign) -> tuple[list[Saved], bool]:
     return scan_saved(r, d.ssm_heads, d.ssm_head_dim, d.ssm_groups, d.state_dim), False
 
 
-def _fusion_saved(r: Rank, d: IntraDesign) -> list[Saved]:
+def _fuses_in_one_pass(r: Rank, d: IntraDesign, whole: IntraDesign) -> bool:
+    """Whether norms and scales are steps of the kernel that fuses, which keeps its inputs (``kernels/branches.py``)."""
+    spans = any(whole.groups(branch) % r.layout.tp for branch in (0, 1))
+    if r.cpu or d.norm != "group" or spans or d.scale in ("gate", "interpolate"):
+        return False
+    concatenated = "fused" not in d.out_parts or d.fusion == "concat"
+    return concatenated or d.width(0) // d.groups(0) == d.width(1) // d.groups(1)
+
+
+def _fusion_saved(r: Rank, d: IntraDesign, whole: IntraDesign) -> list[Saved]:
     """Norm, scale and fusion (``layers/intra/fusion.py``): each product keeps what it multiplies."""
     t, e = r.tokens, r.e
     lines: list[Saved] = []
     for branch, name in enumerate(d.names):
         width = d.width(branch)
         # the attention's output itself, rather than a copy of it in another order
-        is_output = d.branches[branch] == "attention" and d.qk_dim == d.value_dim and r.layout.cp == 1
-        is_output = is_output and r.keeps("core_attn") and (r.cpu or not is_masked(r, d.window))
+        kernel = core_kernel(r.settings, (d.qk_head_dim, d.value_head_dim), is_masked(r, d.window), r.layout.cp > 1)
+        is_output = d.branches[branch] == "attention" and r.layout.cp == 1 and r.keeps("core_attn")
+        is_output = is_output and kernel != "flex" and not is_padded(kernel, d)
         if d.norm == "group":
             lines += saved_norm(r, t, width, False, d.groups(branch))[is_output and r.norm_bytes == e :]
         scaled = d.scale in ("vector", "scalar") or (d.scale == "diff-lambda" and branch == 1)
-        if d.norm == "group" or (scaled and not is_output):
+        if (d.norm == "group" or (scaled and not is_output)) and not _fuses_in_one_pass(r, d, whole):
             lines.append(Saved(f"{name}: before its scale", (t, width), e))
         if d.scale in ("gate", "interpolate"):
             lines.append(Saved(f"{name}: before its gate", (t, width), e))

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
+from megatron_hybrid.kernels.branches import fuse, has_fusion_kernel
 from megatron_hybrid.layers.intra.design import IntraDesign
 from megatron_hybrid.layers.norm import SplitVector, group_rms_normalise
 from megatron_hybrid.layers.parts import shared_by_ranks
@@ -131,6 +132,8 @@ class IntraFusion(MegatronModule):
         ``gate`` has the logits of scales that depend on the token, [s/cp, b, 1 or 2]; None for other scales.
         """
         d = self.design
+        if gate is None and d.norm != "fused" and (fused := self._fuse_in_one_pass(first, second)) is not None:
+            return fused
         xs = [first, second]
         if self.norms_branches:
             xs = group_rms_normalise(xs, [d.groups(0), d.groups(1)], self.eps, self.tp_group)  # [s/cp, b, w/tp]
@@ -143,6 +146,22 @@ class IntraFusion(MegatronModule):
             parts = group_rms_normalise(parts, groups, self.eps, self.tp_group)
             parts = [x * self._after(norm()) for x, norm in zip(parts, self.norms, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # [s/cp, b, o/tp]
+
+    def _fuse_in_one_pass(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """The same as :meth:`forward` by one kernel each way, [s/cp, b, o/tp]; None where there is none."""
+        d, tp = self.design, self.tp_group.size()
+        total = (d.groups(0), d.groups(1))
+        if self.norms_branches and any(n % tp for n in total):
+            return None  # groups span ranks
+        groups = (total[0] // tp, total[1] // tp) if self.norms_branches else None
+        fusion = d.fusion if "fused" in d.out_parts else "concat"
+        scaled = self.norms_branches or d.scale not in ("none", "gate", "interpolate")
+        if not has_fusion_kernel((first, second), scaled, groups, fusion):
+            return None
+        # a scalar is the factor of each channel
+        widths = (first.shape[-1], second.shape[-1])
+        f1, f2 = (f if f is None or f.dim() else f.repeat(w) for f, w in zip(self._factors(), widths, strict=True))
+        return fuse((first, second), (f1, f2), groups, self.eps, fusion)
 
     def differential_lambda(self) -> Tensor:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, a scalar [] (Ye et al., arXiv:2410.05258, equation 2)."""

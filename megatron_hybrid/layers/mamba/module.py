@@ -18,7 +18,7 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from megatron_hybrid.accounting.projection import Part
 from megatron_hybrid.kernels import ssm_kernels
+from megatron_hybrid.layers.mamba.residual_layer import ResidualMambaLayer
 from megatron_hybrid.layers.norm import SpanningRMSNorm
 from megatron_hybrid.layers.parts import SharedRowsLinear, shared_by_ranks, store_by_parts, store_children
 from megatron_hybrid.layers.spec import Build
@@ -50,7 +51,7 @@ def spec(symbol: str, build: Build) -> ModuleSpec:
         submodules=MambaMixerSubmodules(in_proj=parts.mixer_column, out_proj=parts.row),
     )
     return ModuleSpec(
-        module=MambaLayer,
+        module=ResidualMambaLayer,
         submodules=MambaLayerSubmodules(
             norm=parts.input_norm,
             mixer=mixer,

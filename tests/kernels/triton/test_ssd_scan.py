@@ -45,6 +45,11 @@ def test_heads_of_a_group_split_over_programs(programs, monkeypatch):
     assert_close(scan_results(1, 65, 4, 16, 1, 16, torch.float32, packed=True), torch.float32)
 
 
+@pytest.mark.parametrize("case", [{}, {"packed": True, "initial": True}])
+def test_long_sequences_of_few_heads_are_cut_into_segments(case):
+    assert_close(scan_results(1, 1100, 1, 16, 1, 16, torch.float32, **case), torch.float32)
+
+
 def test_an_enormous_step_leaves_later_ones_their_precision():
     """dt A is clamped: behind a step of 1e4, differences of the running sum still have the small steps in them."""
     x, B, C = (rounded(1, 64, 16, dtype=torch.float32, seed=i) for i in range(3))
