@@ -195,4 +195,5 @@ def error_of(arm: Arm, shape: Shape) -> float:
     wanted = attention_reference(exact[0], exact[1], exact[2], shape.scale, shape.window, shape.sinks, 0, documents)
     found = out, *torch.autograd.grad(out, t[:3], t.dy)
     right = wanted, *torch.autograd.grad(wanted, exact, t.dy.double())
-    return max(float((g.double() - w).abs().max() / w.abs().max()) for g, w in zip(found, right, strict=True))
+    pairs = [(g.detach().double(), w.detach()) for g, w in zip(found, right, strict=True)]
+    return max(float((g - w).abs().max() / w.abs().max()) for g, w in pairs)

@@ -28,7 +28,7 @@ from megatron_hybrid.cli.recipes import recipe as known_recipe
 
 ALWAYS = """--tokenizer-type NullTokenizer --mock-data --log-interval 1 --eval-interval 100000 --eval-iters 0"""
 OURS = "ours"
-RIVALS = {"before": "--ssm-kernels mamba_ssm --loss-kernel plain"}
+RIVALS = {"before": "--ssm-kernels mamba_ssm --attention-kernel torch --loss-kernel plain"}
 """What a run can use in place of this package's kernels, by name: flags."""
 
 

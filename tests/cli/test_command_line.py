@@ -135,7 +135,7 @@ def test_one_process_trains_without_torchrun(first_run):
     assert "recipe   demo (ours)" in lines
     assert "layers   M-M-P-ME*-ME" in lines
     assert "backend  torch on cpu" in lines
-    assert "kernels  attention of P: torch; attention of *: torch" in lines
+    assert "kernels  attention of *: torch; attention of P: torch, padded" in lines
     assert sum(line.startswith("device   CPU engine (asked for)") for line in lines) == 1
     assert (where / "latest_checkpointed_iteration.txt").read_text() == "3"
     told = json.loads((where / "run.json").read_text())

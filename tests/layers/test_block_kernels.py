@@ -34,6 +34,22 @@ def test_a_layer_is_the_one_of_torchs_operations(ranks, symbol, flags, kernels):
     case = {"symbol": symbol, "flags": flags, "length": 9}
     ((ours, ran),), ((theirs, none),) = (ranks(1).run(block_runs.layer, ours=way, **case) for way in (True, False))
     assert (ran, none) == (kernels, [])
+    compare(ours, theirs)
+
+
+ODD = "--mamba-num-heads 6 --mamba-head-dim 8 --intra-ssm-dim 48"
+
+
+@pytest.mark.parametrize("symbol", ["M", "P"])
+def test_the_scan_writes_its_gradient_into_that_of_a_padded_projection(ranks, symbol):
+    case = {"symbol": symbol, "length": 9, "ours": True}
+    ((ours, ran),) = ranks(1).run(block_runs.layer, flags=f"{ODD} --ssm-kernels triton", **case)
+    ((theirs, plain),) = ranks(1).run(block_runs.layer, flags=f"{ODD} --ssm-kernels torch", **case)
+    assert ran.count("columns") == 1 and "columns" not in plain
+    compare(ours, theirs)
+
+
+def compare(ours, theirs):
     for name in ("y", "dx"):
         torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(theirs[name]), rtol=1e-5, atol=1e-5)
     assert ours["gradients"].keys() == theirs["gradients"].keys()

@@ -4,10 +4,13 @@ from typing import Any
 
 
 def layer(ours: bool, **case: Any) -> tuple[dict[str, Any], list[str]]:
-    """:func:`tests.support.single.layer`, and which kernels ran, in order."""
+    """:func:`tests.support.single.layer`, and which kernels ran, in order.
+
+    ``columns`` stands for a gradient that its kernel wrote into that of a projection.
+    """
     from unittest.mock import patch
 
-    from megatron_hybrid.kernels import branches, norms
+    from megatron_hybrid.kernels import branches, columns, norms
     from megatron_hybrid.kernels.triton import branch_fusion, rms_norm
     from tests.support import single, triton_interpreter
 
@@ -31,5 +34,6 @@ def layer(ours: bool, **case: Any) -> tuple[dict[str, Any], list[str]]:
         patch.object(branches, "can_run", lambda x: ours),
         counted(rms_norm, "rms_norm_forward"),
         counted(branch_fusion, "add_forward"),
+        counted(columns.GradientRows, "columns"),
     ):
         return single.layer(**case), ran

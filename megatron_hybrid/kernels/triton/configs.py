@@ -22,10 +22,14 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("causal_conv_backward", "4 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy, and the heads of a group are split
     # over more programs only below that; class: bytes of an element.
-    ("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 2},
+    ("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
     ("scan_forward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
     ("scan_backward", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 3},
     ("scan_backward", "4"): {"CHANNELS": 32, "num_warps": 4, "num_stages": 1},
+    ("scan_output", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_output", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
+    ("scan_output_backward", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
+    ("scan_output_backward", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_receivers", "2"): {"CHANNELS": 64, "PROGRAMS": 512, "num_warps": 4, "num_stages": 2},
     ("scan_receivers", "4"): {"CHANNELS": 32, "PROGRAMS": 512, "num_warps": 4, "num_stages": 1},
     ("scan_senders", "2"): {"CHANNELS": 64, "num_warps": 4, "num_stages": 1},
@@ -52,6 +56,10 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("cross_entropy", "4096"): {"BLOCK": 2048, "STAGES": 2, "num_warps": 4},
     ("cross_entropy", "32768"): {"BLOCK": 8192, "STAGES": 2, "num_warps": 8},
     ("cross_entropy", "any"): {"BLOCK": 16384, "STAGES": 3, "num_warps": 16},
+    # Heads out of a projection, with RoPE: channels of a program; class: bytes of an element. Chosen by registers and
+    # bytes in flight, not yet by a search.
+    ("rotary", "2"): {"ELEMENTS": 2048, "num_warps": 4},
+    ("rotary", "4"): {"ELEMENTS": 2048, "num_warps": 4},
     # Attention: queries (of all heads that a program takes) and keys of a block; class: the greatest head size up to
     # which a line is taken (tools/benchmarks/attention.py). Chosen by registers and occupancy, not yet by a search.
     ("attention_forward", "64"): {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},

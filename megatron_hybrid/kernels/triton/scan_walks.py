@@ -1,24 +1,18 @@
 """The two walks of the Mamba-2 scan along the sequence, the state or its gradient in registers.
 
     forward     S_(c+1) = decay_c S_c + sum_j w_j B_j x_j^T                    w_j = dt_j exp(sum_last - sum_j)
-                y_i = sum_(j <= i) (C_i . B_j) exp(sum_i - sum_j) dt_j x_j + exp(sum_i) S_c C_i + D x_i
-                out = y silu(z);  or, in the backward pass:  dz = dout y silu'(z),  dy = dout silu(z)
     backward    dS_(c-1) = decay_c dS_c + sum_i exp(sum_i) C_i dy_i^T
 
 with decay_c = exp(sum_last) of chunk c, S_c the state at its start and dS_c the gradient of the state at its end. One
 program for a block of a head's channels and a segment of the sequence: ``ssd_scan.py`` cuts it into segments where
-there are too few heads, and has the shape letters. C B^T is computed again for each head, which costs less than to
-store S_c and read it again.
+there are too few heads, and has the shape letters. A walk that also computes the chunk's output, so that no state is
+written, was slower on an H200: its products wait for one another.
 """
 
 import triton
 import triton.language as tl
 
 from megatron_hybrid.kernels.triton.tiles import load_tile, store_tile
-
-NOTHING = tl.constexpr(0)
-OUTPUT = tl.constexpr(1)
-GATE_GRADIENT = tl.constexpr(2)
 
 
 @triton.jit
@@ -38,20 +32,18 @@ def gate(z):
 
 @triton.jit
 def forward_kernel(
-    x, z, B, C, D, steps, sums, documents, first, states, last, out, d_out, d_z,
-    x_b, x_s, z_b, z_s, maps_b, maps_s, out_b, out_s, d_out_b, d_out_s, d_z_b, d_z_s,
-    length, heads, chunks, batch, SEGMENT,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, WRITES: tl.constexpr, STORES: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_FIRST: tl.constexpr,
-    HAS_LAST: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    x, B, steps, sums, documents, first, states, last,
+    x_b, x_s, maps_b, maps_s, length, heads, chunks, batch, SEGMENT,
+    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, STORES: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x, z, out, d_out and d_z are [b, s, h p], B and C [b, s, g n]; dy goes to ``out``.
+    """x [b, s, h p], B [b, s, g n]; first and last are [segments, b, h, p, n] fp32.
 
-    first and last are [segments, b, h, p, n] fp32. STORES: states [b, c, h, n, p] gets the state at each chunk's start.
+    STORES: states [b, c, h, n, p] gets the state at each chunk's start.
     """
-    x_s, z_s, maps_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED
-    out_s, d_out_s, d_z_s = out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
+    x_s, maps_s = x_s * ALIGNED, maps_s * ALIGNED
     BLOCKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     ALL_P: tl.constexpr = HEAD_DIM % CHANNELS == 0
     ALL_N: tl.constexpr = STATE == STATES
@@ -66,59 +58,27 @@ def forward_kernel(
     state = tl.zeros((STATES, CHANNELS), tl.float32)
     if HAS_FIRST:
         state += tl.trans(load_tile(first + place, STATE, p, n, width, STATE, ALL_P, ALL_N))
-    column = head * HEAD_DIM + p0
-    x += b * x_b * ALIGNED + column
-    z += b * z_b * ALIGNED + column
-    out += b * out_b * ALIGNED + column
-    d_out += b * d_out_b * ALIGNED + column
-    d_z += b * d_z_b * ALIGNED + column
-    in_group = b * maps_b * ALIGNED + head // GROUP * STATE
+    x += b * x_b * ALIGNED + head * HEAD_DIM + p0
+    B += b * maps_b * ALIGNED + head // GROUP * STATE
     documents += b * length
-    own = (b * heads + head) * (chunks * CHUNK)
+    steps += (b * heads + head) * (chunks * CHUNK)
+    sums += (b * heads + head) * (chunks * CHUNK)
     states += (b * chunks * heads + head) * (HEAD_DIM * STATE) + p0
-    skip = tl.zeros((CHANNELS,), tl.float32)
-    if HAS_D and WRITES != NOTHING:
-        skip += tl.load(D + column + p, mask=p < width, other=0.0)
     for c in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, chunks)):
         start = c * tokens
         left = length - c * CHUNK
         x_tile = load_tile(x + start * x_s, x_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-        B_tile = load_tile(B + in_group + start * maps_s, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
-        dt, sum_t = tl.load(steps + own + start + i), tl.load(sums + own + start + i)
-        sum_last = tl.load(sums + own + start + CHUNK - 1)
-        weight, decay = dt * tl.exp(sum_last - sum_t), tl.exp(sum_last)
-        seen, into = i[:, None] >= i[None, :], tl.exp(sum_t)
+        B_tile = load_tile(B + start * maps_s, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
+        sum_t, sum_last = tl.load(sums + start + i), tl.load(sums + start + CHUNK - 1)
+        weight, decay = tl.load(steps + start + i) * tl.exp(sum_last - sum_t), tl.exp(sum_last)
         if HAS_DOCUMENTS:
             before, end = chunk_documents(documents, c, length, CHUNK)
             mine = tl.load(documents + start + i, mask=i < left, other=-1)
-            seen = seen & (mine[:, None] == mine[None, :])
             weight = tl.where(mine == end, weight, 0.0)
-            into = tl.where(mine == before, into, 0.0)
             decay = tl.where(before == end, decay, 0.0)
-        low = state.to(DTYPE)
         if STORES:
             at = states + start // CHUNK * heads * (HEAD_DIM * STATE)
-            store_tile(at, HEAD_DIM, n, p, STATE, width, low, ALL_N, ALL_P)
-        if WRITES != NOTHING:
-            if HAS_Z:
-                z_tile = load_tile(z + start * z_s, z_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-            if WRITES == GATE_GRADIENT:
-                d_tile = load_tile(d_out + start * d_out_s, d_out_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
-                d_y = d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[0]
-                store_tile(out + start * out_s, out_s, i, p, left, width, d_y, WHOLE_CHUNKS, ALL_P)
-            C_tile = load_tile(C + in_group + start * maps_s, maps_s, i, n, left, STATE, WHOLE_CHUNKS, ALL_N)
-            y = tl.dot(C_tile, low, input_precision=PRECISION) * into[:, None]  # [CHUNK, CHANNELS]
-            pairs = tl.dot(C_tile, tl.trans(B_tile), input_precision=PRECISION)  # [CHUNK, CHUNK]
-            pairs *= tl.exp(tl.where(seen, sum_t[:, None] - sum_t[None, :], float("-inf"))) * dt[None, :]
-            y = tl.dot(pairs.to(DTYPE), x_tile, y, input_precision=PRECISION)
-            y += x_tile.to(tl.float32) * skip[None, :]
-            if WRITES == GATE_GRADIENT:
-                y *= d_tile.to(tl.float32) * gate(z_tile.to(tl.float32))[1]
-                store_tile(d_z + start * d_z_s, d_z_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
-            else:
-                if HAS_Z:
-                    y *= gate(z_tile.to(tl.float32))[0]
-                store_tile(out + start * out_s, out_s, i, p, left, width, y, WHOLE_CHUNKS, ALL_P)
+            store_tile(at, HEAD_DIM, n, p, STATE, width, state, ALL_N, ALL_P)
         v = (x_tile.to(tl.float32) * weight[:, None]).to(DTYPE)  # [CHUNK, CHANNELS]
         state = tl.dot(tl.trans(B_tile), v, state * decay, input_precision=PRECISION)
     if HAS_LAST:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.scan_gradient import receivers_kernel, senders_kernel
+from megatron_hybrid.kernels.triton.scan_output import output_kernel
 from megatron_hybrid.kernels.triton.scan_steps import steps_backward_kernel, steps_kernel
 from megatron_hybrid.kernels.triton.scan_walks import backward_kernel, forward_kernel
 
@@ -75,10 +76,12 @@ def forward(scan: Scan, out: Tensor, want_final_states: bool = False) -> Tensor 
         ValueError: A dtype that the kernels do not have, or strides that they do not take.
     """
     _check(scan)
-    b, _, h, p, n, _ = scan.sizes
+    b, _, h, p, n, c = scan.sizes
     steps, sums = _steps(scan)
+    states = torch.empty(b, c, h, n, p, dtype=scan.x.dtype, device=scan.x.device)
     final = torch.empty(b, h, p, n, dtype=torch.float32, device=scan.x.device) if want_final_states else None
-    _forward(scan, steps, sums, "output", out, last=final)
+    _forward(scan, steps, sums, states, final)
+    _output(scan, steps, sums, states, out)
     return final
 
 
@@ -99,12 +102,11 @@ def backward(
     steps, sums = _steps(scan)
     states, d_states = (empty(b, c, h, n, p, dtype=scan.x.dtype) for _ in range(2))
     d_first = empty(b, h, p, n) if scan.initial_states is not None else None
-    if scan.z is None:
-        d_y = d_out
-        _forward(scan, steps, sums, "states", d_y, states)
-    else:
+    _forward(scan, steps, sums, states)
+    d_y = d_out
+    if scan.z is not None:
         d_y = torch.empty(s, b, h * p, dtype=d_out.dtype, device=d_out.device).transpose(0, 1)
-        _forward(scan, steps, sums, "gate gradient", d_y, states, d_out, to.z)
+        _output(scan, steps, sums, states, d_y, d_out, to.z)
     d_whole = _backward(scan, d_y, sums, d_final, states, d_states, d_first)
     splits, receivers = _splits(scan, "scan_receivers")
     senders = _options(scan, "scan_senders")
@@ -151,44 +153,51 @@ def _steps(scan: Scan) -> tuple[Tensor, Tensor]:
     return steps, sums
 
 
-_WRITES = {"states": 0, "output": 1, "gate gradient": 2}
-"""What the forward walk writes, by the numbers of ``scan_walks.py``."""
-
-
-def _forward(
-    scan: Scan, steps: Tensor, sums: Tensor, writes: str, out: Tensor, states: Tensor | None = None,
-    d_out: Tensor | None = None, d_z: Tensor | None = None, last: Tensor | None = None,
-) -> None:  # fmt: skip
-    """The forward walk: the output to ``out``; or with ``d_out`` dy there, and the gradient of z to ``d_z``.
+def _forward(scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, last: Tensor | None = None) -> None:
+    """The forward walk: the state at each chunk's start to ``states`` [b, c, h, n, p].
 
     Args:
-        states: If given, the state at each chunk's start goes here, [b, c, h, n, p].
         last: If given, the final states go here, [b, h, p, n] fp32.
     """
-    b, s, h, p, _, c = scan.sizes
-    z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
+    b, s, h, p, n, c = scan.sizes
     options = _options(scan, "scan_forward")
-    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
+    aligned, rows = _rows(scan.x, scan.B)
 
-    def walk(number: int, first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
+    def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
         forward_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
-            scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums),
-            _or(first, sums), _or(states, out), _or(last, sums), out, d_out, d_z, *rows, s, h, c, b,
-            triton.cdiv(c, segments),
-            WRITES=number, STORES=stores, HAS_Z=scan.z is not None, HAS_D=scan.D is not None,
-            HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan), **options,
+            scan.x, scan.B, steps, sums, _or(scan.documents, sums), _or(first, sums), states, _or(last, sums),
+            *rows, s, h, c, b, triton.cdiv(c, segments),
+            STORES=stores, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
+            **options,
         )  # fmt: skip
 
     segments = _segments(scan, options["CHANNELS"])
     if segments == 1:
-        walk(_WRITES[writes], scan.initial_states, last, 1, states is not None)
+        walk(scan.initial_states, last, 1, True)
         return
-    ends = torch.empty(segments, b, h, p, scan.sizes[4], dtype=torch.float32, device=out.device)
-    walk(_WRITES["states"], None, ends, segments, False)
-    starts = _joined(scan, sums, ends, scan.initial_states)
-    walk(_WRITES[writes], starts, None if last is None else ends, segments, states is not None)
+    ends = torch.empty(segments, b, h, p, n, dtype=torch.float32, device=states.device)
+    walk(None, ends, segments, False)
+    walk(_joined(scan, sums, ends, scan.initial_states), None if last is None else ends, segments, True)
     if last is not None:
         last.copy_(ends[-1])
+
+
+def _output(
+    scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, out: Tensor, d_out: Tensor | None = None,
+    d_z: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes the output to ``out``; with ``d_out``, dout silu(z) to ``out`` and the gradient of z to ``d_z``."""
+    backward = d_out is not None
+    splits, options = _splits(scan, "scan_output_backward" if backward else "scan_output")
+    b, s, h, _, _, c = scan.sizes
+    z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
+    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
+    output_kernel[(c, b, scan.groups * splits)](
+        scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums), states,
+        out, d_out, d_z, *rows, s, h, c, splits,
+        HAS_Z=scan.z is not None, HAS_D=scan.D is not None, BACKWARD=backward, ALIGNED=aligned, **_shared(scan),
+        **options,
+    )  # fmt: skip
 
 
 def _backward(

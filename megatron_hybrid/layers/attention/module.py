@@ -17,13 +17,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_hybrid.kernels.attention import Preference, attention
+from megatron_hybrid.layers.attention.rotated_heads import RotatedHeads
 from megatron_hybrid.layers.spec import Build, mixer_layer
 
 
@@ -89,7 +90,7 @@ def torch_core(args: Namespace) -> Any:
     return partial(TorchCoreAttention, prefer=args.attention_kernel)
 
 
-class HybridSelfAttention(SelfAttention):
+class HybridSelfAttention(RotatedHeads):
     """Upstream's self-attention with a RoPE of its own.
 
     Args:

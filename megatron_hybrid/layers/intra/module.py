@@ -23,14 +23,16 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from megatron_hybrid.kernels.qkv_rotation import HeadColumns
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
+from megatron_hybrid.layers.attention.rotated_heads import RotatedHeads
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
 from megatron_hybrid.layers.intra.design import IntraDesign, design
 from megatron_hybrid.layers.intra.fusion import IntraFusion
@@ -82,8 +84,10 @@ class PassThrough(nn.Module):
         return {}
 
 
-class AttentionBranch(SelfAttention):
+class AttentionBranch(RotatedHeads):
     """Upstream's self-attention between the fused projections; V may have more heads than K and another head size."""
+
+    copies_values = False  # the other branch keeps the projection
 
     def __init__(
         self,
@@ -116,12 +120,22 @@ class AttentionBranch(SelfAttention):
 
         Where each query head has its own values, the keys are repeated for them, so that g = n.
         """
+        if self._turns is not None:
+            q, k, v = super().get_query_key_value_tensors(hidden_states)
+        else:
+            # [s/cp, b, n/tp d], [s/cp, b, g/tp d], [s/cp, b, g/tp dv or n/tp dv]
+            heads = self.head_columns(hidden_states)
+            widths = heads.queries * heads.width, heads.keys * heads.width, heads.values * heads.value_width
+            sizes = heads.width, heads.width, heads.value_width
+            parts = zip(hidden_states.split(widths, -1), sizes, strict=True)
+            q, k, v = (x.unflatten(-1, (-1, size)) for x, size in parts)
+        return q, k.repeat_interleave(v.shape[2] // k.shape[2], 2) if v.shape[2] != k.shape[2] else k, v
+
+    def head_columns(self, projected: Tensor) -> HeadColumns:
+        """All query heads, then all key heads, then as many value heads as the design has."""
         n, g = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         d, dv = self.hidden_size_per_attention_head, self.val_hidden_size
-        # [s/cp, b, n/tp d], [s/cp, b, g/tp d], [s/cp, b, g/tp dv or n/tp dv]
-        q, k, v = hidden_states.split([n * d, g * d, hidden_states.shape[-1] - (n + g) * d], -1)
-        q, k, v = (x.unflatten(-1, (-1, width)) for x, width in ((q, d), (k, d), (v, dv)))
-        return q, k.repeat_interleave(v.shape[2] // g, 2) if v.shape[2] != g else k, v
+        return HeadColumns(1, n, g, (projected.shape[-1] - (n + g) * d) // dv, d, dv)
 
 
 class MambaBranch(HybridMambaMixer):
