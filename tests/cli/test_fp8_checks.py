@@ -7,7 +7,8 @@ import pytest
 from megatron_hybrid.cli import fp8_checks
 from megatron_hybrid.plan.subject import read
 
-BASE = read("--recipe paper-1b-intra --backend te --fp8-format hybrid --fp8-recipe tensorwise".split(), 1).args
+LINE = "--recipe paper-1b-intra --backend te --fp8-format hybrid --fp8-recipe tensorwise"
+BASE = read(LINE.split(), 1).args
 
 
 def changed(**values):
