@@ -115,9 +115,7 @@ def split_and_rotate(
     return by_kernel(x, heads, turns, copy_values)
 
 
-def split_and_rotate_reference(
-    x: Tensor, heads: HeadColumns, turns: Turns | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate_reference(x: Tensor, heads: HeadColumns, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
     """The same in torch's operations: arguments and results of :func:`split_and_rotate`; v is a view where it can be."""
     s, b, _ = x.shape
     grouped = x.view(s, b, heads.groups, heads.group_columns)

@@ -93,7 +93,7 @@ def test_kernels_of_this_package_are_known_by_their_files():
     for file in pkgutil.iter_modules(triton_kernels.__path__):
         importlib.import_module(f"{triton_kernels.__name__}.{file.name}")
     names = own_names()
-    assert names["states_kernel"] == "scan_states.states_kernel" and "launch_options" not in names
+    assert names["states_kernel"] == "scan_walks.states_kernel" and "launch_options" not in names
     labels = {"causal_conv": "convolution", "scan": "scan", "window_attention": "attention", "cross_entropy": "loss"}
     labels |= {"expert_permutation": "experts", "router": "experts", "weighted_swiglu": "elementwise and copies"}
     for name in names.values():

@@ -79,9 +79,7 @@ TOKENS = 2 * 332
 @interpreted
 def test_what_a_layer_keeps(ranks):
     """8 query and 2 key heads of 32: v rather than the projection, and a table in place of cosines and sines."""
-    ours, theirs = (
-        ranks(1).run(rotated_runs.kept, ours=way, pattern="*", flags=SHORT)[0] for way in (True, False)
-    )
+    ours, theirs = (ranks(1).run(rotated_runs.kept, ours=way, pattern="*", flags=SHORT)[0] for way in (True, False))
     table, cos_sin = 332 * 32 * 4, 4 * 332 * 32 * 2
     assert theirs - ours == TOKENS * 2 * (12 * 32 - 2 * 32) + cos_sin - table
 

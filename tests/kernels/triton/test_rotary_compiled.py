@@ -21,9 +21,7 @@ def resources(
     pairs = heads.width // 2 if pairs is None else pairs
     tiles = rotary.tile(heads, pairs, size)
     strides = {}
-    for letter, each, width in zip(
-        "QKV", heads[1:4], (heads.width, heads.width, heads.value_width), strict=True
-    ):
+    for letter, each, width in zip("QKV", heads[1:4], (heads.width, heads.width, heads.value_width), strict=True):
         count = heads.groups * each
         strides |= {f"{letter}S": 4 * count * width, f"{letter}B": count * width, f"{letter}H": width}
     element = {2: "*bf16", 4: "*fp32"}[size]
