@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 CLASSES = (
     ("communication", r"nccl"),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
+    ("8 bits", r"cast_(only|transpose|vec)|quantiz|amax|delayed_scaling|block_scal|compute_scale|^transpose_kernel"),
     ("attention", r"flash|fmha|sdpa|flex_?att|attn|attention|cudnn::fusion|convert_d[qkv]"),
     ("loss", r"cross_?entropy|log_?softmax|nll|vocab|logits"),
     ("convolution", r"conv(?!ert)"),

@@ -7,6 +7,7 @@ from megatron_hybrid import pattern
 from megatron_hybrid.accounting.divisibility import check_divides
 from megatron_hybrid.accounting.loss_chunks import NEEDS_LOGITS
 from megatron_hybrid.argv import flag_name
+from megatron_hybrid.cli import fp8_checks
 from megatron_hybrid.layers.registry import layers_of
 
 
@@ -159,6 +160,8 @@ def check_unsupported(args: Namespace) -> None:
         )
     if args.backend == "torch" and (args.fp8 or getattr(args, "fp4", None)):
         raise ValueError("--fp8-format / --fp4-format need Transformer Engine: use --backend te on a CUDA device.")
+    if args.fp8:
+        fp8_checks.check(args)
     if args.loss_kernel == "fused":
         for name, why in NEEDS_LOGITS.items():
             if getattr(args, name):

@@ -143,10 +143,13 @@ def test_dense_layer_written_out():
 
 
 def test_mamba_layer_on_cuda_written_out():
-    """z x B C dt = 61, and with mamba_ssm's function its out_x = 24; then norm (one group) and projection."""
-    triton = 10 * (16 * 2 + 4 + 16 * 2 + 61 * 2 + 24 * 2 + 4 + 24 * 2)
-    assert each("M") == triton
-    assert each("M", of=replace(CUDA, ssm_kernels="mamba_ssm")) == triton + 10 * 24 * 2
+    """z x B C dt = 61, padded to 64, and with mamba_ssm's function a copy of 61 and its out_x = 24; norm, projection.
+
+    The input projection's weight is kept with its padding.
+    """
+    rest = 10 * (16 * 2 + 4 + 16 * 2 + 24 * 2 + 4 + 24 * 2) + 64 * 16 * 2
+    assert each("M") == rest + 10 * 64 * 2
+    assert each("M", of=replace(CUDA, ssm_kernels="mamba_ssm")) == rest + 10 * (61 * 2 + 24 * 2)
 
 
 # Each layer's own norm on CUDA: input, 1 / rms, output
@@ -158,7 +161,8 @@ def test_gated_delta_net_on_cuda_written_out():
     projected = 32 * 2 + 12 * 2 + 2 * 2 * 2 + 2 * 4 * 4 + 4 * 2
     rule = 2 * 4 * 3 * 2 + 20 * 2 + 4 * 4 + 4 * 64 * 2
     gated_norm = 20 * 2 + 4 * 4 + 20 * (2 + 4 + 4) + 20 * 2
-    assert each("G") == 10 * (NORM + projected + rule + gated_norm) + (10 + 3) * 32 * 2
+    weight = 64 * 16 * 2  # of 60 rows
+    assert each("G") == 10 * (NORM + projected + rule + gated_norm) + (10 + 3) * 32 * 2 + weight
 
 
 def test_window_on_cuda_written_out():
@@ -185,14 +189,16 @@ def test_key_heads_of_fewer_than_ranks_are_split_upstreams_way():
 def test_intra_layer_hybrid_with_a_window_on_cuda_written_out():
     """q = 12 in 2 heads, k = v = 6, z x B C dt = 44, x = 16 in 2 heads.
 
-    mamba_ssm's kernels keep a copy of the latter, and out_x; ours keep columns of the whole projection.
+    mamba_ssm's kernels keep a copy of the latter, and out_x; ours keep columns of the whole projection, which has 68
+    and 4 of zeros.
     """
     windowed = replace(SMALL, own=(("P", replace(SMALL.of("P"), qk_dim=12, window=4)),))
     attention = 6 * 4 + 2 * 4 + 12 * 2 + 6 * 2 + 6 * 2 + 12 * 2
     fusion = (12 * 2 + 2 * 4) + (16 * 2 + 2 * 4) + (12 + 16) * 2
-    for kernels, scan in {"mamba_ssm": 44 * 2 + 16 * 2, "triton": (12 + 6 + 6 + 44) * 2}.items():
+    weight = 72 * 16 * 2
+    for kernels, scan in {"mamba_ssm": 44 * 2 + 16 * 2, "triton": 72 * 2}.items():
         found = layer_activation_bytes("P", windowed, Layout(), replace(CUDA, ssm_kernels=kernels))
-        assert found == 10 * (NORM + attention + scan + fusion)
+        assert found == 10 * (NORM + attention + scan + fusion) + weight
 
 
 EIGHTS = replace(SMALL, head_dim=8)

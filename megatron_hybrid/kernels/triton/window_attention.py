@@ -90,9 +90,9 @@ class _WindowAttention(torch.autograd.Function):
         rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
         with _device(q):
             attention_forward[(triton.cdiv(sq, rows), b * h // pack)](
-                *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
+                q, *q.stride()[:3], *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
                 lse, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale * math.log2(math.e),
-                *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
+                d, *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, starts, ends)
         ctx.rule = rule
@@ -118,10 +118,10 @@ def _query_gradients(
     rows, keys = line["BLOCK_M"] // pack, line["BLOCK_N"]
     dq = _empty(q, d)
     attention_query_gradients[(triton.cdiv(sq, rows), b * h // pack)](
-        *_tiles(q, pack, rows), *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(out, pack, rows),
-        *_tiles(grad, pack, rows), *_tiles(dq, pack, rows),
+        q, *q.stride()[:3], out, *out.stride()[:3], grad, *grad.stride()[:3],
+        *_tiles(k, 1, keys), *_tiles(v, 1, keys), *_tiles(dq, pack, rows),
         lse, delta, *_shape(rule, q, k, lse, starts), lse.stride(1), rule.scale, rule.scale * math.log2(math.e),
-        *parts(d), *parts(dv), *_kind(rule, starts), pack, **line,
+        d, *parts(d), dv, *parts(dv), *_kind(rule, starts), pack, **line,
     )  # fmt: skip
     return dq
 

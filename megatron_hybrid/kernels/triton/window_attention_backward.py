@@ -20,6 +20,7 @@ from megatron_hybrid.kernels.triton.window_attention_forward import (
     key_range,
     products,
     read,
+    read_heads,
     start_of,
     visible,
 )
@@ -27,9 +28,9 @@ from megatron_hybrid.kernels.triton.window_attention_forward import (
 
 @triton.jit(do_not_specialize=SHAPE)
 def attention_query_gradients(
-    q0, q1, k0, k1, v0, v1, o0, o1, do0, do1, dq0, dq1, lse, delta, starts,
+    q, q_b, q_h, q_s, o, o_b, o_h, o_s, do, do_b, do_h, do_s, k0, k1, v0, v1, dq0, dq1, lse, delta, starts,
     sq, offset, length, window, sinks, heads, groups, row_stride, scale, score_scale,
-    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -52,14 +53,14 @@ def attention_query_gradients(
 
     rows = (b.to(tl.int64) * heads + h + tl.arange(0, BLOCK_M) // ROWS) * row_stride + r0 + r
     norm = tl.load(lse + rows, mask=r0 + r < sq, other=0.0)
-    doa, dob = read(do0, do1, b, h, r0, PACK, ROWS, E0, E1)
-    oa, ob = read(o0, o1, b, h, r0, PACK, ROWS, E0, E1)
+    doa, dob = read_heads(do, do_b, do_h, do_s, b, h, r0, sq, PACK, ROWS, E, E0, E1)
+    oa, ob = read_heads(o, o_b, o_h, o_s, b, h, r0, sq, PACK, ROWS, E, E0, E1)
     d = tl.sum(oa.to(tl.float32) * doa.to(tl.float32), 1)
     if E1 > 0:
         d += tl.sum(ob.to(tl.float32) * dob.to(tl.float32), 1)
     tl.store(delta + rows, d, mask=r0 + r < sq)
 
-    qa, qb = read(q0, q1, b, h, r0, PACK, ROWS, D0, D1)
+    qa, qb = read_heads(q, q_b, q_h, q_s, b, h, r0, sq, PACK, ROWS, D, D0, D1)
     low, sink_blocks = key_range(first, i0, window, sinks, WINDOW, SINKS, BLOCK_N)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], tl.float32)

@@ -9,7 +9,10 @@ behind the tensor's width reads as zero. Positions are those of keys; query row 
 import triton
 import triton.language as tl
 
-SHAPE = ("sq", "offset", "length", "window", "sinks", "heads", "groups", "row_stride")
+SHAPE = (
+    "sq", "offset", "length", "window", "sinks", "heads", "groups", "row_stride",
+    "q_b", "q_h", "q_s", "o_b", "o_h", "o_s", "do_b", "do_h", "do_s",
+)  # fmt: skip
 """Arguments whose values make no kernel of their own."""
 
 
@@ -20,6 +23,32 @@ def read(x0, x1, b, h, r, HEADS: tl.constexpr, ROWS: tl.constexpr, W0: tl.conste
     part1 = part0
     if W1 > 0:
         part1 = x1.load([b, h, r, W0]).reshape(HEADS * ROWS, W1)
+    return part0, part1
+
+
+@triton.jit
+def read_heads(
+    x, stride_b, stride_h, stride_s, b, h, r, rows,
+    PACK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    """What :func:`read` gives, of rows r.. below ``rows`` and ``PACK`` heads, from a tensor of width W by its strides.
+
+    The blocks of several heads come from a descriptor in registers, this in shared memory when it is the left side of
+    a product. ptxas 12.8 and 12.9 (those of Triton 3.6) may give a left side in registers that outlives a loop's passes
+    the registers of another one that the loop computes, and so overwrite it: scores of a wrong Q from the second pass
+    on, at widths of 64 in blocks of 64 keys. So no left side that a loop keeps may stand in registers.
+    """
+    row = tl.arange(0, PACK * ROWS)
+    s = r + row % ROWS
+    at = x + b.to(tl.int64) * stride_b + (h + row // ROWS).to(tl.int64) * stride_h + s.to(tl.int64) * stride_s
+    at = tl.multiple_of(at, 16)[:, None]  # bytes (kernels/alignment.py): eight channels are read at once
+    inside = (s < rows)[:, None]
+    column = tl.arange(0, W0)[None, :]
+    part0 = tl.load(at + column, mask=inside & (column < W), other=0.0)
+    part1 = part0
+    if W1 > 0:
+        column1 = W0 + tl.arange(0, W1)[None, :]
+        part1 = tl.load(at + column1, mask=inside & (column1 < W), other=0.0)
     return part0, part1
 
 
@@ -103,9 +132,9 @@ def visible(i, j, start, window, sinks, WINDOW: tl.constexpr, SINKS: tl.constexp
 
 @triton.jit(do_not_specialize=SHAPE)
 def attention_forward(
-    q0, q1, k0, k1, v0, v1, o0, o1, lse, starts,
+    q, q_b, q_h, q_s, k0, k1, v0, v1, o0, o1, lse, starts,
     sq, offset, length, window, sinks, heads, groups, row_stride, score_scale,
-    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, DOCUMENTS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +159,7 @@ def attention_forward(
     if DOCUMENTS:
         start = tl.load(starts + i, mask=i < i1, other=0)[:, None]
 
-    qa, qb = read(q0, q1, b, h, r0, PACK, ROWS, D0, D1)
+    qa, qb = read_heads(q, q_b, q_h, q_s, b, h, r0, sq, PACK, ROWS, D, D0, D1)
     low, sink_blocks = key_range(first, i0, window, sinks, WINDOW, SINKS, BLOCK_N)
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
