@@ -6,49 +6,15 @@ Shape letters: s tokens, b samples, n query heads, g key heads, gv value heads, 
 V, r channels of a head that RoPE turns, w columns of the projection.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .head_columns import HeadColumns, Turns
 from .triton_use import can_run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of a projection that the kernel takes."""
-
-
-class HeadColumns(NamedTuple):
-    """Where the heads stand in a projection: in groups, each of query heads, then key heads, then value heads."""
-
-    groups: int
-    queries: int
-    """Query heads of a group."""
-    keys: int
-    """Key heads of a group."""
-    values: int
-    """Value heads of a group."""
-    width: int
-    """Head size of Q and K, d."""
-    value_width: int
-    """Head size of V, dv."""
-
-    @property
-    def group_columns(self) -> int:
-        return (self.queries + self.keys) * self.width + self.values * self.value_width
-
-    @property
-    def columns(self) -> int:
-        return self.groups * self.group_columns
-
-
-class Turns(NamedTuple):
-    """How far RoPE turns each pair of channels at each position."""
-
-    table: Tensor
-    """[s, 2, r/2] fp32: cosines and sines, each times the factor that the rotated channels get."""
-    interleaved: bool
-    """Pairs are neighbours (2i, 2i + 1) rather than (i, i + r/2)."""
 
 
 _turns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -5,12 +5,8 @@ import torch
 
 from megatron_hybrid.kernels.attention import attention
 from megatron_hybrid.kernels.columns import split_columns
-from megatron_hybrid.kernels.qkv_rotation import (
-    HeadColumns,
-    split_and_rotate,
-    split_and_rotate_reference,
-    turns_of,
-)
+from megatron_hybrid.kernels.head_columns import HeadColumns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, split_and_rotate_reference, turns_of
 from tests.support.rotation_cases import LAYOUTS, TOLERANCE, angles, errors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_hybrid.kernels import qkv_rotation
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, split_and_rotate, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
 from tests.support.rotation_cases import LAYOUTS, TOLERANCE, angles, errors
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels.columns import split_columns
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, Turns, split_and_rotate, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns, Turns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
 
 LAYOUTS = {
     "grouped": HeadColumns(groups=2, queries=3, keys=1, values=1, width=16, value_width=16),

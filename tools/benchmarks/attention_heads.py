@@ -23,7 +23,8 @@ import torch
 
 from megatron_hybrid.benchmarks.timing import versions
 from megatron_hybrid.kernels.columns import split_columns
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, split_and_rotate, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
 
 SAMPLES, TOKENS = 4, 8192
 SHAPES = {

@@ -30,7 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns
+from megatron_hybrid.kernels.head_columns import HeadColumns
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
 from megatron_hybrid.layers.attention.rotated_heads import RotatedHeads
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns
+from megatron_hybrid.kernels.head_columns import HeadColumns
 from megatron_hybrid.kernels.triton import rotary
 from tests.support.triton_compiler import Resources, compiled
 
