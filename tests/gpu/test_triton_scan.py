@@ -16,7 +16,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("length", "h", "p", "g", "n"),
-    [(1, 4, 64, 1, 128), (515, 4, 64, 2, 64), (300, 4, 128, 1, 128), (200, 3, 192, 1, 256), (130, 2, 48, 1, 40)],
+    [
+        (1, 4, 64, 1, 128),
+        (515, 4, 64, 2, 64),
+        (300, 4, 128, 1, 128),
+        (200, 3, 192, 1, 256),
+        (130, 2, 48, 1, 40),
+        (256, 4, 32, 1, 32),
+        (192, 8, 16, 2, 16),
+    ],
 )
 def test_scan(length, h, p, g, n, dtype, case):
     assert_close(scan_results(2, length, h, p, g, n, dtype, device="cuda", **case), dtype)

@@ -284,15 +284,14 @@ def _shared(scan: Scan) -> dict[str, Any]:
         "WHOLE_CHUNKS": scan.sizes[1] % CHUNK == 0,
         "PRECISION": "tf32x3" if scan.x.dtype == torch.float32 else "tf32",
         "CHUNK": CHUNK,
-        "STATES": max(16, triton.next_power_of_2(n)),
+        "STATES": max(64, triton.next_power_of_2(n)),
         "DTYPE": _TYPES[scan.x.dtype],
     }
 
 
 def _options(scan: Scan, kernel: str) -> dict[str, Any]:
-    """A kernel's line of the table of configurations; no more channels in a tile than a head has."""
-    options = launch_options(kernel, str(scan.x.element_size()))
-    return options | {"CHANNELS": max(16, min(options["CHANNELS"], triton.next_power_of_2(scan.head_dim)))}
+    """A kernel's line of the table of configurations."""
+    return launch_options(kernel, str(scan.x.element_size()))
 
 
 def _splits(scan: Scan, kernel: str) -> tuple[int, dict[str, Any]]:

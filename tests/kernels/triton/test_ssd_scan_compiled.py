@@ -63,7 +63,7 @@ def test_two_programs_share_a_multiprocessor(name):
     "changes",
     [
         {"HEAD_DIM": 192, "STATE": 256, "STATES": 256, "HAS_DOCUMENTS": True},
-        {"HEAD_DIM": 48, "STATE": 40, "STATES": 64, "WHOLE_CHUNKS": False, "HAS_FIRST": True, "HAS_LAST": True},
+        {"HEAD_DIM": 16, "STATE": 40, "STATES": 64, "WHOLE_CHUNKS": False, "HAS_FIRST": True, "HAS_LAST": True},
     ],
     ids=str,
 )
