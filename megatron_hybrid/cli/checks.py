@@ -26,6 +26,8 @@ def check(args: Namespace) -> None:
     check_bad_steps(args)
     for layer in layers_of(args.hybrid_layer_pattern):
         layer.check(args)
+    if args.fp8:
+        fp8_checks.check(args)
 
 
 def check_sizes(args: Namespace) -> None:
@@ -160,8 +162,6 @@ def check_unsupported(args: Namespace) -> None:
         )
     if args.backend == "torch" and (args.fp8 or getattr(args, "fp4", None)):
         raise ValueError("--fp8-format / --fp4-format need Transformer Engine: use --backend te on a CUDA device.")
-    if args.fp8:
-        fp8_checks.check(args)
     if args.loss_kernel == "fused":
         for name, why in NEEDS_LOGITS.items():
             if getattr(args, name):

@@ -44,7 +44,8 @@ def check(args: Namespace) -> None:
 
 def _check_widths(args: Namespace) -> None:
     """The widths of all linear layers on a rank; those of mixers' input projections are padded."""
-    layout = costs.Layout.from_args(args)
+    tp = args.tensor_model_parallel_size
+    layout = costs.Layout(tp=tp, ep=args.expert_model_parallel_size, etp=args.expert_tensor_parallel_size or tp)
     try:
         sizes = costs.sizes_of(Namespace(**{**vars(args), "padded_vocab_size": 1}))
     except ValueError:

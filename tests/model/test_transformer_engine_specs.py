@@ -101,6 +101,25 @@ def test_layers_are_those_of_transformer_engine(built, module, expected):
     assert built["classes"]["decoder." + module] == expected
 
 
+def test_input_projections_of_mixers_are_padded(built):
+    """To 8 rows in bf16 and 16 in 8 bits; where nothing is added, the product itself adds up gradients."""
+    found = built["padded"]
+    assert len(found) == 2 * 4  # M, P, M, G
+    for name, one in found.items():
+        least = 16 if "8 bits" in name else 8
+        assert one["padded"] == -(-one["rows"] // least) * least
+        assert one["same"] and one["back"]
+        assert one["fused"] == (one["padded"] == one["rows"])
+    assert {one["fused"] for one in found.values()} == {True, False}
+
+
+def test_the_real_linear_asks_for_its_weight_first(built):
+    """Our linear decides there whether gradients are fused."""
+    if not built["real"]:
+        pytest.skip("Transformer Engine is not installed; set TRANSFORMER_ENGINE_PATH to check")
+    assert built["fuses_later"]
+
+
 @pytest.mark.parametrize("pattern", [EVERY_SYMBOL, PREDICTS_TWO_TOKENS])
 def test_both_backends_store_the_same_tensors(built, pattern):
     def tensors(backend):
