@@ -18,11 +18,11 @@ CLASSES = (
     ("convolution", r"conv(?!ert)"),
     ("scan", r"chunk|state_passing|ssd|mamba|^scan"),
     ("experts", r"expert|permut|router|moe"),
-    ("norms", r"norm"),
+    ("norms", r"norm|branch_fusion"),
     ("matrix products", r"nvjet|gemm|cutlass|cublas|splitk|matmul"),
     (
         "elementwise and copies",
-        r"elementwise|copy|memcpy|memset|fill|reduce|cat|index|gather|scatter|embedding|swiglu|triton_(poi|red|per)",
+        r"elementwise|copy|memcpy|memset|fill|reduce|cat|index|gather|scatter|embedding|swiglu|rotary|triton_(poi|red|per)",
     ),
 )
 """Classes and what the names of their kernels contain, in any case; the first that fits is a kernel's."""

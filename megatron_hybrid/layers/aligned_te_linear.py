@@ -17,9 +17,9 @@ class AlignedNormColumnLinear(TELayerNormColumnParallelLinear):
     """Upstream's linear with its norm, for input projections of mixers, whose weight may have any number of rows.
 
     In 8 bits Transformer Engine takes multiples of 16 rows alone; in bf16 cuBLAS is three times as fast with multiples
-    of 8. Each forward pass appends rows of zeros to a copy of the weight, as :class:`.AlignedColumnLinear` does: neither
-    parameters nor checkpoints have them. Such a weight's gradient comes in the parameters' dtype and is added to
-    ``main_grad`` by the hook of the parameter: Transformer Engine's product would write the padding there too.
+    of 8. Each forward pass appends rows of zeros to a copy of the weight, as :class:`.AlignedColumnLinear` does:
+    neither parameters nor checkpoints have them. Such a weight's gradient comes in the parameters' dtype and is added
+    to ``main_grad`` by the hook of the parameter: Transformer Engine's product would write the padding there too.
 
     Args:
         keeps_padding: The output has columns of zeros behind its own. The caller drops them by

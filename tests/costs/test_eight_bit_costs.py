@@ -22,9 +22,9 @@ BF16 = ActivationSettings()
 TENSORWISE, DELAYED, BLOCKWISE = (replace(BF16, eight_bit=recipe) for recipe in ("tensorwise", "delayed", "blockwise"))
 
 
-def bytes_of(symbol, settings, text, layout=Layout()):
+def bytes_of(symbol, settings, text, layout=None):
     """Of the lines of a layer's table that have the text in their names."""
-    return sum(line.bytes for line in layer_saved(symbol, SMALL, layout, settings) if text in line.name)
+    return sum(line.bytes for line in layer_saved(symbol, SMALL, layout or Layout(), settings) if text in line.name)
 
 
 @pytest.mark.parametrize("symbol", "M*WPG-")

@@ -174,8 +174,8 @@ FAMILIES: dict[str, list[Row]] = {
             --grad-reduce-in-bf16 --disable-bf16-reduced-precision-matmul""",
         ),
         yes(
-            "Transformer Engine on CUDA, with the recipes `tensorwise`, `delayed` and `blockwise`; linear layers are in 8 "
-            "bits, scans, convolutions, attention, router and output head in bf16",
+            "Transformer Engine on CUDA, with the recipes `tensorwise`, `delayed` and `blockwise`; linear layers are "
+            "in 8 bits, scans, convolutions, attention, router and output head in bf16",
             "--fp8-format --fp8-recipe",
         ),
         untried(

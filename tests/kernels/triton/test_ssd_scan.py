@@ -32,7 +32,7 @@ def test_outputs_and_all_gradients(length, dtype, case):
 def test_sizes_of_heads_and_states(h, p, g, n, dtype, monkeypatch):
     for key in list(configs.TABLE):
         if key[0].startswith("scan"):
-            monkeypatch.setitem(configs.TABLE, key, {**configs.TABLE[key], "CHANNELS": 32})  # the interpreter's are right
+            monkeypatch.setitem(configs.TABLE, key, {**configs.TABLE[key], "CHANNELS": 32})
     assert_close(scan_results(1, 70, h, p, g, n, dtype, packed=True, initial=True), dtype)
 
 
