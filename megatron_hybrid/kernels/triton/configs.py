@@ -22,7 +22,7 @@ TABLE: dict[tuple[str, str], Mapping[str, int]] = {
     ("causal_conv_backward", "4 documents"): {"CHANNELS": 128, "TOKENS": 128, "STAGES": 1, "num_warps": 1},
     # Mamba-2 scan: channels of a head in a tile; PROGRAMS: how many keep a GPU busy, and the heads of a group are split
     # over more programs only below that; class: bytes of an element. In 2 bytes never fewer than 64 channels, also for
-    # smaller heads: products of 32 columns were wrong on an H200 (Triton 3.6).
+    # smaller heads: with tiles of 32, products were wrong on an H200 (Triton 3.6).
     ("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4, "STAGES": 4},
     ("scan_forward", "4"): {"CHANNELS": 32, "num_warps": 4, "STAGES": 1},
     ("scan_backward", "2"): {"CHANNELS": 64, "num_warps": 4, "STAGES": 3},
