@@ -63,6 +63,9 @@ class ShortConvAccount(Account):
         channels = s.of(self.symbol).channels
         return [(s.hidden, 3 * channels), (channels, s.hidden)]
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        return self.linears(s)  # both are the backend's
+
     def tensors(self, whole: Sizes, s: Sizes, tp: int) -> list[Tensor]:
         own = s.of(self.symbol)
         return dense([*norm_sizes(s), own.channels * own.taps, *(n_in * n_out for n_in, n_out in self.linears(s))])

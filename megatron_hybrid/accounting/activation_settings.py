@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.accounting.eight_bit import eight_bit_recipe
 from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
 from megatron_hybrid.accounting.sizes import setting
@@ -12,7 +13,6 @@ MODULES = ("core_attn", "mlp", "moe", "shared_experts")
 """Of --recompute-modules, those that are counted."""
 
 NOT_COUNTED = {
-    "fp8": "quantised activations",
     "fp4": "quantised activations",
     "cpu_offloading": "activations on the host",
     "fine_grained_activation_offloading": "activations on the host",
@@ -87,6 +87,8 @@ class ActivationSettings:
     """``cpu`` or ``cuda``."""
     backend: str = "te"
     """``te`` or ``torch``."""
+    eight_bit: str | None = None
+    """Recipe of products in 8 bits (accounting/eight_bit.py); None: there are none."""
     ssm_kernels: str = "triton"
     """Of the scan on CUDA: ``triton``, ``mamba_ssm`` or ``torch``; on CPU it is torch's."""
     rope: bool = True
@@ -127,6 +129,7 @@ class ActivationSettings:
             device=device,
             ssm_kernels=DEFAULT_SSM_KERNELS[device] if kernels == "auto" else kernels,
             backend={"auto": "te" if device == "cuda" else "torch"}.get(backend, backend),
+            eight_bit=eight_bit_recipe(args),
             rope=get("position_embedding_type", "learned_absolute") == "rope",
             rotary_percent=get("rotary_percent", 1.0),
             attention_kernel=get("attention_kernel", "auto"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_hybrid.accounting.activation_settings import ActivationSettings
-from megatron_hybrid.accounting.saved import Rank, Saved
+from megatron_hybrid.accounting.saved import FP32, Rank, Saved
 from megatron_hybrid.accounting.traffic import Exchange, MicroBatch, scatter
 
 
@@ -24,9 +24,19 @@ def cached_positions(length: int, window: int | None, sinks: int) -> int:
     return length if window is None else min(length, window + sinks)
 
 
-def rope(r: Rank, head_dim: int) -> list[Saved]:
-    """Sines and cosines for q and k each (core/models/common/embeddings/rope_utils.py)."""
-    return [Saved("RoPE: cos, sin of q, k", (4, *angles(r, head_dim)), r.e)] * r.settings.rope
+def rope(r: Rank, head_dim: int, one_kernel: bool) -> list[Saved]:
+    """Cosines and sines: one table for Q and K of all micro-batches, or upstream's for each of both.
+
+    Args:
+        r: The rank.
+        head_dim: Of Q and K.
+        one_kernel: Q and K come out of the projection by our kernel (``kernels/qkv_rotation.py``), else by upstream's
+            operations (core/models/common/embeddings/rope_utils.py).
+    """
+    positions, channels = angles(r, head_dim)
+    if one_kernel:
+        return [Saved("RoPE: cos, sin", (positions, channels), FP32)] * r.settings.rope
+    return [Saved("RoPE: cos, sin of q, k", (4, positions, channels), r.e)] * r.settings.rope
 
 
 def angles(r: Rank, head_dim: int) -> tuple[int, int]:

@@ -34,8 +34,10 @@ class Part:
 
 ALIGNMENT = 8
 """Elements of bf16 in 16 bytes, of which cuBLAS's fast kernels want whole multiples in a row."""
+EIGHT_BIT_ALIGNMENT = 16
+"""The same of 8 bits, of which Transformer Engine takes nothing else (``assert_dim_for_fp8_exec``)."""
 
 
-def padded_rows(rows: int) -> int:
+def padded_rows(rows: int, eight_bit: bool = False) -> int:
     """Rows of an input projection's product on one rank, zeros included (layers/aligned_linear.py)."""
-    return rows + -rows % ALIGNMENT
+    return rows + -rows % (EIGHT_BIT_ALIGNMENT if eight_bit else ALIGNMENT)

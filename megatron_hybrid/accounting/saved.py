@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from megatron_hybrid.accounting.activation_settings import ActivationSettings
+from megatron_hybrid.accounting.eight_bit import SCALES
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.sizes import Sizes
@@ -61,6 +62,12 @@ class Rank:
         return self.settings.bytes_each
 
     @property
+    def operand(self) -> float:
+        """Of an element of a tensor that nothing but a linear keeps: of its 8-bit copy under ``--fp8-format``."""
+        recipe = self.settings.eight_bit
+        return self.e if recipe is None else 1 + SCALES[recipe]
+
+    @property
     def cpu(self) -> bool:
         return self.settings.device == "cpu"
 
@@ -82,14 +89,15 @@ def norm(r: Rank, rows: float, width: float, weight: bool = True, groups: float 
 def projected_columns(r: Rank, width: int, fewest_units: int | None = None) -> tuple[int, list[Saved]]:
     """Columns of a mixer's input projection, padding included, and its weight where each pass puts it together anew.
 
-    That is where ranks share rows (layers/parts.py), and where rows of zeros are added (layers/aligned_linear.py).
+    That is where ranks share rows (layers/parts.py), and where rows of zeros are added (layers/aligned_linear.py,
+    layers/aligned_te_linear.py).
 
     Args:
         width: Columns that the mixer reads.
         fewest_units: Heads or groups of the part that has fewest; None where ranks share none.
     """
     shares = fewest_units is not None and fewest_units < r.layout.tp
-    columns = padded_rows(width) if shares or r.settings.backend == "torch" else width
+    columns = padded_rows(width, eight_bit=r.settings.eight_bit is not None and not shares)
     weight = Saved("weight with shared rows and rows of zeros", (columns, r.whole.hidden), r.e)
     return columns, [weight] * (shares or columns > width)
 
@@ -102,4 +110,4 @@ def ffn(r: Rank, rows: float, width: float, routed: bool = False) -> list[Saved]
             lines.append(Saved("activated gate, gated half", (2, rows, width), r.e))
         if routed:
             lines.append(Saved("before the routing probability", (rows, width), r.e))
-    return [*lines, Saved("input of the second projection", (rows, width), r.e)]
+    return [*lines, Saved("input of the second projection", (rows, width), r.operand)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.accounting.eight_bit import WEIGHT_COPIES, eight_bit_recipe
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.refusals import refuse
 from megatron_hybrid.accounting.sizes import setting
@@ -20,7 +21,6 @@ NOT_COUNTED = {
     "cpu_offloading_num_layers": "tensors in host memory",
     "use_layer_wise_distributed_optimizer": "whole layers on single ranks",
     "freeze_all_layers": "frozen parameters",
-    "fp8": "8-bit copies of weights",
     "fp4": "4-bit copies of weights",
     "ddp_param_name_patterns_for_fp32_local_accumulation": "second gradients of some parameters",
 }
@@ -32,6 +32,8 @@ class Storage:
     """Bytes of one parameter, and the layout of gradient buffers."""
 
     parameter: int = 2
+    eight_bit: int = 0
+    """Of each weight whose products are in 8 bits, beside ``parameter``."""
     gradient: int = 4
     """In the buffer that micro-batches add up in."""
     main: int = 4
@@ -78,6 +80,7 @@ class Storage:
             moments = 4 if get("sgd_momentum", 0.9) else 0
         return cls(
             parameter=parameter,
+            eight_bit=WEIGHT_COPIES if eight_bit_recipe(args) else 0,
             gradient=4 if parameter == 4 or _gradients_in_fp32(args) else 2,
             main=_main_bytes(args) if parameter == 2 else 0,
             moments=moments,

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from megatron_hybrid.accounting.activation_settings import Recompute
+from megatron_hybrid.accounting.eight_bit import SCALES, eight_bit_recipe
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.loss_chunks import fuses_loss
 from megatron_hybrid.accounting.refusals import refuse, refuse_dispatchers
@@ -57,6 +58,8 @@ class CommunicationSettings:
 
     activation: int = 2
     """Bytes of an element."""
+    operand: float | None = None
+    """Bytes of an element that Transformer Engine's linears gather in 8 bits; None: as ``activation``."""
     probability: int = 2
     """Bytes of an expert's probability."""
     storage: Storage = Storage()
@@ -79,7 +82,7 @@ class CommunicationSettings:
         get = partial(setting, args)
         refuse(args, NOT_COUNTED, "communication")
         refuse_dispatchers(args)
-        storage = Storage.from_args(args)
+        storage, recipe = Storage.from_args(args), eight_bit_recipe(args)
         if storage.optimizer_instances > 1:
             raise ValueError(
                 f"--num-distributed-optimizer-instances {storage.optimizer_instances}: gradients that instances sum "
@@ -87,6 +90,7 @@ class CommunicationSettings:
             )
         return cls(
             activation=storage.parameter,
+            operand=None if recipe is None else 1 + SCALES[recipe],
             probability={"fp32": 4, "fp64": 8}.get(get("moe_router_dtype", ""), storage.parameter),
             storage=storage,
             overlaps_gather=bool(get("overlap_param_gather")),
@@ -134,34 +138,51 @@ class MicroBatch:
     def tokens(self) -> int:
         return self.layout.tokens(self.sizes.seq_length)
 
-    def size(self, width: float) -> float:
-        """Bytes of activations of that width, of all tokens that tensor-parallel ranks have in common."""
-        return self.tokens * width * self.settings.activation
+    def size(self, width: float, operand: bool = False) -> float:
+        """Bytes of activations of that width, of all tokens that tensor-parallel ranks have in common.
+
+        operand: As factors of a product of Transformer Engine's, which under ``--fp8-format`` are gathered in 8 bits.
+        """
+        each = self.settings.operand if operand and self.settings.operand else self.settings.activation
+        return self.tokens * width * each
 
 
-def column(m: MicroBatch, width: int, inside: tuple[str, ...] = ()) -> Exchange:
+def column(m: MicroBatch, width: int, inside: tuple[str, ...] = (), eight_bit: bool = False) -> Exchange:
     """Into a column-parallel linear of that input (core/tensor_parallel/layers.py, 563 to 655).
 
     With sequence parallelism the input is gathered, and again for the weight's gradient, and its gradient is scattered;
     without, the gradient of the input is summed.
+
+    Args:
+        eight_bit: Its products are in 8 bits under ``--fp8-format``.
     """
     tp, size = m.layout.tp, m.size(width)
     if m.layout.sequence_parallel:
-        return Exchange("tensor", scatter(tp, size), scatter(tp, size) * 2, inside)
+        gathered = scatter(tp, m.size(width, operand=eight_bit))
+        return Exchange("tensor", gathered, gathered + scatter(tp, size), inside)
     return Exchange("tensor", NOTHING, all_reduce(tp, size), inside)
 
 
-def row(m: MicroBatch, inside: tuple[str, ...] = ()) -> Exchange:
-    """Out of a row-parallel linear or the embedding: a sum that is scattered with sequence parallelism."""
+def row(m: MicroBatch, inside: tuple[str, ...] = (), eight_bit: bool = False) -> Exchange:
+    """Out of a row-parallel linear or the embedding: a sum that is scattered with sequence parallelism.
+
+    Args:
+        eight_bit: As of ``column``; the gradient of the output is then gathered in 8 bits.
+    """
     tp, size = m.layout.tp, m.size(m.sizes.hidden)
     if m.layout.sequence_parallel:
-        return Exchange("tensor", scatter(tp, size), scatter(tp, size), inside)
+        gathered = scatter(tp, m.size(m.sizes.hidden, operand=eight_bit))
+        return Exchange("tensor", scatter(tp, size), gathered, inside)
     return Exchange("tensor", all_reduce(tp, size), NOTHING, inside)
 
 
-def projections(m: MicroBatch, *inside: str) -> list[Exchange]:
-    """Into and out of a layer whose first linear is column-parallel and whose last one is row-parallel."""
-    return [column(m, m.sizes.hidden, inside), row(m, inside)]
+def projections(m: MicroBatch, *inside: str, shares_rows: bool = False) -> list[Exchange]:
+    """Into and out of a layer whose first linear is column-parallel and whose last one is row-parallel.
+
+    Args:
+        shares_rows: The first one has rows that ranks share: it is torch's whatever the precision (layers/parts.py).
+    """
+    return [column(m, m.sizes.hidden, inside, eight_bit=not shares_rows), row(m, inside, eight_bit=True)]
 
 
 def by_heads(m: MicroBatch, widths: list[float], *inside: str) -> Exchange:

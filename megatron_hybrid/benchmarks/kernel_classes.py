@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 CLASSES = (
     ("communication", r"nccl"),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
+    ("8 bits", r"cast_(only|transpose|vec)|quantiz|amax|delayed_scaling|block_scal|compute_scale|^transpose_kernel"),
     ("attention", r"flash|fmha|sdpa|flex_?att|attn|attention|cudnn::fusion|convert_d[qkv]"),
     ("loss", r"cross_?entropy|log_?softmax|nll|vocab|logits"),
     ("convolution", r"conv(?!ert)"),
     ("scan", r"chunk|state_passing|ssd|mamba|^scan"),
     ("experts", r"expert|permut|router|moe"),
-    ("norms", r"norm"),
+    ("norms", r"norm|branch_fusion"),
     ("matrix products", r"nvjet|gemm|cutlass|cublas|splitk|matmul"),
     (
         "elementwise and copies",
-        r"elementwise|copy|memcpy|memset|fill|reduce|cat|index|gather|scatter|embedding|swiglu|triton_(poi|red|per)",
+        r"elementwise|copy|memcpy|memset|fill|reduce|cat|index|gather|scatter|embedding|swiglu|rotary|triton_(poi|red|per)",
     ),
 )
 """Classes and what the names of their kernels contain, in any case; the first that fits is a kernel's."""

@@ -155,7 +155,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     left.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
     left.set_xlabel(f"MFU, % of {rows[0]['peak_tflops']:g} TFLOP/s" if known else "tokens/s")
     left.invert_yaxis()
-    left.set_title(report["environment"].get("device", report["settings"]["device"]), fontsize=9)
+    environment = report["environment"]
+    left.set_title(environment.get("gpu", environment.get("device", report["settings"]["device"])), fontsize=9)
     if profiled:
         _plot_classes(axes[0][1], profiled)
     figure.tight_layout()
@@ -165,15 +166,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def _plot_classes(ax: Any, rows: Sequence[Row]) -> None:
     """Stacked bars of nanoseconds per token, so that recipes and batches compare."""
     left = [0.0] * len(rows)
+    colours = [f"C{i}" for i in range(10)] + ["black", "lightgrey", "gold"]
     for i, label in enumerate([*(label for label, _ in CLASSES), OTHER]):
         widths = [1e6 * row["classes_ms"].get(label, 0.0) * row["processes"] / row["tokens"] for row in rows]
         if any(widths):
-            ax.barh(range(len(rows)), widths, left=left, label=label, color=f"C{i}")
+            ax.barh(range(len(rows)), widths, left=left, label=label, color=colours[i])
             left = [a + b for a, b in zip(left, widths, strict=True)]
     ax.set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("kernels, ns of a GPU for each token")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def _name(row: Row) -> str:

@@ -7,6 +7,7 @@ from megatron_hybrid import pattern
 from megatron_hybrid.accounting.divisibility import check_divides
 from megatron_hybrid.accounting.loss_chunks import NEEDS_LOGITS
 from megatron_hybrid.argv import flag_name
+from megatron_hybrid.cli import fp8_checks
 from megatron_hybrid.layers.registry import layers_of
 
 
@@ -25,6 +26,8 @@ def check(args: Namespace) -> None:
     check_bad_steps(args)
     for layer in layers_of(args.hybrid_layer_pattern):
         layer.check(args)
+    if args.fp8:
+        fp8_checks.check(args)
 
 
 def check_sizes(args: Namespace) -> None:

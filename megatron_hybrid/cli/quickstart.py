@@ -46,8 +46,8 @@ class Quickstart:
         print(f"[{name}] {time.perf_counter() - began:.0f} s", flush=True)
         return True
 
-    def run(self) -> None:
-        """Run all steps. Raises StepFailed."""
+    def prepare(self) -> None:
+        """Make corpus, tokenizer and data set. Raises StepFailed."""
         index = self.data_prefix.with_name(self.data_prefix.name + ".idx")
         for name, output, action in (
             ("corpus", self.corpus, self.build_corpus),
@@ -57,6 +57,10 @@ class Quickstart:
             # What a step made fits only the files that it was made from.
             done = output.exists() and not self.rebuilt
             self.rebuilt |= self.step(name, done, action)
+
+    def run(self) -> None:
+        """Run all steps. Raises StepFailed."""
+        self.prepare()
         if self.rebuilt:
             self.set_aside_run()
         command = self.pretrain_command()

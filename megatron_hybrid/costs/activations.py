@@ -35,7 +35,8 @@ def layer_saved(symbol: str, sizes: Sizes, layout: Layout, settings: ActivationS
 def _layer(symbol: str, r: Rank) -> list[Saved]:
     """The table of a layer, its input norm and its residual included."""
     costs, h = account(symbol), r.whole.hidden
-    lines = norm(r, r.rows, h) + [Saved("norm: output, input of the projection", (r.rows, h), r.e)]
+    each = r.operand if r.settings.eight_bit and costs.reads_in_8_bits(r.whole, r.layout.tp) else r.e
+    lines = norm(r, r.rows, h) + [Saved("norm: output, input of the projection", (r.rows, h), each)]
     lines += costs.saved(r)
     if not r.keeps("mlp") and costs.empty_mlp and r.norm_bytes != r.e:
         # upstream recomputes the empty FFN of these layers too; in fp32 and on CUDA its input is the next norm's
@@ -128,7 +129,7 @@ def mtp_inner_saved(pattern: Pattern, sizes: Sizes, layout: Layout, settings: Ac
     r = Rank(sizes, layout, settings)
     return [
         *norm(r, r.rows, sizes.hidden) * 3,
-        Saved("state and token, input of their projection", (r.rows, 2 * sizes.hidden), r.e),
+        Saved("state and token, input of their projection", (r.rows, 2 * sizes.hidden), r.operand),
         *[line for symbol in pattern.mtp for line in _layer(symbol, r)],
     ]
 

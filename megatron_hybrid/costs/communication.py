@@ -101,7 +101,7 @@ def _joins_state_and_token(m: MicroBatch) -> list[Exchange]:
     """
     whole = scatter(m.layout.tp, m.size(m.sizes.hidden))
     return [
-        column(m, 2 * m.sizes.hidden),
+        column(m, 2 * m.sizes.hidden, eight_bit=True),
         Exchange("tensor", whole, whole if m.layout.sequence_parallel else NOTHING),
     ]
 

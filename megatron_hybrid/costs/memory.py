@@ -1,6 +1,7 @@
 """Memory of one rank for parameters, gradients and optimizer state, in bytes.
 
-Exactly what stays allocated from step to step. Not counted: buffers of the model (the router's expert bias, its counts
+Exactly what stays allocated from step to step; 8-bit copies of weights (``--fp8-format``) are among the parameters, and
+are derived from Transformer Engine's code. Not counted: buffers of the model (the router's expert bias, its counts
 of tokens), activations, and what lives within a step - above all fp32 copies of the gradients during the optimizer's
 step where gradients are kept in 16 bits.
 """
@@ -13,10 +14,11 @@ from typing import NamedTuple
 from megatron_hybrid.accounting.layout import Layout
 from megatron_hybrid.accounting.sizes import Sizes
 from megatron_hybrid.accounting.storage import Storage
-from megatron_hybrid.accounting.tensors import Tensor, norm_sizes
+from megatron_hybrid.accounting.tensors import Tensor, norm_sizes, weights
 from megatron_hybrid.costs.buffers import Buffer, plain_buffer, sharded_buffer
 from megatron_hybrid.costs.parameters import layer_tensors, mtp_weights
 from megatron_hybrid.costs.stages import stages
+from megatron_hybrid.layers.registry import account
 from megatron_hybrid.pattern import Pattern
 
 
@@ -133,6 +135,19 @@ def stage_parameters(pattern: Pattern, sizes: Sizes, layout: Layout, stage: int)
     return StageParameters(sum(t.size for t in tensors) - experts, experts)
 
 
+def eight_bit_weights(pattern: Pattern, sizes: Sizes, layout: Layout, stage: int) -> int:
+    """Elements of weights on one rank of a pipeline stage whose products ``--fp8-format`` runs in 8 bits.
+
+    Raises:
+        ValueError: The pattern does not divide over the stages, or a layer does not say which of its products do.
+    """
+    held, local = stages(pattern, layout.pp)[stage], layout.shard(sizes)
+    heads = mtp_weights(pattern, sizes) if held.last else 0
+    layers = held.layers + pattern.mtp * heads
+    joins = heads * 2 * sizes.hidden * sizes.hidden // layout.tp  # [state; token] -> state
+    return joins + sum(weights(account(symbol).eight_bit_linears(sizes, local, layout.tp)) for symbol in layers)
+
+
 # Bytes -------------------------------------------------------------------------------------------
 
 
@@ -159,7 +174,8 @@ def rank_memory(
     held = {r: [of[r // stride % len(of)] for of, stride in zip(states, strides, strict=True)] for r in ranks}
     rank, (dense, experts) = max(held.items(), key=lambda item: sum(part.total for part in item[1]))
     both = dense + experts
-    return RankMemory(both.parameters, both.gradients, both.optimizer, stage, rank, experts)
+    copies = storage.eight_bit * eight_bit_weights(pattern, sizes, layout, stage) if storage.eight_bit else 0
+    return RankMemory(both.parameters + copies, both.gradients, both.optimizer, stage, rank, experts)
 
 
 def largest_rank(pattern: Pattern, sizes: Sizes, layout: Layout, storage: Storage) -> RankMemory:

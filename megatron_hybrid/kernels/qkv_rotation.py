@@ -6,49 +6,15 @@ Shape letters: s tokens, b samples, n query heads, g key heads, gv value heads, 
 V, r channels of a head that RoPE turns, w columns of the projection.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .head_columns import HeadColumns, Turns
 from .triton_use import can_run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of a projection that the kernel takes."""
-
-
-class HeadColumns(NamedTuple):
-    """Where the heads stand in a projection: in groups, each of query heads, then key heads, then value heads."""
-
-    groups: int
-    queries: int
-    """Query heads of a group."""
-    keys: int
-    """Key heads of a group."""
-    values: int
-    """Value heads of a group."""
-    width: int
-    """Head size of Q and K, d."""
-    value_width: int
-    """Head size of V, dv."""
-
-    @property
-    def group_columns(self) -> int:
-        return (self.queries + self.keys) * self.width + self.values * self.value_width
-
-    @property
-    def columns(self) -> int:
-        return self.groups * self.group_columns
-
-
-class Turns(NamedTuple):
-    """How far RoPE turns each pair of channels at each position."""
-
-    table: Tensor
-    """[s, 2, r/2] fp32: cosines and sines, each times the factor that the rotated channels get."""
-    interleaved: bool
-    """Pairs are neighbours (2i, 2i + 1) rather than (i, i + r/2)."""
 
 
 _turns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -59,16 +25,17 @@ def turns_of(angles: Tensor, interleaved: bool = False, factor: float = 1.0) -> 
     """Cosines and sines of Megatron's angles, kept for as long as the tensor of angles lives.
 
     Args:
-        angles: [s, 1, 1, r] with r even: an angle for each channel, the same for both of a pair.
+        angles: [s, 1, 1, r] with r even: an angle for each channel, the same for both of a pair; never changed.
         interleaved: Which channels are a pair, see :class:`Turns`.
         factor: Of the rotated channels (YaRN's concentration factor).
     """
     known = _turns.setdefault(angles, {})
-    rule = angles._version, interleaved, factor
+    rule = interleaved, factor
     if rule not in known:
-        flat = angles.detach().flatten(1).float()  # [s, r]
-        of_pairs = flat[:, ::2] if interleaved else flat[:, : flat.shape[1] // 2]  # [s, r/2]
-        known[rule] = Turns(factor * torch.stack([of_pairs.cos(), of_pairs.sin()], 1), interleaved)
+        with torch.inference_mode(False), torch.no_grad():  # a validation may come first, and training save the table
+            flat = angles.flatten(1).float()  # [s, r]
+            of_pairs = flat[:, ::2] if interleaved else flat[:, : flat.shape[1] // 2]  # [s, r/2]
+            known[rule] = Turns(factor * torch.stack([of_pairs.cos(), of_pairs.sin()], 1), interleaved)
     return known[rule]
 
 
@@ -115,10 +82,8 @@ def split_and_rotate(
     return by_kernel(x, heads, turns, copy_values)
 
 
-def split_and_rotate_reference(
-    x: Tensor, heads: HeadColumns, turns: Turns | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in torch's operations: arguments and results of :func:`split_and_rotate`; v is a view where it can be."""
+def split_and_rotate_reference(x: Tensor, heads: HeadColumns, turns: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`split_and_rotate` in torch's operations; v is a view where it can be."""
     s, b, _ = x.shape
     grouped = x.view(s, b, heads.groups, heads.group_columns)
     widths = heads.queries * heads.width, heads.keys * heads.width, heads.values * heads.value_width

@@ -52,6 +52,14 @@ class Account:
         """
         self._missing("its parameters", "tensors")
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        """All linear layers on one rank whose products ``--fp8-format`` runs in 8 bits, rows of zeros included.
+
+        Args:
+            whole, s, tp: As of ``tensors``.
+        """
+        self._missing("which of its products run in 8 bits", "eight_bit_linears")
+
     def conv_flops(self, s: Sizes) -> float:
         """Forward FLOPs per token of convolutions."""
         self._missing("the FLOPs of its convolutions", "conv_flops")
@@ -85,6 +93,14 @@ class Account:
         self._missing("the parameters that are not cut", "not_cut")
 
     # With a default -----------------------------------------------------------------------------
+
+    def eight_bit_flops(self, whole: Sizes, tp: int) -> float:
+        """Forward FLOPs per token, of all ranks together, of the products that ``--fp8-format`` runs in 8 bits."""
+        return 2 * weights(self.eight_bit_linears(whole, whole, tp))
+
+    def reads_in_8_bits(self, whole: Sizes, tp: int) -> bool:
+        """Whether the linear behind the input norm is one of these, and alone reads the norm's output."""
+        return True
 
     stored_settings: tuple[str, ...] = ()
     """Arguments that change what the layer computes but no shape: a run that resumes must have the checkpoint's."""

@@ -16,7 +16,7 @@ from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.kernels.columns import split_columns
 
 
-class _PadRows(torch.autograd.Function):
+class PadRows(torch.autograd.Function):
     """A weight [n, h] with rows of zeros behind it; its gradient is a view, so that nothing is copied back."""
 
     @staticmethod
@@ -52,7 +52,7 @@ class AlignedColumnLinear(ColumnParallelLinear):
     cuBLAS's fast kernels for bf16 need rows of a multiple of 16 bytes; others took three times as long for 6,834
     channels as these for 6,840. Each forward pass appends rows of zeros to a copy of the weight, which autograd keeps
     until the backward pass. Their outputs are zero, and so are their parts of the input's gradient: the function is the
-    same, and neither parameters nor checkpoints have the rows.
+    same, and neither parameters nor checkpoints have the rows. Transformer Engine's is layers/aligned_te_linear.py.
 
     Args:
         keeps_padding: The output has columns of zeros behind its own. The caller drops them by
@@ -60,6 +60,9 @@ class AlignedColumnLinear(ColumnParallelLinear):
 
     The other arguments are upstream's.
     """
+
+    pads_rows = True
+    """It takes ``keeps_padding``."""
 
     def __init__(self, *args: Any, keeps_padding: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -71,7 +74,7 @@ class AlignedColumnLinear(ColumnParallelLinear):
         if padded == rows:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
         accumulated = kwargs["gradient_accumulation_fusion"] and hasattr(weight, "main_grad")
-        product_weight = _PadRows.apply(weight, padded, accumulated)  # [padded, h]
+        product_weight = PadRows.apply(weight, padded, accumulated)  # [padded, h]
         if accumulated:
             # of fewer rows: the function behind it leaves the padding out (patches/missing_packages.py)
             product_weight.main_grad = weight.main_grad

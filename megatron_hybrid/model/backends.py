@@ -67,11 +67,13 @@ def te_parts(num_experts: int | None) -> Parts:
         TERowParallelLinear,
     )
 
+    from megatron_hybrid.layers.aligned_te_linear import AlignedNormColumnLinear
+
     return Parts(
         norm=TENorm,
         input_norm=IdentityOp,
         normed_column=TELayerNormColumnParallelLinear,
-        mixer_column=TELayerNormColumnParallelLinear,
+        mixer_column=AlignedNormColumnLinear,
         column=TEColumnParallelLinear,
         row=TERowParallelLinear,
         core_attention=TEDotProductAttention,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from megatron_hybrid import pattern
 from megatron_hybrid.accounting.activation_settings import DEFAULT_SSM_KERNELS, SSM_KERNELS
+from megatron_hybrid.accounting.eight_bit import SCALES
 from megatron_hybrid.argv import value, without
-from megatron_hybrid.cli import flags
+from megatron_hybrid.cli import flags, fp8_checks
 from megatron_hybrid.costs import Layout, Sizes, equal_count, sizes_of
 from megatron_hybrid.patches import light_import
 from megatron_hybrid.pattern import Pattern
@@ -63,15 +64,14 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mem
     """
     if gpus is not None and gpus < 1:
         raise ValueError(f"--gpus {gpus}: give at least 1.")
-    words, names_alone = list(argv), []
-    backend = "te" if value(words, "--backend") == "te" else None
-    if backend:  # a run needs Transformer Engine for it; costs need to know of it alone
-        words, names_alone = without(words, "--backend"), ["--backend", backend]
-        for flag in ("--fp8-format", "--fp4-format"):  # else refused for want of the backend that was just given
-            if value(words, flag):
-                raise ValueError(f"{flag}: memory and time of 8-bit and 4-bit products are not counted. Drop it.")
+    words: list[str] = list(argv)
+    names_alone: list[str] = []
     kernels = value(words, "--ssm-kernels", "auto")
-    assumed = {"backend": backend} if backend else {}
+    assumed: dict[str, Any] = {}
+    if value(words, "--backend") == "te":  # a run needs Transformer Engine for it; costs need to know of it alone
+        if value(words, "--fp4-format"):  # else refused for want of the backend that was just given
+            raise ValueError("--fp4-format: memory and time of 4-bit products are not counted. Drop it.")
+        words, names_alone, assumed = _without_te(words)
     if device == "cuda":
         if kernels in (*SSM_KERNELS, "auto"):  # likewise
             words = without(words, "--ssm-kernels")
@@ -80,6 +80,8 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mem
         assumed["ssm_kernels"] = kernels
     command, args = _checked(flags.resolve(words), gpus, device, memory, assumed)
     vars(args).update(assumed)
+    if args.fp8:
+        fp8_checks.check(args)
     layers, layout = pattern.parse(args.hybrid_layer_pattern), Layout.from_args(args)
     if layout.pp > len(layers.segments):
         layers = equal_count(layers, layout.pp)
@@ -91,6 +93,20 @@ def read(argv: Sequence[str], gpus: int | None = None, device: str = "cuda", mem
         sizes=sizes_of(args),
         layout=layout,
     )
+
+
+def _without_te(words: list[str]) -> tuple[list[str], list[str], dict[str, Any]]:
+    """The flags without those that need Transformer Engine; these alone; and what they set."""
+    flags, assumed = ["--backend", "te"], {"backend": "te"}
+    words = without(words, "--backend")
+    form, recipe = value(words, "--fp8-format"), value(words, "--fp8-recipe", "delayed")
+    if not form:
+        return words, flags, assumed
+    for flag, given, known in (("--fp8-format", form, ("e4m3", "hybrid")), ("--fp8-recipe", recipe, tuple(SCALES))):
+        if given not in known:
+            raise ValueError(f"{flag} {given} is not counted: counted are {', '.join(known)}.")
+        words, flags = without(words, flag), [*flags, flag, given]
+    return words, flags, {**assumed, "fp8": form, "fp8_recipe": recipe}
 
 
 def _checked(

@@ -3,7 +3,8 @@
 A step is the sum of
 
 - **compute**: the FLOPs that run (training FLOPs, and forward passes that recomputation repeats) at ``efficiency``
-  times the GPU's dense peak, spread evenly over tensor- and context-parallel ranks, experts evenly loaded;
+  times the GPU's dense peak, spread evenly over tensor- and context-parallel ranks, experts evenly loaded; under
+  ``--fp8-format`` linear layers at ``EIGHT_BIT_EFFICIENCY`` of that share of the peak in 8 bits;
 - **messages** of tensor, context, expert and pipeline groups: the bytes that a rank sends over the bandwidth of the
   slowest link in the group, none of it hidden behind compute;
 - **the pipeline**: the schedule of these passes over unequal stages, bubble included;
@@ -31,6 +32,10 @@ from megatron_hybrid.plan.subject import Subject
 EFFICIENCY = 0.40
 """Of the dense peak: about what is published for a dense hybrid of 4 billion parameters (Nemotron-3 Nano 4B) on 8 H100,
 402.5 TFLOP/s per GPU, 40.7% of 989. Steps of this code on one H100 had 23% to 39% (docs/benchmarks/h100)."""
+EIGHT_BIT_EFFICIENCY = 0.63
+"""Of ``efficiency``, what 8-bit products reach of their own peak, quantising included: as if 1.26 times as fast as in
+bf16. It makes the one pair of runs that was measured agree: ``paper-1b-llama`` on one H200 with ``--backend te``, 1.263
+s a step in bf16, 1.099 s with ``--fp8-format hybrid --fp8-recipe tensorwise``."""
 NETWORK = 50e9
 """Bytes per second of one GPU between nodes: a port of 400 Gb/s for each GPU, as NVIDIA's DGX H100 has."""
 
@@ -54,6 +59,8 @@ class Machine:
     nvlink_gpus: int = 8
     """Joined at ``nvlink``; beyond them inside a node ``network`` is taken too."""
     efficiency: float = EFFICIENCY
+    eight_bit_peak: float | None = None
+    """Dense FLOP/s in 8 bits; None: not known, or there are none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.efficiency <= 1:
@@ -90,6 +97,7 @@ class Machine:
             "bandwidth": gpu.bandwidth,
             "nvlink": gpu.nvlink,
             "nvlink_gpus": gpu.nvlink_gpus,
+            "eight_bit_peak": gpu.peaks.get("fp8"),
         }
         if changes.get("nvlink") is not None:
             known["nvlink_gpus"] = changes.get("gpus_per_node") or cls.gpus_per_node
@@ -153,6 +161,7 @@ def step_time(subject: Subject, machine: Machine) -> StepTime:
     tokens = layout.micro_batch * s.sizes.seq_length / (layout.tp * layout.cp)
     work = costs.segment_work(s.pattern, s.sizes)
     segments = s.pattern.segments
+    less = _less_in_8_bits(machine) if settings.storage.eight_bit else 0.0
     forward, backward, once, compute, messages = [], [], 0.0, [], []
     sent = [step_communication(s.pattern, s.sizes, layout, settings, stage) for stage in range(layout.pp)]
     for i, part in enumerate(work):
@@ -160,7 +169,11 @@ def step_time(subject: Subject, machine: Machine) -> StepTime:
         here = sum(seconds(g, t) for g, t in traffic.items() if g not in ("data", "expert data", "embedding"))
         message = here / layout.micro_batches / layout.vpp
         again = recomputed_flops(segments[i], s.sizes, settings.recompute)
-        ahead, back = part.total * tokens / rate, (2 * part.total + again) * tokens / rate
+        flops = part.total
+        if less:  # as many FLOPs of the run's precision as take that long
+            flops -= less * eight_bit_flops(s, segments[i], last=i == len(work) - 1)
+            again -= less * eight_bit_flops(s, recomputed_layers(segments[i], settings.recompute))
+        ahead, back = flops * tokens / rate, (2 * flops + again) * tokens / rate
         # a third of the messages are the forward pass's, as of the FLOPs: only their sum matters to the schedule
         forward.append(ahead + message / 3)
         backward.append(back + message * 2 / 3)
@@ -186,6 +199,27 @@ def step_time(subject: Subject, machine: Machine) -> StepTime:
     )
 
 
+def _less_in_8_bits(machine: Machine) -> float:
+    """The share of a product's time that 8 bits save.
+
+    Raises:
+        ValueError: The GPU has no peak in 8 bits that is known.
+    """
+    if machine.eight_bit_peak is None:
+        raise ValueError(
+            f"--fp8-format: {machine.title} has no peak in 8 bits that is known. Drop it, or take an H100."
+        )
+    return 1 - machine.peak / (machine.eight_bit_peak * EIGHT_BIT_EFFICIENCY)
+
+
+def eight_bit_flops(s: Subject, layers: str, last: bool = False) -> float:
+    """Forward FLOPs per token of the products in 8 bits of layers, and with ``last`` of the prediction heads."""
+    depths = s.pattern.mtp_depths if last else 0
+    tp = s.layout.tp
+    of_layers = sum(account(symbol).eight_bit_flops(s.sizes, tp) for symbol in layers + s.pattern.mtp * depths)
+    return of_layers + depths * 4 * s.sizes.hidden**2
+
+
 def _optimizer(s: Subject, machine: Machine, settings: CommunicationSettings) -> float:
     """Each byte of optimizer state is read and written once, each of gradients and parameters touched once."""
     most = 0.0
@@ -197,6 +231,10 @@ def _optimizer(s: Subject, machine: Machine, settings: CommunicationSettings) ->
 
 def recomputed_flops(layers: str, sizes: costs.Sizes, recompute: Recompute) -> float:
     """Forward FLOPs per token of a segment that are run again in the backward pass."""
-    whole = {"uniform": layers, "block": layers[: recompute.layers]}.get(recompute.method or "", "")
-    again = sum(costs.layer_flops_per_token(symbol, sizes) for symbol in whole)
+    again = sum(costs.layer_flops_per_token(symbol, sizes) for symbol in recomputed_layers(layers, recompute))
     return again + sum(account(symbol).recomputed_flops(sizes, recompute.modules) for symbol in layers)
+
+
+def recomputed_layers(layers: str, recompute: Recompute) -> str:
+    """Layers of a segment that are run again as a whole."""
+    return {"uniform": layers, "block": layers[: recompute.layers]}.get(recompute.method or "", "")

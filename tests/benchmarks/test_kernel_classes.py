@@ -25,6 +25,11 @@ NAMES = {
     ],
     "scan": ["_chunk_scan_chunk_state_bwd_dx_kernel", "_state_passing_fwd_kernel", "_bmm_chunk_bwd_kernel"],
     "convolution": ["void causal_conv1d_channellast_bwd_kernel<Causal_conv1d_channellast_bwd_kernel_traits<128>>"],
+    "8 bits": [
+        "void transformer_engine::detail::cast_transpose_general_kernel<8ul, 8ul, __nv_bfloat16, __nv_fp8_e4m3>",
+        "void transformer_engine::(anonymous namespace)::amax_kernel<8, true, __nv_bfloat16>",
+        "void transformer_engine::(anonymous namespace)::block_scaled_1d_cast_transpose_kernel<true, float>",
+    ],
     "attention": [
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x128x64",
         "cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16>",
@@ -88,7 +93,7 @@ def test_kernels_of_this_package_are_known_by_their_files():
     for file in pkgutil.iter_modules(triton_kernels.__path__):
         importlib.import_module(f"{triton_kernels.__name__}.{file.name}")
     names = own_names()
-    assert names["states_kernel"] == "scan_states.states_kernel" and "launch_options" not in names
+    assert names["states_kernel"] == "scan_walks.states_kernel" and "launch_options" not in names
     labels = {"causal_conv": "convolution", "scan": "scan", "window_attention": "attention", "cross_entropy": "loss"}
     labels |= {"expert_permutation": "experts", "router": "experts", "weighted_swiglu": "elementwise and copies"}
     for name in names.values():

@@ -66,5 +66,5 @@ def test_neighbours_of_a_line(key):
 
 
 def test_a_line_is_shown_as_the_table_has_it():
-    shown = config_search.shown(("scan_states", "2"), {"CHANNELS": 64, "num_warps": 4})
-    assert eval(f"{{{shown}}}") == {("scan_states", "2"): {"CHANNELS": 64, "num_warps": 4}}
+    shown = config_search.shown(("scan_forward", "2"), {"CHANNELS": 64, "num_warps": 4})
+    assert eval(f"{{{shown}}}") == {("scan_forward", "2"): {"CHANNELS": 64, "num_warps": 4}}

@@ -67,7 +67,8 @@ def test_the_steps_traffic_grows_with_the_micro_batches_but_not_that_of_the_grad
     [
         ({"num_distributed_optimizer_instances": 2}, "instances 2: .* not counted"),
         ({"moe_shared_expert_overlap": True}, "shared experts in between"),
-        ({"fp8": "hybrid"}, "--fp8"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, "--fp8-recipe mxfp8 is not counted"),
+        ({"fp4": "e2m1"}, "--fp4"),
     ],
 )
 def test_what_is_not_counted_is_refused(flags, words):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.scan import SSD_CHUNK, ssd_scan_flops
 from megatron_hybrid.costs import (
     Sizes,
@@ -27,6 +28,7 @@ from megatron_hybrid.kernels.attention_masks import visible
 from megatron_hybrid.kernels.ssd import ssd_chunk_scan
 from megatron_hybrid.layers.delta.account import DELTA_CHUNK, delta_scan_flops
 from megatron_hybrid.layers.intra.design import PRESETS
+from megatron_hybrid.layers.registry import account
 from megatron_hybrid.pattern import parse
 from tests.support.single import build, same_groups
 from tests.support.training import MOE, SIZES
@@ -81,7 +83,9 @@ def _count(forward: Callable[[], Any], args: Any) -> dict[str, Any]:
     return {"forward": _by_operator(ahead), "backward": _by_operator(back), "sizes": sizes_of(args)}
 
 
-def _written_out(q: Any, k: Any, v: Any, scale: Any, window: Any, sinks: int, offset: int, _: float, documents: Any):
+def _written_out(
+    q: Any, k: Any, v: Any, scale: Any, window: Any, sinks: int, offset: int, _: float, documents: Any, __: Any
+):
     return attention_reference(q, k, v, scale, window, sinks, offset, documents)
 
 
@@ -146,6 +150,12 @@ def convolutions(symbol: str, s: Sizes) -> float:
     return sum(2 * 4 * (inner + 2 * groups * state) for inner, groups, state in scans(symbol, s))
 
 
+def padding(symbol: str, s: Sizes) -> float:
+    """FLOPs per token of the rows of zeros in the products of input projections (layers/aligned_linear.py)."""
+    rows = account(symbol).linears(s)[0][1] if symbol in "MPG" else 0
+    return 2 * s.hidden * (padded_rows(rows) - rows)
+
+
 def computed_again(symbol: str, s: Sizes, length: int) -> float:
     """FLOPs per token of what the scan's hand-written backward computes again: all but the update of the state."""
     return sum(
@@ -159,17 +169,18 @@ def check(found: dict, layers: str, flops_per_token: float, length: int) -> None
     sizes, tokens = found["sizes"], BATCH * length
     forward, backward = found["forward"], found["backward"]
     assert set(forward) <= {"mm", "bmm"}
-    cores, halves, beside, again = (
+    cores, halves, beside, padded, again = (
         sum(rule(symbol, sizes) for symbol in layers)
         for rule in (
             lambda c, s: plain_cores(c, s, length),
             lambda c, s: plain_cores(c, s, length) - masked_cores(c, s, length),
             convolutions,
+            padding,
             lambda c, s: computed_again(c, s, length),
         )
     )
     # In fractions of a token sums of floats round; whole products do not: less than one of each is no difference.
-    assert sum(forward.values()) == pytest.approx((flops_per_token + halves - beside) * tokens, abs=0.5)
+    assert sum(forward.values()) == pytest.approx((flops_per_token + halves - beside + padded) * tokens, abs=0.5)
     assert forward.get("bmm", 0) == pytest.approx(cores * tokens, abs=0.5)
     assert backward["mm"] == 2 * forward["mm"]
     assert backward.get("bmm", 0) == pytest.approx((2 * cores + again) * tokens, abs=0.5)
@@ -238,7 +249,7 @@ def test_a_gated_delta_net_runs_the_products_that_are_counted(ranks, chunks):
     # the convolution runs into the padding behind the last token, 3 tokens, and cuts them off
     taps = 2 * s.delta_conv_width * (2 * s.delta_key_heads * key + heads * value)
     assert forward["convolution"] == taps * BATCH * (length + 3)
-    counted = layer_flops_per_token("G", s) - masked_cores("G", s, length) + cores
+    counted = layer_flops_per_token("G", s) - masked_cores("G", s, length) + cores + padding("G", s)
     assert forward["mm"] + forward["bmm"] + taps * tokens == pytest.approx(counted * tokens, abs=0.5)
     # The first state is zero and the last is not read: of three products with a state, two in the first chunk have
     # one gradient in place of two, and one in the last has none.

@@ -71,5 +71,7 @@ def test_more_elements_than_32_bits_count():
     y2, dx2 = torch.empty_like(short[0]), torch.empty_like(short[0])
     causal_conv_forward(short[0], weight, None, None, None, True, y2)
     d_weight2, _, _ = causal_conv_backward(short[2], short[0], weight, None, None, None, True, dx2)
-    assert torch.equal(short[1], y2) and torch.equal(short[3], dx2)
+    assert torch.equal(short[1], y2)
+    # a token's place among the four of a step decides the order of its sum
+    assert (short[3] - dx2).abs().max() <= TOLERANCE[torch.bfloat16] * dx2.abs().max()
     torch.testing.assert_close(d_weight, d_weight2, rtol=1e-4, atol=1e-4)

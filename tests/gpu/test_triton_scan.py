@@ -9,22 +9,36 @@ from tests.support.scan_cases import assert_close, core_results, scan_results
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DOCUMENTS = {"packed": True, "initial": True}
+UNGATED = {"z": False, "D": False}
 
 
-@pytest.mark.parametrize("case", [{}, {"packed": True, "initial": True}, {"z": False, "D": False}])
-@pytest.mark.parametrize("dtype", DTYPES)
+# Each line compiles six kernels, so options are spread over the sizes.
 @pytest.mark.parametrize(
-    ("length", "h", "p", "g", "n"),
-    [(1, 4, 64, 1, 128), (515, 4, 64, 2, 64), (300, 4, 128, 1, 128), (200, 3, 192, 1, 256), (130, 2, 48, 1, 40)],
+    ("length", "h", "p", "g", "n", "dtype", "case"),
+    [
+        (300, 4, 128, 1, 128, BF16, {}),
+        (300, 4, 128, 1, 128, FP32, DOCUMENTS),
+        (515, 4, 64, 2, 64, BF16, DOCUMENTS),
+        (515, 4, 64, 2, 64, FP32, UNGATED),
+        (1, 4, 64, 1, 128, BF16, {}),
+        (200, 3, 192, 1, 256, BF16, DOCUMENTS),
+        (130, 2, 48, 1, 40, FP16, UNGATED),
+        (256, 4, 32, 1, 32, BF16, {}),
+        (192, 8, 16, 2, 16, BF16, DOCUMENTS),
+        (192, 8, 16, 2, 16, FP32, {}),
+        (2500, 1, 64, 1, 64, BF16, DOCUMENTS),
+    ],
 )
 def test_scan(length, h, p, g, n, dtype, case):
     assert_close(scan_results(2, length, h, p, g, n, dtype, device="cuda", **case), dtype)
 
 
-@pytest.mark.parametrize("case", [{}, {"packed": True, "initial": True}])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "h", "p", "g", "n"), [(515, 8, 128, 1, 128), (128, 6, 64, 2, 64)])
+@pytest.mark.parametrize(
+    ("length", "h", "p", "g", "n", "dtype", "case"),
+    [(515, 8, 128, 1, 128, BF16, DOCUMENTS), (128, 6, 64, 2, 64, FP32, {}), (128, 6, 64, 2, 64, FP16, {})],
+)
 def test_core(length, h, p, g, n, dtype, case):
     assert_close(core_results(2, length, h, p, g, n, dtype, device="cuda", **case), dtype)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_hybrid.kernels import qkv_rotation
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, split_and_rotate, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
 from tests.support.rotation_cases import LAYOUTS, TOLERANCE, angles, errors
 
 
@@ -31,12 +32,21 @@ def test_all_micro_batches_share_a_table():
     first = turns_of(angle)
     assert turns_of(angle).table is first.table
     assert turns_of(angle, interleaved=True).table is not first.table
-    angle += 1.0
-    assert turns_of(angle).table[0, 0].tolist() == pytest.approx([torch.tensor(1.0).cos().item()] * 2)
     kept = weakref.ref(angle)
     del angle
     gc.collect()
     assert kept() is None
+
+
+def test_a_table_of_a_validation_serves_training():
+    heads = LAYOUTS["one-group"]
+    with torch.inference_mode():
+        angle = angles(4, 8, False)
+        first = turns_of(angle)
+    assert not first.table.is_inference()
+    x = torch.randn(4, 1, heads.columns, requires_grad=True)
+    split_and_rotate(x, heads, turns_of(angle))[0].sum().backward()
+    assert x.grad.any()
 
 
 def test_what_does_not_fit_is_refused():

@@ -66,11 +66,11 @@ def tied_twice() -> tuple[Any, Any]:
     """main_grad of a marked weight (upstream's ``zero_out_wgrad``) with a second gradient, and what it should be."""
     import torch
 
-    from megatron_hybrid.layers.aligned_linear import _PadRows
+    from megatron_hybrid.layers.aligned_linear import PadRows
 
     weight = torch.nn.Parameter(torch.randn(5, 4))
     weight.zero_out_wgrad, weight.grad_added_to_main_grad = True, False
-    padded = _PadRows.apply(weight, 8, True)
+    padded = PadRows.apply(weight, 8, True)
 
     class Product(torch.autograd.Function):
         @staticmethod

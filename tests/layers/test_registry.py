@@ -30,6 +30,7 @@ def test_what_a_layer_does_not_declare_raises_by_name():
     asked = {
         "linears": (SMALL,),
         "tensors": (SMALL, SMALL, 1),
+        "eight_bit_linears": (SMALL, SMALL, 1),
         "conv_flops": (SMALL,),
         "core_flops": (SMALL, "model"),
         "recomputed_flops": (SMALL, frozenset()),
@@ -53,8 +54,9 @@ def test_what_a_layer_does_not_declare_raises_by_name():
 
 def test_every_layer_declares_everything():
     needed = {name for name, value in vars(Account).items() if callable(value) and not name.startswith("_")}
-    needed -= {"sizes", "stored_differences", "measured", "describe", "parameters", "flops", "between_projections"}
-    assert len(needed) == 10
+    needed -= {"sizes", "stored_differences", "measured", "describe", "kernels", "eight_bit_flops", "reads_in_8_bits"}
+    needed -= {"parameters", "flops", "between_projections"}
+    assert len(needed) == 11
     for layer in LAYERS.values():
         for name in needed:
             assert getattr(type(layer.account), name) is not getattr(Account, name), (layer.symbol, name)

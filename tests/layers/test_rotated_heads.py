@@ -11,7 +11,7 @@ from tests.support import rotated_runs
 from tests.support.training import folder, initial_checkpoint
 
 interpreted = pytest.mark.triton_interpreter
-GROUPED, ONE = (2, 2, 1, 1, 8, 8), (1, 2, 1, 1, 8, 16)
+GROUPED, ONE = (2, 2, 1, 1, 8, 8), (1, 4, 2, 2, 4, 8)
 """Heads of * and W in training.py's sizes, and of P: groups, heads of each kind in one, head sizes."""
 
 
@@ -23,12 +23,10 @@ GROUPED, ONE = (2, 2, 1, 1, 8, 8), (1, 2, 1, 1, 8, 16)
         ("*", "--rotary-percent 0.5", (GROUPED, True)),
         ("*", "--rotary-interleaved", (GROUPED, True)),
         ("*", "--position-embedding-type none", (GROUPED, False)),
-        ("*", "--recompute-granularity selective --recompute-modules core_attn", (GROUPED, True)),
         ("W", "", (GROUPED, True)),
         ("P", "", (ONE, True)),
         ("P", "--rotary-percent 0.5 --rotary-interleaved", (ONE, True)),
-        ("P", "--hybrid-recompute intra", (ONE, True)),
-        ("P", "--intra-value shared", ((1, 2, 1, 2, 8, 16), True)),
+        ("P", "--intra-value shared", ((1, 4, 2, 4, 4, 8), True)),
         ("P", "--intra-preset diff-transformer", (ONE, True)),
         ("P", "--position-embedding-type none", None),
     ],
@@ -52,9 +50,10 @@ def test_a_layer_is_upstreams(ranks, symbol, flags, went):
         (CP2, True),
         (f"{TP2} {SP}", True),
         (f"{DP} --reset-attention-mask --bf16", True),
+        (f"{DP} --recompute-granularity selective --recompute-modules core_attn --hybrid-recompute intra", True),
         (f"{TP2} --num-query-groups 1", False),
     ],
-    ids=["cp2", "tp2", "packed-bf16", "fewer-keys-than-ranks"],
+    ids=["cp2", "tp2", "packed-bf16", "recompute", "fewer-keys-than-ranks"],
 )
 def test_layouts_train_as_upstreams_way(ranks, tmp_path, flags, shares):
     where = folder(tmp_path)
@@ -79,9 +78,7 @@ TOKENS = 2 * 332
 @interpreted
 def test_what_a_layer_keeps(ranks):
     """8 query and 2 key heads of 32: v rather than the projection, and a table in place of cosines and sines."""
-    ours, theirs = (
-        ranks(1).run(rotated_runs.kept, ours=way, pattern="*", flags=SHORT)[0] for way in (True, False)
-    )
+    ours, theirs = (ranks(1).run(rotated_runs.kept, ours=way, pattern="*", flags=SHORT)[0] for way in (True, False))
     table, cos_sin = 332 * 32 * 4, 4 * 332 * 32 * 2
     assert theirs - ours == TOKENS * 2 * (12 * 32 - 2 * 32) + cos_sin - table
 

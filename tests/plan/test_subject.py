@@ -70,7 +70,15 @@ def test_stages_that_megatron_cuts_itself_are_in_the_pattern():
         ("--recipe paper-1b-intra --micro-batch-size 3", 8, "is not a multiple of --micro-batch-size 3 times 8"),
         ("--recipe paper-1b-intra --vocab-size -5", 8, "--vocab-size is -5 and must be at least 1"),
         ("--recipe paper-1b-intra --train-iters -4", 8, "--train-iters is -4 and must be at least 0"),
-        ("--recipe paper-1b-intra --backend te --fp8-format hybrid", 8, "--fp8-format: memory and time .* Drop it"),
+        ("--recipe paper-1b-intra --backend te --fp4-format e2m1", 8, "--fp4-format: memory and time .* Drop it"),
+        ("--recipe paper-1b-intra --backend te --fp8-format e5m2", 8, "--fp8-format e5m2 .* counted are e4m3, hybrid"),
+        ("--recipe paper-1b-intra --backend te --fp8-format hybrid --fp8-recipe mxfp8", 8, "--fp8-recipe mxfp8 is not"),
+        (
+            "--recipe paper-1b-llama --backend te --fp8-format hybrid --ffn-hidden-size 8200",
+            8,
+            "- layers .* 8200 x 2048",
+        ),
+        ("--recipe paper-1b-llama --backend te --fp8-format hybrid --seq-length 8184", 8, "8184 tokens on each rank"),
         ("--recipe paper-1b-intra --hiden-size 3", 8, "Did you mean --hidden-size"),
     ],
 )

@@ -11,7 +11,7 @@ from megatron_hybrid.accounting.tensors import weights
 from megatron_hybrid.accounting.traffic import CommunicationSettings
 from megatron_hybrid.costs.parameters import layer_linears
 from megatron_hybrid.plan.figures import times
-from megatron_hybrid.plan.time import recomputed_flops, spans, step_time
+from megatron_hybrid.plan.time import EIGHT_BIT_EFFICIENCY, recomputed_flops, spans, step_time
 from tests.plan.support import machine, silent, small
 
 
@@ -36,6 +36,33 @@ def test_one_gpu_computes_and_steps(pattern):
     found = times(s, m)
     assert found["mfu"] == pytest.approx(0.40 * step.compute / step.total, rel=1e-9)
     assert found["tokens_per_second"] == 48 * 512 / found["step"]
+
+
+EIGHT_BITS = "--backend te --fp8-format hybrid --fp8-recipe tensorwise --mamba-num-heads 16"
+
+
+@pytest.mark.parametrize("pattern", ["M-*-", "M-*-/M-"])
+@pytest.mark.parametrize("recompute", [None, "uniform"])
+def test_linear_layers_are_faster_in_8_bits(pattern, recompute):
+    """All of them but the output head, and the prediction heads' projection of state and token."""
+    again = f"--recompute-granularity full --recompute-method {recompute} --recompute-num-layers 1" if recompute else ""
+    s, m = small(pattern, f"{EIGHT_BITS} {again}", 1), machine()
+    plain = small(pattern, f"--backend te --mamba-num-heads 16 {again}", 1)
+    layers = s.pattern.layers
+    products = 2 * sum(weights(layer_linears(symbol, s.sizes)) for symbol in layers) * (4 if recompute else 3)
+    if "/" in pattern:
+        products += 2 * 3 * (sum(weights(layer_linears(symbol, s.sizes)) for symbol in s.pattern.mtp) + 2 * 384**2)
+    tokens = s.layout.global_batch * s.sizes.seq_length
+    rate = 989e12 * 0.40
+    faster = products * tokens / rate * (1 - 989 / (1979 * EIGHT_BIT_EFFICIENCY))
+    less = step_time(plain, m).pipeline - step_time(s, m).pipeline
+    assert less == pytest.approx(faster, rel=1e-9) and less > 0
+
+
+def test_8_bits_need_a_peak_that_is_known():
+    s = small("M-*-", EIGHT_BITS, 1)
+    with pytest.raises(ValueError, match="--fp8-format: A100 SXM 80GB has no peak in 8 bits that is known"):
+        step_time(s, machine(costs.gpu("a100-80gb")))
 
 
 def test_two_stages_by_hand():

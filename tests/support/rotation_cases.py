@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels.columns import split_columns
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, Turns, split_and_rotate, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns, Turns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
 
 LAYOUTS = {
     "grouped": HeadColumns(groups=2, queries=3, keys=1, values=1, width=16, value_width=16),
@@ -33,10 +34,7 @@ def upstreams(x: Tensor, heads: HeadColumns, turn: Tensor | None, interleaved: b
     grouped = x.unflatten(-1, (heads.groups, -1))
     widths = [heads.queries * heads.width, heads.keys * heads.width, heads.values * heads.value_width]
     sizes = (heads.width, heads.width, heads.value_width)
-    parts = [
-        part.reshape(*x.shape[:2], -1, size)
-        for part, size in zip(grouped.split(widths, -1), sizes, strict=True)
-    ]
+    parts = [part.reshape(*x.shape[:2], -1, size) for part, size in zip(grouped.split(widths, -1), sizes, strict=True)]
     if turn is None:
         return tuple(parts)
     turned = (_apply_rotary_pos_emb_bshd(t, turn, rotary_interleaved=interleaved, mscale=factor) for t in parts[:2])

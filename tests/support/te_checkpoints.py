@@ -57,6 +57,13 @@ def main(out: str, scratch: str, folder: str) -> None:
             for pattern, pair in ((EVERY_SYMBOL, models), (PREDICTS_TWO_TOKENS, mtp))
         },
         "classes": {name: type(module).__name__ for name, module in models["te"].named_modules()},
+        "padded": {
+            f"{name}, {'8 bits' if fp8 else 'bf16'}": padded(module, fp8)
+            for name, module in models["te"].named_modules()
+            if type(module).__name__ == "AlignedNormColumnLinear"
+            for fp8 in (False, True)
+        },
+        "fuses_later": asks_for_weight_first() if real else None,
         "crossed": {
             "torch to te": cross(models["torch"], build("te", EVERY_SYMBOL), Path(scratch) / "torch"),
             "te to torch": cross(models["te"], build("torch", EVERY_SYMBOL), Path(scratch) / "te"),
@@ -84,6 +91,33 @@ def build(backend: str, pattern: str) -> Any:
     config = model_config(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return config.get_builder_cls()(config).build_model(groups, pre_process=True, post_process=True)
+
+
+def padded(linear: Any, fp8: bool) -> dict[str, Any]:
+    """What the linear computes with: rows of its weight, and of that with zeros; whether gradients come back."""
+    import torch
+
+    linear.fp8, linear.may_fuse = fp8, True
+    linear.weight.grad = None
+    weight, _ = linear._get_weight_and_bias_tensors()
+    rows = len(linear.weight)
+    same = torch.equal(weight[:rows], linear.weight) and not weight[rows:].any()
+    gradient = torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight)
+    weight.backward(gradient) if weight.grad_fn else None
+    back = weight is linear.weight or torch.equal(linear.weight.grad, gradient[:rows])
+    linear.fp8 = False
+    return {"rows": rows, "padded": len(weight), "same": same, "back": back, "fused": linear.fuse_wgrad_accumulation}
+
+
+def asks_for_weight_first() -> bool:
+    """Whether LayerNormLinear reads how to compute gradients after it has asked for its weight."""
+    import inspect
+
+    from transformer_engine.pytorch import LayerNormLinear
+
+    source = inspect.getsource(LayerNormLinear.forward)
+    places = [source.index(word) for word in ("prepare_forward(", "_get_weight_and_bias_tensors(")]
+    return places == sorted(places) and places[-1] < source.index("self.fuse_wgrad_accumulation")
 
 
 def sharded(model: Any) -> dict[str, Any]:

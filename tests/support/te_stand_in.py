@@ -144,6 +144,9 @@ class LayerNormLinear(Linear):
             self.add(name, (others["in_features"],), sequence_parallel=self.sequence_parallel)
         super().build(**others)
 
+    def _get_weight_and_bias_tensors(self) -> tuple[torch.Tensor, Any]:
+        return self.weight, None
+
 
 class GroupedLinear(_Layer):
     def build(self, num_gemms: int, in_features: int, out_features: int, bias: bool = True, **others: Any) -> None:

@@ -2,7 +2,7 @@
 """Time the core of a Mamba-2 layer by each of its kernels: convolution, scan and gate, forward and backward.
 
     python tools/benchmarks/mamba_core.py --json out.json
-    python tools/benchmarks/mamba_core.py --search scan_states scan_output
+    python tools/benchmarks/mamba_core.py --search scan_forward scan_output
 
 From the projection [s, b, W] to y [s, b, h p], as a layer uses it: mamba_ssm takes [b, s, ...], and the copies on its
 way in and out count; `batch first` is without them. Each is first compared with torch's operations in fp32, output and

@@ -173,7 +173,11 @@ FAMILIES: dict[str, list[Row]] = {
             --loss-scale-window --hysteresis --fp16-lm-cross-entropy --accumulate-allreduce-grads-in-fp32
             --grad-reduce-in-bf16 --disable-bf16-reduced-precision-matmul""",
         ),
-        yes("Transformer Engine on CUDA; tested with tensorwise scaling", "--fp8-format --fp8-recipe"),
+        yes(
+            "Transformer Engine on CUDA, with the recipes `tensorwise`, `delayed` and `blockwise`; linear layers are "
+            "in 8 bits, scans, convolutions, attention, router and output head in bf16",
+            "--fp8-format --fp8-recipe",
+        ),
         untried(
             "Transformer Engine on CUDA",
             """--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad

@@ -36,7 +36,7 @@ def _load_factor(factor, w, exists, W: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def fusion_kernel(
     x1, x2, factor1, factor2, out, inverses1, inverses2, rows, samples, eps,
     x1_token, x1_sample, x2_token, x2_sample, out_token, out_sample,
     SIGN: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, FACTOR1: tl.constexpr,
@@ -65,7 +65,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def fusion_gradients_kernel(
     dy, x1, x2, factor1, factor2, inverses1, inverses2, dx1, dx2, sums, rows, samples, dy_token, dy_sample,
     x1_token, x1_sample, x2_token, x2_sample, dx1_token, dx1_sample, dx2_token, dx2_sample,
     SIGN: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, FACTOR1: tl.constexpr,
@@ -132,7 +132,7 @@ def add_forward(
     options = launch_options("branch_fusion_forward", shape_class(width))
     samples, strides, aligned = aligned_strides(width, x1, x2, out)
     f1, f2 = (x1 if f is None else f for f in factors)
-    _forward[(triton.cdiv(rows, options["ROWS"]), count)](
+    fusion_kernel[(triton.cdiv(rows, options["ROWS"]), count)](
         x1, x2, f1, f2, out, one, other, rows, samples, eps, *strides,
         SIGN=sign, GROUPS=count, WIDTH=width, NORM=groups is not None, FACTOR1=factors[0] is not None,
         FACTOR2=factors[1] is not None, ALIGNED=aligned, W=triton.next_power_of_2(width), **options,
@@ -155,7 +155,7 @@ def add_backward(
     sums = torch.empty(2, programs, channels, dtype=torch.float32, device=x1.device)
     samples, strides, aligned = aligned_strides(width, dy, x1, x2, dx1, dx2)
     f1, f2 = (x1 if f is None else f for f in factors)
-    _backward[(programs, count)](
+    fusion_gradients_kernel[(programs, count)](
         dy, x1, x2, f1, f2, *inverses, dx1, dx2, sums, rows, samples, *strides,
         SIGN=sign, GROUPS=count, WIDTH=width, NORM=groups is not None, FACTOR1=factors[0] is not None,
         FACTOR2=factors[1] is not None, ALIGNED=aligned, W=triton.next_power_of_2(width), **options,

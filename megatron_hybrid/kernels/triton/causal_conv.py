@@ -35,7 +35,7 @@ WIDTHS = (2, 3, 4)
 
 
 @triton.jit
-def _forward(
+def convolution_kernel(
     x,
     weight,
     bias,
@@ -91,7 +91,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def convolution_gradients_kernel(
     dy,
     x,
     weight,
@@ -225,7 +225,7 @@ def causal_conv_forward(
     grid = (triton.cdiv(c, options["CHANNELS"]) * triton.cdiv(s, options["TOKENS"]), b)
     aligned = _alignment(x, out)
     strides = [n // aligned for t in (x, out) for n in t.stride()[:2]]
-    _forward[grid](
+    convolution_kernel[grid](
         x,
         weight,
         weight if bias is None else bias,
@@ -276,7 +276,7 @@ def causal_conv_backward(
     d_initial = None if initial_states is None else torch.empty_like(initial_states)
     aligned = _alignment(dy, x, dx)
     strides = [n // aligned for t in (dy, x, dx) for n in t.stride()[:2]]
-    _backward[triton.cdiv(c, options["CHANNELS"]) * shares, b](
+    convolution_gradients_kernel[triton.cdiv(c, options["CHANNELS"]) * shares, b](
         dy,
         x,
         weight,

@@ -27,7 +27,7 @@ from megatron_hybrid.kernels.triton.norm_tiles import (
 
 
 @triton.jit
-def _forward(
+def rms_norm_kernel(
     x, factor, out, inverses, rows, samples, eps, x_token, x_sample, out_token, out_sample,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -48,7 +48,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def rms_norm_gradients_kernel(
     dy, x, factor, inverses, beside, dx, sums, rows, samples, dy_token, dy_sample, x_token, x_sample, beside_token,
     beside_sample, dx_token, dx_sample,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, FACTOR: tl.constexpr, BESIDE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -106,7 +106,7 @@ def rms_norm_forward(x: Tensor, factor: Tensor | None, groups: int, eps: float, 
     inverses = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
     options = launch_options("rms_norm_forward", shape_class(width))
     samples, strides, aligned = aligned_strides(width, x, out)
-    _forward[(triton.cdiv(rows, options["ROWS"]), groups)](
+    rms_norm_kernel[(triton.cdiv(rows, options["ROWS"]), groups)](
         x, factor if factor is not None else x, out, inverses, rows, samples, eps, *strides,
         GROUPS=groups, WIDTH=width, FACTOR=factor is not None, ALIGNED=aligned, W=triton.next_power_of_2(width),
         **options,
@@ -139,7 +139,7 @@ def rms_norm_backward(
     sums = torch.empty(programs, groups * width if factor is not None else 0, dtype=torch.float32, device=x.device)
     other = beside if beside is not None else x
     samples, strides, aligned = aligned_strides(width, dy, x, other, dx)
-    _backward[(programs, groups)](
+    rms_norm_gradients_kernel[(programs, groups)](
         dy, x, factor if factor is not None else x, inverses, other, dx, sums, rows, samples, *strides,
         GROUPS=groups, WIDTH=width, FACTOR=factor is not None, BESIDE=beside is not None, ALIGNED=aligned,
         W=triton.next_power_of_2(width), **options,

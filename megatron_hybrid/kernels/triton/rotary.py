@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels.columns import GradientPlace
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, Turns
+from megatron_hybrid.kernels.head_columns import HeadColumns, Turns
 from megatron_hybrid.kernels.triton.configs import launch_options
 
 

@@ -29,6 +29,7 @@ def receivers_kernel(
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """d_C gets fp32 [SPLITS, b, c CHUNK, g n] and d_scores, the sum of H, [SPLITS, b, g, c, CHUNK, CHUNK].
 
@@ -57,7 +58,7 @@ def receivers_kernel(
         seen = seen & (mine[:, None] == mine[None, :])
     summed = tl.zeros((CHUNK, CHUNK), tl.float32)
     d_C_tile = tl.zeros((CHUNK, STATES), tl.float32)
-    for k in range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS):
+    for k in tl.range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS, num_stages=STAGES):
         head = group * GROUP + k // BLOCKS
         p0 = k % BLOCKS * CHANNELS
         column, width = head * HEAD_DIM + p0, HEAD_DIM - p0
@@ -97,6 +98,7 @@ def senders_kernel(
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, HAS_D: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """d_B is like d_C above, d_columns like d_rows and d_D [b, c, h p], all fp32."""
     x_s, maps_s, d_y_s, d_x_s = x_s * ALIGNED, maps_s * ALIGNED, d_y_s * ALIGNED, d_x_s * ALIGNED
@@ -124,7 +126,7 @@ def senders_kernel(
     square = (((split * batch + b) * (heads // GROUP) + group) * chunks + chunk) * (CHUNK * CHUNK)
     summed = load_tile(d_scores + square, CHUNK, i, i, CHUNK, CHUNK, True, True)  # receiver, sender
     d_B_tile = tl.dot(tl.trans(summed.to(DTYPE)), C_tile, input_precision=PRECISION)
-    for k in range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS):
+    for k in tl.range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS, num_stages=STAGES):
         head = group * GROUP + k // BLOCKS
         p0 = k % BLOCKS * CHANNELS
         column, width = head * HEAD_DIM + p0, HEAD_DIM - p0

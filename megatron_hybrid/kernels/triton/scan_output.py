@@ -25,6 +25,7 @@ def output_kernel(
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, WHOLE_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """x, z, out [b, s, h p], B and C [b, s, g n]; a program's heads are those of split ``program_id(2) % SPLITS``.
 
@@ -55,7 +56,7 @@ def output_kernel(
         before, end = chunk_documents(documents, chunk, length, CHUNK)
         mine = tl.load(documents + start + i, mask=i < left, other=-1)
         seen = seen & (mine[:, None] == mine[None, :])
-    for k in range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS):
+    for k in tl.range(split * GROUP // SPLITS * BLOCKS, (split + 1) * GROUP // SPLITS * BLOCKS, num_stages=STAGES):
         head = group * GROUP + k // BLOCKS
         p0 = k % BLOCKS * CHANNELS
         column, width = head * HEAD_DIM + p0, HEAD_DIM - p0

@@ -31,13 +31,14 @@ def gate(z):
 
 
 @triton.jit
-def forward_kernel(
+def states_kernel(
     x, B, steps, sums, documents, first, states, last,
     x_b, x_s, maps_b, maps_s, length, heads, chunks, batch, SEGMENT,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, STORES: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [b, s, h p], B [b, s, g n]; first and last are [segments, b, h, p, n] fp32.
 
@@ -64,7 +65,7 @@ def forward_kernel(
     steps += (b * heads + head) * (chunks * CHUNK)
     sums += (b * heads + head) * (chunks * CHUNK)
     states += (b * chunks * heads + head) * (HEAD_DIM * STATE) + p0
-    for c in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, chunks)):
+    for c in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, chunks), num_stages=STAGES):
         start = c * tokens
         left = length - c * CHUNK
         x_tile = load_tile(x + start * x_s, x_s, i, p, left, width, WHOLE_CHUNKS, ALL_P)
@@ -86,13 +87,14 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def state_gradients_kernel(
     d_y, C, sums, documents, first, states, d_states, last, overlaps,
     d_y_b, d_y_s, maps_b, maps_s, length, heads, chunks, batch, SEGMENT,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, GROUP: tl.constexpr, STORES: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, WHOLE_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the end back; first, last and d_states as in the forward walk, d_states at each chunk's end.
 
@@ -121,7 +123,7 @@ def backward_kernel(
     d_states += (b * chunks * heads + head) * (HEAD_DIM * STATE) + p0
     overlaps += b * chunks * heads * HEAD_DIM + head * HEAD_DIM + p0
     end_of_segment = tl.minimum((segment + 1) * SEGMENT, chunks)
-    for k in range(segment * SEGMENT, end_of_segment):
+    for k in tl.range(segment * SEGMENT, end_of_segment, num_stages=STAGES):
         c = end_of_segment - 1 - (k - segment * SEGMENT)
         start = c * tokens
         left = length - c * CHUNK

@@ -17,7 +17,7 @@ from megatron_hybrid.kernels.triton.configs import launch_options
 from megatron_hybrid.kernels.triton.scan_gradient import receivers_kernel, senders_kernel
 from megatron_hybrid.kernels.triton.scan_output import output_kernel
 from megatron_hybrid.kernels.triton.scan_steps import steps_backward_kernel, steps_kernel
-from megatron_hybrid.kernels.triton.scan_walks import backward_kernel, forward_kernel
+from megatron_hybrid.kernels.triton.scan_walks import state_gradients_kernel, states_kernel
 
 CHUNK = 64
 """Tokens of a chunk; a matrix product on Hopper has at least 64 rows."""
@@ -164,7 +164,7 @@ def _forward(scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, last: Tens
     aligned, rows = _rows(scan.x, scan.B)
 
     def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
-        forward_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
+        states_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
             scan.x, scan.B, steps, sums, _or(scan.documents, sums), _or(first, sums), states, _or(last, sums),
             *rows, s, h, c, b, triton.cdiv(c, segments),
             STORES=stores, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
@@ -220,7 +220,7 @@ def _backward(
     aligned, rows = _rows(d_y, scan.C)
 
     def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
-        backward_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
+        state_gradients_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
             d_y, scan.C, sums, _or(scan.documents, sums), _or(first, sums), states, d_states, _or(last, sums), overlaps,
             *rows, s, h, c, b, triton.cdiv(c, segments),
             STORES=stores, HAS_FIRST=first is not None, HAS_LAST=last is not None, ALIGNED=aligned, **_shared(scan),
@@ -284,15 +284,14 @@ def _shared(scan: Scan) -> dict[str, Any]:
         "WHOLE_CHUNKS": scan.sizes[1] % CHUNK == 0,
         "PRECISION": "tf32x3" if scan.x.dtype == torch.float32 else "tf32",
         "CHUNK": CHUNK,
-        "STATES": max(16, triton.next_power_of_2(n)),
+        "STATES": max(64, triton.next_power_of_2(n)),
         "DTYPE": _TYPES[scan.x.dtype],
     }
 
 
 def _options(scan: Scan, kernel: str) -> dict[str, Any]:
-    """A kernel's line of the table of configurations; no more channels in a tile than a head has."""
-    options = launch_options(kernel, str(scan.x.element_size()))
-    return options | {"CHANNELS": max(16, min(options["CHANNELS"], triton.next_power_of_2(scan.head_dim)))}
+    """A kernel's line of the table of configurations."""
+    return launch_options(kernel, str(scan.x.element_size()))
 
 
 def _splits(scan: Scan, kernel: str) -> tuple[int, dict[str, Any]]:

@@ -54,6 +54,9 @@ class AttentionAccount(Account):
         qk_norms = norm_sizes(s, s.head_dim) * 2 if s.qk_norm else []
         return dense(norm_sizes(s) + linear(out, s.bias) + linear(qkv, s.bias or s.qkv_bias) + qk_norms)
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        return self.linears(s)
+
     def conv_flops(self, s: Sizes) -> float:
         return 0.0
 
@@ -81,9 +84,15 @@ class AttentionAccount(Account):
         # without RoPE q is a copy all the same where key heads interrupt it: its heads are made one dimension
         rotated = [Saved("q", (t, q), e)] * (r.settings.rope or s.query_groups > 1)
         rotated += [Saved("k after RoPE", (t, kv), e)] * r.settings.rope
-        out = Saved("output, input of the output projection", (t, q), e)
+        one_kernel = not r.cpu and s.query_groups >= 1
+        if one_kernel:  # which copies all of them (layers/attention/rotated_heads.py)
+            before, rotated = [Saved("v", (t, kv), e)], [Saved("q", (t, q), e), Saved("k", (t, kv), e)]
+        table = rope(r, s.head_dim, one_kernel)
+        out = [Saved("output, input of the output projection", (t, q), e)]
+        if r.settings.eight_bit == "delayed":  # other recipes quantise it again (core/transformer/attention.py:427)
+            out.append(Saved("output in 8 bits", (t, q), r.operand))
         if not r.keeps("core_attn"):
-            return [*rope(r, s.head_dim), *before, *rotated, out]
+            return [*table, *before, *rotated, *out]
         core = [Saved("log-sum-exp", (t, s.heads), FP32), *masks(r, seen)]
         kernel = core_kernel(r.settings, (s.head_dim, s.head_dim), is_masked(r, seen), cp > 1)
         if kernel == "flex":  # it takes contiguous copies
@@ -94,7 +103,7 @@ class AttentionAccount(Account):
             core.append(Saved("outputs of two chunks", (t, q), e))
         else:
             q_k_v = before + rotated
-        return [*rope(r, s.head_dim), *q_k_v, *core, out]
+        return [*table, *q_k_v, *core, *out]
 
     def kernels(self, args: Any) -> str | None:
         if args.backend == "te" and not args.reset_attention_mask:

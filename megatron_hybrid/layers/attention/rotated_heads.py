@@ -10,7 +10,8 @@ from typing import Any
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns, Turns, split_and_rotate, takes, turns_of
+from megatron_hybrid.kernels.head_columns import HeadColumns, Turns
+from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, takes, turns_of
 
 
 class RotatedHeads(SelfAttention):

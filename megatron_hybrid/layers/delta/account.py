@@ -3,6 +3,7 @@
 from math import ceil
 
 from megatron_hybrid.accounting.cache import Cache
+from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import Convention, pairs_in_chunks
@@ -67,6 +68,10 @@ class DeltaAccount(Account):
         mixer = [heads, heads, *linear(project, False), conv_weights(s), *head_norm, *linear(out, False)]
         return dense(norm_sizes(s) + mixer)
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        (hidden, width), out = self.linears(s)
+        return [(hidden, padded_rows(width, eight_bit=True)), out]
+
     def conv_flops(self, s: Sizes) -> float:
         return 2 * conv_weights(s)
 
@@ -98,7 +103,7 @@ class DeltaAccount(Account):
         gated_norm = [
             *saved_norm(r, t * value_heads, s.delta_value_dim),
             Saved("normed, its gate, the gate activated", (t, v, 1), e + 2 * FP32),
-            Saved("input of the output projection", (r.tokens, v * cp), e),
+            Saved("input of the output projection", (r.tokens, v * cp), r.operand),
         ]
         _, weight = projected_columns(r, self.linears(s)[0][1])
         return [*weight, *lines, *(_torch_rule if r.cpu else _fla_rule)(r, t, value_heads), *gated_norm]

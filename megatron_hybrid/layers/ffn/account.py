@@ -33,6 +33,9 @@ class FFNAccount(Account):
     def tensors(self, whole: Sizes, s: Sizes, tp: int) -> list[Tensor]:
         return dense(norm_sizes(s) + ffn_tensors(s, s.ffn))
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        return self.linears(s)
+
     def conv_flops(self, s: Sizes) -> float:
         return 0.0
 

@@ -15,6 +15,7 @@ from megatron_hybrid.accounting.attention_core import (
     rope,
 )
 from megatron_hybrid.accounting.cache import Cache
+from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import (
@@ -82,6 +83,14 @@ class IntraAccount(Account):
         out = sum(d.out_parts.values()) * s.hidden
         return dense([*norm_sizes(s), *branches, *_fusion_tensors(d), *project, out])
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        """Without an input projection with rows that ranks share, which is torch's (layers/parts.py)."""
+        (hidden, width), out = self.linears(s)
+        return [(hidden, padded_rows(width, eight_bit=True)), out][not self.reads_in_8_bits(whole, tp) :]
+
+    def reads_in_8_bits(self, whole: Sizes, tp: int) -> bool:
+        return not min(part.units for part in self.design(whole).in_parts) < tp
+
     def conv_flops(self, s: Sizes) -> float:
         d = self.design(s)
         return d.branches.count("mamba") * conv_flops(d.ssm_dim, d.ssm_groups, d.state_dim)
@@ -133,7 +142,7 @@ class IntraAccount(Account):
         width = sum(part.rows for part in d.in_parts)
         columns, weight = projected_columns(r, width, min(part.units for part in self.design(r.whole).in_parts))
         projected = Saved("input projection", (t, columns), e)
-        out = Saved("fused, input of the output projection", (t, sum(d.out_parts.values())), e)
+        out = Saved("fused, input of the output projection", (t, sum(d.out_parts.values())), r.operand)
         if not r.keeps("intra"):
             table = Saved("RoPE: angles", angles(r, d.qk_head_dim), FP32)
             return [*weight, projected, *[table] * (r.settings.rope and "attention" in d.branches), out]
@@ -157,7 +166,7 @@ class IntraAccount(Account):
 
     def exchanges(self, m: MicroBatch) -> list[Exchange]:
         d, local, tp = self.design(m.sizes), self.design(m.local), m.layout.tp
-        found = projections(m)
+        found = projections(m, shares_rows=not self.reads_in_8_bits(m.sizes, tp))
         for kind in d.branches:
             if kind == "attention":  # keys are repeated where each query head has values of its own
                 heads = max(1, d.value_heads // tp)
@@ -232,7 +241,7 @@ def _attention_saved(r: Rank, d: IntraDesign, columns: int) -> tuple[list[Saved]
     widths = d.qk_head_dim, d.value_head_dim
     value_heads, masked = max(1, d.value_heads), is_masked(r, d.window)
     kernel = core_kernel(r.settings, widths, masked, cp > 1)
-    lines = rope(r, d.qk_head_dim)
+    lines = rope(r, d.qk_head_dim, one_kernel=not r.cpu)
     before = [Saved("q", (t, n * widths[0]), e), Saved("k", (t, value_heads * widths[0]), e)] * r.settings.rope
     if not r.keeps("core_attn"):
         return [*lines, *before], True

@@ -30,8 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns
-from megatron_hybrid.layers.aligned_linear import AlignedColumnLinear
+from megatron_hybrid.kernels.head_columns import HeadColumns
 from megatron_hybrid.layers.attention.module import RoPE, TorchCoreAttention, model_rope, rotary_table
 from megatron_hybrid.layers.attention.rotated_heads import RotatedHeads
 from megatron_hybrid.layers.intra.branch_inputs import BranchInputs
@@ -215,7 +214,7 @@ class IntraHybrid(MegatronModule):
         config, tp = self.config, self.tp_group.size()
         shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         in_proj = getattr(submodules.in_proj, "module", submodules.in_proj)
-        own: dict[str, Any] = {"keeps_padding": True} if issubclass(in_proj, AlignedColumnLinear) else {}
+        own: dict[str, Any] = {"keeps_padding": True} if getattr(in_proj, "pads_rows", False) else {}
         if in_proj is SharedRowsLinear:
             own["parts"] = self.design.in_parts
         self.in_proj = build_module(

@@ -1,6 +1,7 @@
 """Costs of Mamba-2: ``M``."""
 
 from megatron_hybrid.accounting.cache import Cache
+from megatron_hybrid.accounting.projection import padded_rows
 from megatron_hybrid.accounting.saved import FP32, Rank, Saved, projected_columns
 from megatron_hybrid.accounting.saved import norm as saved_norm
 from megatron_hybrid.accounting.scan import (
@@ -45,6 +46,14 @@ class MambaAccount(Account):
         mixer = [*scan_tensors(inner + own_states, s.mamba_heads, shared), *project, inner, inner * s.hidden]
         return dense(mixer + norm_sizes(s))  # upstream registers the norm behind the mixer
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        """Without an input projection with rows that ranks share, which is torch's (layers/parts.py)."""
+        (hidden, width), out = self.linears(s)
+        return [(hidden, padded_rows(width, eight_bit=True)), out][not self.reads_in_8_bits(whole, tp) :]
+
+    def reads_in_8_bits(self, whole: Sizes, tp: int) -> bool:
+        return not whole.mamba_groups < tp
+
     def conv_flops(self, s: Sizes) -> float:
         return conv_flops(s.mamba_heads * s.mamba_head_dim, s.mamba_groups, s.state_dim)
 
@@ -62,7 +71,7 @@ class MambaAccount(Account):
         inner = s.mamba_heads * s.mamba_head_dim
         width = 2 * inner + 2 * s.mamba_groups * s.state_dim + s.mamba_heads
         _, weight = projected_columns(r, width, r.whole.mamba_groups)
-        out = Saved("normed, input of the output projection", (t, inner), r.e)
+        out = Saved("normed, input of the output projection", (t, inner), r.operand)
         scan = s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_dim
         if not r.keeps("ssm"):
             return [*weight, scan_input(r, *scan), out]
@@ -77,7 +86,9 @@ class MambaAccount(Account):
     def exchanges(self, m: MicroBatch) -> list[Exchange]:
         s, local = m.sizes, m.local
         inner = local.mamba_heads * s.mamba_head_dim
-        found = projections(m) + scan_exchanges(m, inner, s.mamba_head_dim, local.mamba_groups, s.state_dim)
+        found = projections(m, shares_rows=not self.reads_in_8_bits(s, m.layout.tp)) + scan_exchanges(
+            m, inner, s.mamba_head_dim, local.mamba_groups, s.state_dim
+        )
         if s.mamba_groups < m.layout.tp:
             found.append(spanning_norm(m, s.mamba_groups, "ssm"))
         return found

@@ -106,10 +106,11 @@ class HybridMambaMixer(MambaMixer):
         **kwargs: Any,
     ):
         groups, tp = config.mamba_num_groups, pg_collection.tp.size()
+        config = copy.copy(config)
+        config.fp8 = None  # upstream would refuse odd widths (:251), which the input projection pads
         if groups < tp:
             if issubclass(getattr(submodules.in_proj, "module", submodules.in_proj), SharedRowsLinear):
                 submodules = replace(submodules, in_proj=_shared_input(config, groups))
-            config = copy.copy(config)
             config.mamba_num_groups = tp  # for upstream: one group for each rank
         super().__init__(config, submodules, *args, pg_collection=pg_collection, **kwargs)
         self.cp.__class__ = SampleContextParallel

@@ -54,6 +54,18 @@ class ExpertsAccount(FFNAccount):
                 found.append((s.hidden, 1))
         return found
 
+    def eight_bit_linears(self, whole: Sizes, s: Sizes, tp: int) -> list[Linear]:
+        """Of all experts on the rank; router and gate are torch's."""
+        shared = ffn_linears(s, s.shared_ffn) if s.shared_ffn else []
+        return ffn_linears(s, s.expert_ffn) * (s.experts // s.expert_ranks) + shared
+
+    def eight_bit_flops(self, whole: Sizes, tp: int) -> float:
+        shared = ffn_linears(whole, whole.shared_ffn) if whole.shared_ffn else []
+        return 2 * weights(ffn_linears(whole, whole.expert_ffn) * whole.topk + shared)
+
+    def reads_in_8_bits(self, whole: Sizes, tp: int) -> bool:
+        return False  # the router does, too
+
     def tensors(self, whole: Sizes, s: Sizes, tp: int) -> list[Tensor]:
         """Router, routed experts one by one, shared expert; its gate has no bias, and itself allows none.
 
@@ -94,11 +106,15 @@ class ExpertsAccount(FFNAccount):
             Saved("router's scores", (t, s.experts), FP32),
             *_choice(r),
             *_order(r),
-            Saved("tokens by expert", (n, s.hidden), e),
+            Saved("tokens by expert", (n, s.hidden), r.operand),
             Saved("routing probabilities", (n,), FP32),
             *(_at_once(r, n) or ffn(r, n, s.expert_ffn, routed=True)),
         ]
         if s.shared_ffn and r.keeps("shared_experts"):
+            if (
+                r.settings.eight_bit == "delayed"
+            ):  # other recipes quantise it again (core/transformer/moe/shared_experts.py)
+                lines.append(Saved("shared: input in 8 bits", (t, s.hidden), r.operand))
             lines += [line._replace(name=f"shared: {line.name}") for line in ffn(r, r.tokens, s.shared_ffn)]
             if s.shared_gate:  # core/transformer/moe/shared_experts.py, ``SharedExpertMLP.forward``
                 lines += [Saved("shared: before its gate", (t, s.hidden), e), Saved("shared: its gate", (t,), e)]

@@ -23,8 +23,8 @@ def resources(name, kernel, size, **changes):
 
 
 KERNELS = {
-    "causal_conv_forward": causal_conv._forward,
-    "causal_conv_backward": causal_conv._backward,
+    "causal_conv_forward": causal_conv.convolution_kernel,
+    "causal_conv_backward": causal_conv.convolution_gradients_kernel,
 }
 
 

@@ -11,10 +11,16 @@ from tests.support.triton_compiler import compiled
 FP32 = {"inverses", "inverses1", "inverses2", "sums"}
 NUMBERS = {"rows": 32768, "samples": 4, "eps": 1e-5}
 KERNELS = {
-    "rms_norm_forward": (rms_norm._forward, {"FACTOR": True}),
-    "rms_norm_backward": (rms_norm._backward, {"FACTOR": True, "BESIDE": True}),
-    "branch_fusion_forward": (branch_fusion._forward, {"SIGN": -1, "NORM": True, "FACTOR1": True, "FACTOR2": True}),
-    "branch_fusion_backward": (branch_fusion._backward, {"SIGN": 1, "NORM": True, "FACTOR1": True, "FACTOR2": True}),
+    "rms_norm_forward": (rms_norm.rms_norm_kernel, {"FACTOR": True}),
+    "rms_norm_backward": (rms_norm.rms_norm_gradients_kernel, {"FACTOR": True, "BESIDE": True}),
+    "branch_fusion_forward": (
+        branch_fusion.fusion_kernel,
+        {"SIGN": -1, "NORM": True, "FACTOR1": True, "FACTOR2": True},
+    ),
+    "branch_fusion_backward": (
+        branch_fusion.fusion_gradients_kernel,
+        {"SIGN": 1, "NORM": True, "FACTOR1": True, "FACTOR2": True},
+    ),
 }
 
 

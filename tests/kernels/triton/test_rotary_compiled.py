@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron_hybrid.kernels.qkv_rotation import HeadColumns
+from megatron_hybrid.kernels.head_columns import HeadColumns
 from megatron_hybrid.kernels.triton import rotary
 from tests.support.triton_compiler import Resources, compiled
 
@@ -21,9 +21,7 @@ def resources(
     pairs = heads.width // 2 if pairs is None else pairs
     tiles = rotary.tile(heads, pairs, size)
     strides = {}
-    for letter, each, width in zip(
-        "QKV", heads[1:4], (heads.width, heads.width, heads.value_width), strict=True
-    ):
+    for letter, each, width in zip("QKV", heads[1:4], (heads.width, heads.width, heads.value_width), strict=True):
         count = heads.groups * each
         strides |= {f"{letter}S": 4 * count * width, f"{letter}B": count * width, f"{letter}H": width}
     element = {2: "*bf16", 4: "*fp32"}[size]
