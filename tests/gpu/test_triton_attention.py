@@ -24,7 +24,7 @@ def test_output_and_all_gradients(widths, window, sinks, documents):
     check(inputs(b, (8, 2), 1000, 0, widths, torch.bfloat16, "cuda"), window, sinks, 0, documents=DOCUMENTS[documents])
 
 
-@pytest.mark.parametrize("widths", [(128, 128), (40, 24), (128, 64), (256, 256), (8, 16)], ids=str)
+@pytest.mark.parametrize("widths", [(128, 128), (64, 128), (40, 24), (128, 64), (256, 256), (8, 16)], ids=str)
 def test_other_widths(widths):
     check(inputs(3, (8, 2), 1000, 0, widths, torch.bfloat16, "cuda"), 100, 16, 0, documents=DOCUMENTS["many"])
 

@@ -3,11 +3,14 @@
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tests.support.machine_code import overwritten
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -23,6 +26,8 @@ class Resources(NamedTuple):
     """Bytes of shared memory of a program."""
     serialized: bool
     """Products wait for one another where they should not: the assembler says so."""
+    overwritten: list[str]
+    """Products whose left side a loop overwrites: the assembler's mistake (:mod:`tests.support.machine_code`)."""
     ptx: str
 
 
@@ -49,10 +54,14 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) ->
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=HOPPER, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
-        file.write(made.asm["ptx"])
-        file.flush()
-        words = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "ptx"), Path(folder, "cubin")
+        ptx.write_text(made.asm["ptx"])
+        said = _run(triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o", cubin).stderr
+        code = _run(triton.knobs.nvidia.nvdisasm.path, cubin).stdout
     registers, spilled = (int(re.findall(p, said)[-1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    return Resources(registers, spilled, made.metadata.shared, "serialized" in said, made.asm["ptx"])
+    return Resources(registers, spilled, made.metadata.shared, "serialized" in said, overwritten(code), made.asm["ptx"])
+
+
+def _run(*words: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(words, capture_output=True, text=True, check=True)

@@ -2,8 +2,8 @@
 
 Flash attention (Dao, arXiv:2307.08691) whose loops pass over the visible blocks of keys alone: first the sinks, then
 the window. Blocks without a hidden pair need no mask. Each gradient is added up in one program in a fixed order, so
-that two backward passes agree in every bit. Tensors [b, heads, s, width] are read and written through their strides by
-the Tensor Memory Accelerator where there is one.
+that two backward passes agree in every bit. Tensors [b, heads, s, width] are read and written through their strides: by
+the Tensor Memory Accelerator where there is one, but for the queries of a program and what belongs to them.
 """
 
 import math

@@ -1,7 +1,8 @@
 """The forward kernel of :mod:`window_attention`, and what all its kernels share: ranges of keys, scores, masks.
 
 A program has ``BLOCK_M`` rows: ``ROWS`` queries of each of ``PACK`` query heads that read the same keys, so that a
-block of keys serves them all. Tensors are read through descriptors [b, heads, s, width] of any strides. A width that is
+block of keys serves them all. Keys and values are read through descriptors [b, heads, s, width] of any strides, and
+what stands on the left of a product in every pass of a loop by pointers (:func:`read_heads`). A width that is
 no power of two is read in two parts, of ``D0`` and ``D1`` channels for Q and K, ``E0`` and ``E1`` for V; what stands
 behind the tensor's width reads as zero. Positions are those of keys; query row r has position offset + r.
 """
@@ -31,12 +32,13 @@ def read_heads(
     x, stride_b, stride_h, stride_s, b, h, r, rows,
     PACK: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`read` gives, of rows r.. below ``rows`` and ``PACK`` heads, from a tensor of width W by its strides.
+    """What :func:`read` gives, of rows r.. below ``rows`` of ``PACK`` heads of a tensor of width W, by its strides.
 
-    The blocks of several heads come from a descriptor in registers, this in shared memory when it is the left side of
-    a product. ptxas 12.8 and 12.9 (those of Triton 3.6) may give a left side in registers that outlives a loop's passes
-    the registers of another one that the loop computes, and so overwrite it: scores of a wrong Q from the second pass
-    on, at widths of 64 in blocks of 64 keys. So no left side that a loop keeps may stand in registers.
+    A block of several heads that a descriptor loads stands in registers, since Triton 3.6 keeps no reshaped block in
+    shared memory; one loaded by pointers stands in shared memory when it is the left side of a product. That matters:
+    ptxas 12.8 and 12.9 may give a left side that a loop keeps in registers the same registers as one that the loop
+    computes. From the second pass on the scores then came from weights instead of Q, at widths of 64 in blocks of 64
+    keys (tests/support/machine_code.py finds such products).
     """
     row = tl.arange(0, PACK * ROWS)
     s = r + row % ROWS

@@ -29,6 +29,9 @@ def arguments(name, line, widths, window, documents, pack):
         for tensor, ((heads, length), tiles) in blocks.items()
         for i, width in enumerate(tiles)
     }
+    found |= dict.fromkeys(("q", "o", "do"), "*bf16")
+    found |= {f"{tensor}_{stride}": 64 for tensor in ("q", "o", "do") for stride in "bhs"}
+    found |= {"D": widths[0], "E": widths[1]}
     sums = {"pk0": d[0], "pk1": d[1], "pv0": e[0], "pv1": e[1]}
     found |= {
         tensor: f"tensordesc<fp32[1, {n}, {width}]>" if width and window else None for tensor, width in sums.items()
@@ -58,7 +61,9 @@ def test_nothing_is_spilled_and_products_overlap(name, widths, window, documents
     assert found.spilled == 0
     assert not found.serialized
     assert "wgmma.mma_async" in found.ptx
-    assert found.ptx.count("cp.async.bulk.tensor") >= 6 and "ld.global.v" not in found.ptx
+    assert found.overwritten == []
+    assert found.ptx.count("cp.async.bulk.tensor") >= 5
+    assert "ld.global.b16" not in found.ptx and "ld.global.v2" not in found.ptx  # q, o and dy: by 16 bytes
     together = min(REGISTERS // (found.registers * 32 * line["num_warps"]), 227 * 1024 // (found.shared + 1024))
     assert together * line["num_warps"] >= 8  # two groups of warps take turns at the tensor cores
 
@@ -66,4 +71,14 @@ def test_nothing_is_spilled_and_products_overlap(name, widths, window, documents
 @pytest.mark.parametrize("widths", [(40, 24), (256, 256)], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_other_widths_and_heads_compile(name, widths):
-    assert resources(name, widths, True, True, pack=1)[0].spilled == 0
+    found = resources(name, widths, True, True, pack=1)[0]
+    assert found.spilled == 0
+    assert found.overwritten == []
+
+
+@pytest.mark.parametrize("keys", [32, 64, 128])
+@pytest.mark.parametrize("name", ["attention_forward", "attention_query_gradients"])
+def test_the_assembler_overwrites_no_queries_whatever_the_block(name, keys, monkeypatch):
+    line = {**configs.TABLE[name, "64"], "BLOCK_N": keys, "num_stages": 2}
+    monkeypatch.setitem(configs.TABLE, (name, "64"), line)
+    assert resources(name, (64, 64), False, False)[0].overwritten == []
