@@ -43,7 +43,7 @@ def is_available():
     seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
     return True
 torch.cuda.is_available = is_available
-def stop(argv, device, print_config=False):
+def stop(argv, device, print_config=False, world=None):
     print(device, seen)
     sys.exit(0)
 arguments.parse = stop

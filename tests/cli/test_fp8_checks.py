@@ -1,6 +1,7 @@
 """Rules of --fp8-format, on arguments as Megatron parses them."""
 
 import copy
+import functools
 
 import pytest
 
@@ -8,11 +9,16 @@ from megatron_hybrid.cli import fp8_checks
 from megatron_hybrid.plan.subject import read
 
 LINE = "--recipe paper-1b-intra --backend te --fp8-format hybrid --fp8-recipe tensorwise"
-BASE = read(LINE.split(), 1).args
+
+
+@functools.cache
+def base():
+    """Not made when the file is imported: the CPU engine, which stands in for a GPU here, stays in a process."""
+    return read(LINE.split(), 1).args
 
 
 def changed(**values):
-    args = copy.copy(BASE)
+    args = copy.copy(base())
     vars(args).update({"device_capability": None, **values})
     return args
 
@@ -56,7 +62,7 @@ def test_products_of_mixers_are_padded():
     from megatron_hybrid import costs
     from megatron_hybrid.layers.registry import LAYERS
 
-    sizes = costs.sizes_of(BASE)
+    sizes = costs.sizes_of(base())
     shapes = {symbol: LAYERS[symbol].account.eight_bit_linears(sizes, sizes, 1)[0] for symbol in "MP"}
     assert shapes == {"M": (2048, 8480), "P": (2048, 6848)}
     assert [LAYERS[symbol].account.linears(sizes)[0][1] for symbol in "MP"] == [8480, 6834]

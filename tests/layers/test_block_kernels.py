@@ -33,7 +33,8 @@ JOINT = "--intra-output joint --intra-norm group"
 def test_a_layer_is_the_one_of_torchs_operations(ranks, symbol, flags, kernels):
     case = {"symbol": symbol, "flags": flags, "length": 9}
     ((ours, ran),), ((theirs, none),) = (ranks(1).run(block_runs.layer, ours=way, **case) for way in (True, False))
-    assert (ran, none) == (kernels, [])
+    # RoPE of an attention branch writes its gradient there, too, either way
+    assert [[name for name in names if name != "columns"] for names in (ran, none)] == [kernels, []]
     compare(ours, theirs)
 
 
@@ -45,7 +46,7 @@ def test_the_scan_writes_its_gradient_into_that_of_a_padded_projection(ranks, sy
     case = {"symbol": symbol, "length": 9, "ours": True}
     ((ours, ran),) = ranks(1).run(block_runs.layer, flags=f"{ODD} --ssm-kernels triton", **case)
     ((theirs, plain),) = ranks(1).run(block_runs.layer, flags=f"{ODD} --ssm-kernels torch", **case)
-    assert ran.count("columns") == 1 and "columns" not in plain
+    assert ran.count("columns") == plain.count("columns") + 1  # that of attention besides, either way
     compare(ours, theirs)
 
 

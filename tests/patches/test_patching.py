@@ -179,6 +179,7 @@ def test_the_hooks_of_a_run_wrap_one_another_in_the_order_of_the_table(ranks):
     assert several == {
         "dummy_train_step": ["stop_clock", "draw_skipped_batch"],
         "evaluate_and_print_results": ["validate_whole_sets", "record_validation"],
+        "train_step": ["measure_step", "watch_step"],
     }
     assert "installed with other replacements" in result["errors"][0]
     assert "no hook is called no such" in result["errors"][1]
