@@ -29,7 +29,8 @@ def output_kernel(
 ):  # fmt: skip
     """x, z, out [b, s, h p], B and C [b, s, g n]; a program's heads are those of split ``program_id(2) % SPLITS``.
 
-    The backward pass, which without z does not need this kernel, reads d_out and writes d_z and, as ``out``, dy.
+    The backward pass, which without z does not need this kernel, reads d_out and writes d_z and, as ``out``, dy. The
+    function is long because Triton has no structures: a kernel's parameters are listed one by one.
     """
     x_s, z_s, maps_s = x_s * ALIGNED, z_s * ALIGNED, maps_s * ALIGNED
     out_s, d_out_s, d_z_s = out_s * ALIGNED, d_out_s * ALIGNED, d_z_s * ALIGNED
