@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -42,6 +43,25 @@ def seconds_of(run: Callable, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def median_us(run: Callable, host_ahead: bool = False) -> float:
+    """Microseconds on the CUDA device, the median of 30 calls after 5 that do not count.
+
+    Args:
+        host_ahead: The device waits before each call, so that launches are not what is measured.
+    """
+    for _ in range(5):
+        run()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(30)]
+    for start, end in marks:
+        if host_ahead:
+            torch.cuda._sleep(200_000)
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(1e3 * start.elapsed_time(end) for start, end in marks)
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:

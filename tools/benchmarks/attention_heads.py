@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.benchmarks.timing import versions
+from megatron_hybrid.benchmarks.timing import median_us, versions
 from megatron_hybrid.kernels.columns import split_columns
 from megatron_hybrid.kernels.head_columns import HeadColumns
 from megatron_hybrid.kernels.qkv_rotation import split_and_rotate, turns_of
@@ -32,23 +31,8 @@ SHAPES = {
     "P 1B": (HeadColumns(1, 16, 4, 4, 72, 128), 4896),
 }
 """Heads, and columns of the projection behind them. Of the latter, values stay where they are."""
-WARM_UP, REPEATS = 5, 30
 SHOWN = 5
 """Lines of a search."""
-
-
-def median_us(run: Callable[[], Any]) -> float:
-    """Microseconds on the device, of which the first calls do not count."""
-    for _ in range(WARM_UP):
-        run()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in marks:
-        torch.cuda._sleep(200_000)  # so that the host is ahead, and launches are not what is measured
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e3 * start.elapsed_time(end) for start, end in marks)
 
 
 class Case:
@@ -109,7 +93,7 @@ class Case:
 def compare(case: Case) -> Iterator[dict[str, Any]]:
     for name, ways in {"Triton": case.ours(), "Megatron": case.upstreams(), "copy": case.copies()}.items():
         for way, run in ways.items():
-            took = median_us(run)
+            took = median_us(run, host_ahead=True)
             yield {"name": name, "way": way, "us": took, "gb_s": case.moved(way) / took / 1e3}
 
 
@@ -123,7 +107,7 @@ def search(case: Case) -> Iterator[dict[str, Any]]:
         if not 128 <= elements // warps <= 2048:
             continue
         table[key] = {"ELEMENTS": elements, "num_warps": warps}
-        took = {way: median_us(run) for way, run in case.ours().items()}
+        took = {way: median_us(run, host_ahead=True) for way, run in case.ours().items()}
         both = sum(took.values())
         moved = case.moved("forward") + case.moved("backward")
         timed.append({"way": "both", "line": table[key], "us": both, "gb_s": moved / both / 1e3, **took})

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,26 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hybrid.benchmarks.timing import versions
+from megatron_hybrid.benchmarks.timing import median_us, versions
 from megatron_hybrid.kernels import branches, norms
 from megatron_hybrid.kernels.triton import configs
 from megatron_hybrid.kernels.weight_gradient import accumulate
 
 HIDDEN, ROWS, PADDED = 2048, 6834, 6840
-WARM_UP, REPEATS = 5, 30
-
-
-def median_us(run: Callable[[], Any]) -> float:
-    """Microseconds on the device, of which the first calls do not count."""
-    for _ in range(WARM_UP):
-        run()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in marks:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e3 * start.elapsed_time(end) for start, end in marks)
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

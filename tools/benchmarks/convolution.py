@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -23,26 +22,12 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.benchmarks.timing import versions
+from megatron_hybrid.benchmarks.timing import median_us, versions
 
 SHAPES = {"M 1B": (4, 8192, 4096, 4352, 32), "P 1B": (4, 8192, 2304, 2560, 18), "M 1B, 32K": (1, 32768, 4096, 4352, 32)}
 """Samples, tokens; columns before x, of x (x, B and C), and after it."""
-WARM_UP, REPEATS = 5, 30
 SHOWN = 8
 """Lines of a search."""
-
-
-def median_us(run: Callable[[], Any]) -> float:
-    """Microseconds on the device, of which the first calls do not count."""
-    for _ in range(WARM_UP):
-        run()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in marks:
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e3 * start.elapsed_time(end) for start, end in marks)
 
 
 def inputs(shape: tuple[int, ...], packed: bool) -> dict[str, Any]:

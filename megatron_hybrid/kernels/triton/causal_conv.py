@@ -30,6 +30,7 @@ from megatron_hybrid.kernels.triton.conv_steps import (
     write_initial,
     write_sums,
 )
+from megatron_hybrid.kernels.triton.tiles import strides_in_loads
 
 WIDTHS = (2, 3, 4)
 
@@ -223,8 +224,7 @@ def causal_conv_forward(
     (b, s, c), width = x.shape, weight.shape[1]
     options = launch_options("causal_conv_forward", shape_class(x, documents))
     grid = (triton.cdiv(c, options["CHANNELS"]) * triton.cdiv(s, options["TOKENS"]), b)
-    aligned = _alignment(x, out)
-    strides = [n // aligned for t in (x, out) for n in t.stride()[:2]]
+    aligned, strides = strides_in_loads(x, out)
     convolution_kernel[grid](
         x,
         weight,
@@ -274,8 +274,7 @@ def causal_conv_backward(
     shares = triton.cdiv(s, options["TOKENS"])
     sums = torch.empty(b * shares, 5, c, dtype=torch.float32, device=x.device)
     d_initial = None if initial_states is None else torch.empty_like(initial_states)
-    aligned = _alignment(dy, x, dx)
-    strides = [n // aligned for t in (dy, x, dx) for n in t.stride()[:2]]
+    aligned, strides = strides_in_loads(dy, x, dx)
     convolution_gradients_kernel[triton.cdiv(c, options["CHANNELS"]) * shares, b](
         dy,
         x,
@@ -305,13 +304,6 @@ def causal_conv_backward(
 def shape_class(x: Tensor, documents: Tensor | None) -> str:
     """Of the table of configurations."""
     return str(x.element_size()) + (" documents" if documents is not None else "")
-
-
-def _alignment(*tensors: Tensor) -> int:
-    """Elements, up to 16 bytes, of which the strides of all tensors are multiples: what one load may take."""
-    most = 16 // max(t.element_size() for t in tensors)
-    strides = [n for t in tensors for n in t.stride()[:2]]
-    return next(n for n in (most, most // 2, most // 4, 1) if n and all(stride % n == 0 for stride in strides))
 
 
 def _check(x, weight, bias, documents, initial_states, rows: dict[str, Tensor]) -> None:

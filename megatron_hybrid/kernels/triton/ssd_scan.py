@@ -18,6 +18,7 @@ from megatron_hybrid.kernels.triton.scan_gradient import receivers_kernel, sende
 from megatron_hybrid.kernels.triton.scan_output import output_kernel
 from megatron_hybrid.kernels.triton.scan_steps import steps_backward_kernel, steps_kernel
 from megatron_hybrid.kernels.triton.scan_walks import state_gradients_kernel, states_kernel
+from megatron_hybrid.kernels.triton.tiles import strides_in_loads
 
 CHUNK = 64
 """Tokens of a chunk; a matrix product on Hopper has at least 64 rows."""
@@ -117,12 +118,12 @@ def backward(
     d_D = empty(b, c, h * p)
     documents, last = _or(scan.documents, sums), (s, h, c, b, splits)
     grid = (c, b, scan.groups * splits)
-    aligned, rows = _rows(scan.x, scan.B, d_y)
+    aligned, rows = strides_in_loads(scan.x, scan.B, d_y)
     receivers_kernel[grid](
         scan.x, scan.B, scan.C, d_y, steps, sums, documents, states, d_C, d_scores, d_steps, d_rows, *rows, *last,
         ALIGNED=aligned, **_shared(scan), **receivers,
     )  # fmt: skip
-    aligned, rows = _rows(scan.x, scan.B, d_y, to.x)
+    aligned, rows = strides_in_loads(scan.x, scan.B, d_y, to.x)
     senders_kernel[grid](
         scan.x, scan.B, scan.C, _or(scan.D, scan.A), d_y, steps, sums, documents, d_states, d_scores,
         to.x, d_B, d_D, d_columns, *rows, *last,
@@ -161,7 +162,7 @@ def _forward(scan: Scan, steps: Tensor, sums: Tensor, states: Tensor, last: Tens
     """
     b, s, h, p, n, c = scan.sizes
     options = _options(scan, "scan_forward")
-    aligned, rows = _rows(scan.x, scan.B)
+    aligned, rows = strides_in_loads(scan.x, scan.B)
 
     def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
         states_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
@@ -191,7 +192,7 @@ def _output(
     splits, options = _splits(scan, "scan_output_backward" if backward else "scan_output")
     b, s, h, _, _, c = scan.sizes
     z, d_out, d_z = _or(scan.z, scan.x), _or(d_out, out), _or(d_z, out)
-    aligned, rows = _rows(scan.x, z, scan.B, out, d_out, d_z)
+    aligned, rows = strides_in_loads(scan.x, z, scan.B, out, d_out, d_z)
     output_kernel[(c, b, scan.groups * splits)](
         scan.x, z, scan.B, scan.C, _or(scan.D, scan.A), steps, sums, _or(scan.documents, sums), states,
         out, d_out, d_z, *rows, s, h, c, splits,
@@ -217,7 +218,7 @@ def _backward(
     b, s, h, p, n, c = scan.sizes
     options = _options(scan, "scan_backward")
     overlaps = torch.empty(b, c, h, p, dtype=torch.float32, device=d_y.device)
-    aligned, rows = _rows(d_y, scan.C)
+    aligned, rows = strides_in_loads(d_y, scan.C)
 
     def walk(first: Tensor | None, last: Tensor | None, segments: int, stores: bool) -> None:
         state_gradients_kernel[(b * h * triton.cdiv(p, options["CHANNELS"]), segments)](
@@ -311,14 +312,6 @@ def _splits(scan: Scan, kernel: str) -> tuple[int, dict[str, Any]]:
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A tensor for a pointer that the kernel does not read."""
     return other if tensor is None else tensor
-
-
-def _rows(*tensors: Tensor) -> tuple[int, list[int]]:
-    """ALIGNED, the elements that one load may take, and each tensor's strides of batch and token in units of it."""
-    strides = [n for t in tensors for n in t.stride()[:2]]
-    most = 16 // tensors[0].element_size()
-    aligned = next(n for n in (most, most // 2, most // 4, 1) if n and all(stride % n == 0 for stride in strides))
-    return aligned, [n // aligned for n in strides]
 
 
 def _check(scan: Scan) -> None:

@@ -1,7 +1,20 @@
-"""Loads and stores of tiles [rows, columns], with masks only where a tile may stick out."""
+"""Loads and stores of tiles [rows, columns], and strides for wide loads."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def strides_in_loads(*tensors: Tensor) -> tuple[int, list[int]]:
+    """ALIGNED, the elements that one load of 16 bytes at most may take, and strides in units of it.
+
+    They are those of batch and token of each tensor [b, s, ...]; ALIGNED divides them all. A kernel that multiplies
+    them by this constant lets Triton know how wide loads may be.
+    """
+    most = 16 // max(t.element_size() for t in tensors)
+    strides = [n for t in tensors for n in t.stride()[:2]]
+    aligned = next(n for n in (most, most // 2, most // 4, 1) if n and all(stride % n == 0 for stride in strides))
+    return aligned, [n // aligned for n in strides]
 
 
 @triton.jit
